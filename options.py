@@ -1,0 +1,164 @@
+"""The command line, the same for both programs: its flags, their defaults, and one line on what is wrong with them."""
+
+import argparse
+import difflib
+import math
+import sys
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+import ranks
+from loader import SOURCES
+from models import COMMON, RECIPES
+from parle import PRESETS
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, from the first rank, and exit code 2 for every rank."""
+        rank, _ = ranks.launched() or (0, None)
+        if rank == 0:
+            sys.stderr.write(f"{self.prog}: error: {' '.join(message.split())}\n")
+        sys.exit(2)
+
+    def parse_args(self, *arguments: Any) -> argparse.Namespace:
+        args, unknown = self.parse_known_args(*arguments)
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], self._option_string_actions, 1)
+            hint = f"did you mean {near[0]}?" if near else f"python {self.prog} -h lists what there is"
+            self.error(f"unknown argument {unknown[0]}; {hint}")
+        return args
+
+
+def _number(kind: type, holds: Callable[[Any], bool], what: str) -> Callable[[str], Any]:
+    def convert(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not holds(value):
+            raise argparse.ArgumentTypeError(f"{text} is not {what}")
+        return value
+
+    return convert
+
+
+def _one_of(names: Collection[str]) -> Callable[[str], str]:
+    def convert(text: str) -> str:
+        if text not in names:
+            near = difflib.get_close_matches(text, names, 1, cutoff=0.4)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise argparse.ArgumentTypeError(f"there is no {text}; {hint}There are {', '.join(names)}")
+        return text
+
+    return convert
+
+
+SEED = _number(int, lambda value: 0 <= value < 2**63, "a whole number of at least 0, such as 42")
+COUNT = _number(int, lambda value: value >= 1, "a whole number of at least 1, such as 3")
+BATCH = _number(int, lambda value: value >= 2, "a whole number of at least 2 (batch norm needs two), such as 128")
+COEFFICIENT = _number(float, lambda value: 0 <= value < math.inf, "a number of at least 0, such as 0.01")
+POSITIVE = _number(float, lambda value: 0 < value < math.inf, "a number above 0, such as 0.25")
+DECAY = _number(float, lambda value: 0 <= value < 1, "a number of at least 0 and below 1, such as 0.75")
+SHARE = _number(float, lambda value: 0 < value <= 1, "a number above 0 and up to 1, such as 0.5")
+
+
+def LENGTH(text: str) -> int | str:
+    convert = _number(int, lambda value: value >= 1, "a whole number of at least 1, such as 25, or auto")
+    return text if text == "auto" else convert(text)
+
+
+def parser(prog: str, description: str) -> Parser:
+    """All flags. One that is not given stays None where its default depends on others: see `resolve`."""
+    parser = Parser(prog=prog, description=description, allow_abbrev=False)
+    parle, models, sets, methods = PRESETS["parle"], ", ".join(RECIPES), ", ".join(SOURCES), ", ".join(PRESETS)
+
+    add = parser.add_argument_group("what to train").add_argument
+    add("-m", "--model", type=_one_of(RECIPES), default="lenet", metavar="NAME", help=f"{models} (%(default)s)")
+    add("-d", "--dataset", type=_one_of(SOURCES), metavar="NAME", help=f"{sets} (the model's)")
+    add("-s", "--seed", type=SEED, default=42, metavar="N", help="of weights, data order and dropout (%(default)s)")
+
+    add = parser.add_argument_group("the algorithm").add_argument
+    add("-n", "--replicas", type=COUNT, metavar="N", help="replicas (a launcher's number of ranks, else 3)")
+    add("--method", type=_one_of(PRESETS), default="parle", metavar="NAME", help=f"{methods} (%(default)s)")
+    add("-L", "--sync-every", type=LENGTH, metavar="L", help=f"mini-batches a round, or auto ({parle['sync_every']})")
+    add("--gamma", type=COEFFICIENT, metavar="X", help=f"pull towards the anchor, 0 is none ({parle['gamma']})")
+    add("--rho", type=COEFFICIENT, metavar="X", help=f"pull towards the mean, 0 is none ({parle['rho']})")
+    add("--alpha", type=DECAY, default=0.75, metavar="X", help="what the inner average keeps (%(default)s)")
+    add("--outer-step", type=COEFFICIENT, default=1.0, metavar="X", help="outer step in units of lr (%(default)s)")
+    add("--outer-momentum", type=DECAY, metavar="X", help="of the outer step (as --momentum)")
+
+    add = parser.add_argument_group("the recipe").add_argument
+    add("-b", "--batch-size", type=BATCH, metavar="N", help=f"of each replica ({COMMON['batch_size']})")
+    add("-B", "--epochs", type=POSITIVE, metavar="X", help="of L passes over the data each (the model's)")
+    add("--lr", type=COEFFICIENT, metavar="X", help=f"of the inner and the outer step ({COMMON['lr']})")
+    add("--lr-drops", type=POSITIVE, nargs="*", metavar="X", help="epochs at which lr drops (the model's)")
+    add("--lr-decay", type=POSITIVE, metavar="X", help=f"factor of lr at a drop ({COMMON['lr_decay']})")
+    add("--momentum", type=DECAY, metavar="X", help=f"Nesterov's ({COMMON['momentum']})")
+    add("--weight-decay", type=COEFFICIENT, metavar="X", help="in the inner step alone (the model's)")
+    add("--dropout", type=DECAY, metavar="X", help="of the network (the model's)")
+
+    add = parser.add_argument_group("data").add_argument
+    add("--augment", action=argparse.BooleanOptionalAction, help="flip and crop at random (for CIFAR)")
+    add("--whiten", action="store_true", help="contrast normalisation and ZCA instead of mean and std")
+    add("--frac", type=SHARE, default=1.0, metavar="X", help="of the data, what each replica sees (%(default)s)")
+    add("--data", type=Path, metavar="DIR", help="raw data, as torchvision lays it out (downloaded to PROC/raw)")
+    add("--proc", type=Path, default=Path("proc"), metavar="DIR", help="pre-processed data (%(default)s)")
+
+    add = parser.add_argument_group("the run").add_argument
+    add("--out", type=Path, metavar="DIR", help="its folder (runs/TIME-MODEL-DATASET)")
+    add("--eval-every", type=COUNT, metavar="N", help="rounds between evaluations, besides every epoch's end")
+    add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, … (%(default)s)")
+    add("--amp", type=_one_of(("off", "bf16")), default="off", metavar="NAME", help="off or bf16 (%(default)s)")
+    return parser
+
+
+def resolve(args: argparse.Namespace, size: int | None) -> argparse.Namespace:
+    """Fill in what follows from the method, the model and the data set. `size` is the launcher's number of ranks."""
+    defaults: dict[str, Any] = {"replicas": size or 3, **COMMON, **RECIPES[args.model]}
+    defaults |= {name: value for name, value in PRESETS[args.method].items() if value is not None}
+    resolved = argparse.Namespace(**vars(args))
+    for name, default in defaults.items():
+        if getattr(args, name) is None:
+            setattr(resolved, name, default)
+    if resolved.rho == "1/n":
+        resolved.rho = 1 / resolved.replicas
+    if resolved.outer_momentum is None:
+        resolved.outer_momentum = resolved.momentum
+    if resolved.augment is None:
+        resolved.augment = SOURCES[resolved.dataset].augment
+    return resolved
+
+
+def check(parser: Parser, args: argparse.Namespace, size: int | None) -> None:
+    """What `resolve` gave, as a whole, on `size` ranks."""
+    if args.sync_every == "auto" and not args.gamma:
+        parser.error("-L auto needs a pull towards the anchor: --gamma 0.01")
+    if args.data is not None and not args.data.is_dir():
+        parser.error(f"--data {args.data}: there is no such folder")
+    if size is not None and size % args.replicas:
+        fits = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
+        parser.error(f"{size} ranks cannot be shared equally by -n {args.replicas} replicas: use -n with one of {fits}")
+    if size is not None and args.batch_size < 2 * size // args.replicas:
+        parser.error(
+            f"-b {args.batch_size} leaves less than 2 images for each of {size // args.replicas} ranks of a replica: "
+            f"-b {2 * size // args.replicas} or more"
+        )
+
+
+def device(parser: Parser, name: str, index: int) -> torch.device:
+    """The device of the `index`-th rank of a node: a numbered one is shared, others are dealt round."""
+    try:
+        if name == "auto":
+            found = torch.accelerator.current_accelerator(check_available=True)
+            name = "cpu" if found is None else found.type
+        device = torch.device(name)
+        if device.index is None and device.type != "cpu":
+            device = torch.device(device.type, index % torch.get_device_module(device).device_count())
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, ZeroDivisionError, AttributeError) as error:
+        parser.error(f"--device {name} is not to be had here ({str(error).splitlines()[0]}): use --device cpu")
+    return device

@@ -1,0 +1,141 @@
+"""What a run tells: lines or a bar on the screen, and in its folder log.jsonl and master.pt. First rank only."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import ranks
+
+LINE_EVERY = 5.0  # seconds between lines on rounds
+
+
+class Report:
+    """Takes a run's events one by one: each becomes a line of `folder`/log.jsonl and, for a person, of the screen.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path, label: str):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.label = folder, label
+        self.log = open(folder / "log.jsonl", "x")
+        self.bar: tqdm | None = None
+        self.spoken = -LINE_EVERY
+        self.last_eval: dict[str, Any] = {}
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        self.log.write(json.dumps(event) + "\n")
+        self.log.flush()
+        getattr(self, f"_{event['event']}")(event)
+
+    def say(self, text: str) -> None:
+        """A line on the screen, with what is trained on what in front."""
+        tqdm.write(f"{self.label}  {text}")
+        sys.stdout.flush()
+
+    def _start(self, event: dict[str, Any]) -> None:
+        n, L, nb = event["replicas"], event["sync_every"], event["batches_per_epoch"]
+        arguments = event["arguments"]
+        self.say(
+            f"{arguments['method']}: {n} replica{'s' * (n > 1)} on {event['ranks']} rank{'s' * (event['ranks'] > 1)}, "
+            f"{event['threads']} thread{'s' * (event['threads'] > 1)} each, {', '.join(sorted(set(event['devices'])))}"
+        )
+        self.say(
+            f"{event['parameters']:,} parameters, {event['images']:,} images; a round is {L} mini-batches of "
+            f"{arguments['batch_size']}, an epoch {nb} rounds; {arguments['epochs']:g} epochs, in {self.folder}"
+        )
+        columns = os.environ.get(ranks.TERMINAL)
+        if columns or sys.stderr.isatty():
+            self.bar = tqdm(
+                desc=self.label, unit="round", ncols=int(columns) if columns else None, dynamic_ncols=not columns
+            )
+
+    def _round(self, event: dict[str, Any]) -> None:
+        figures = f"loss {event['loss']:.4f}  error {event['error']:5.2f} %  {event['images_per_second']:,.0f} images/s"
+        if self.bar is not None:
+            self.bar.total = event["rounds"]
+            self.bar.set_postfix_str(figures, refresh=False)
+            self.bar.update(event["round"] - self.bar.n)
+        elif event["seconds"] - self.spoken >= LINE_EVERY or event["round"] == event["rounds"]:
+            self.spoken = event["seconds"]
+            left = event["seconds"] / event["round"] * (event["rounds"] - event["round"])
+            width = len(str(event["rounds"]))
+            self.say(
+                f"round {event['round']:{width}}/{event['rounds']}  epoch {event['epoch']:.2f}  {figures}  "
+                f"{_clock(left)} left"
+            )
+
+    def _eval(self, event: dict[str, Any]) -> None:
+        self.last_eval = event
+        replicas = " ".join(f"{error:.2f}" for error in event["replica_errors"])
+        self.say(
+            f"epoch {event['epoch']:.2f}  test error: master {event['master_error']:.2f} %  replicas {replicas} %  "
+            f"ensemble {event['ensemble_error']:.2f} %"
+        )
+
+    def _end(self, event: dict[str, Any]) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        last = self.last_eval
+        rows = [
+            (
+                "master",
+                event["master_error"],
+                f"loss {last['master_loss']:.4f}, best {event['best_master_error']:.2f} %",
+            )
+        ]
+        for replica, (error, distance) in enumerate(zip(last["replica_errors"], last["distances"], strict=True)):
+            rows.append((f"replica {replica}", error, f"{distance:.4f} of the master's norm away from it"))
+        rows.append(("ensemble", last["ensemble_error"], "of the replicas' probabilities"))
+        self.say("test error")
+        for name, error, note in rows:
+            self.say(f"  {name:12}{error:6.2f} %   {note}")
+        seconds = event["seconds"]
+        self.say(
+            f"{seconds:.1f} s of training, {event['images'] / seconds:,.0f} images/s; synchronizing "
+            f"{100 * event['sync_seconds'] / seconds:.2f} % of it, waiting for the slowest replica "
+            f"{100 * event['wait_seconds'] / seconds:.1f} %; log and master in {self.folder}"
+        )
+
+    def save_master(self, model: torch.nn.Module) -> None:
+        """The master as a plain state dict, in one piece or not at all."""
+        path = self.folder / "master.pt"
+        with open(path.with_suffix(".tmp"), "wb") as file:
+            torch.save({name: value.cpu() for name, value in model.state_dict().items()}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(path.with_suffix(".tmp"), path)
+
+
+def surroundings() -> dict[str, Any]:
+    """For the log: when, what versions, what machine, what revision of this program."""
+    folder = Path(__file__).parent
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+        revision = done.stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):
+        revision = None
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "revision": revision,
+    }
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
