@@ -29,6 +29,9 @@ class Team(NamedTuple):
         return slice(self.index * total // self.size, (self.index + 1) * total // self.size)
 
 
+ALONE = Team()
+
+
 def train(
     models: list[nn.Module],
     batches: list[Batches],
@@ -40,8 +43,8 @@ def train(
     lr_decay: float,
     eval_every: int | None = None,
     amp: bool = False,
-    team: Team = Team(),
-    world: Team = Team(),
+    team: Team = ALONE,
+    world: Team = ALONE,
 ) -> Iterator[dict[str, Any]]:
     """Train the replicas that live here, and tell of it: yields the log's `round`, `eval` and `end` events.
 
@@ -144,8 +147,8 @@ def evaluate(
     *,
     batch_size: int,
     replicas: list[int],
-    team: Team = Team(),
-    world: Team = Team(),
+    team: Team = ALONE,
+    world: Team = ALONE,
 ) -> dict[str, Any]:
     """Test the master, every replica, and the ensemble of the replicas: the mean of their probabilities.
 
@@ -200,7 +203,7 @@ def predict(model: nn.Module, images: Tensor, data: Dataset) -> Tensor:
 
 
 @torch.no_grad()
-def recalibrate_batch_norm(model: nn.Module, data: Dataset, batch_size: int, team: Team = Team()) -> None:
+def recalibrate_batch_norm(model: nn.Module, data: Dataset, batch_size: int, team: Team = ALONE) -> None:
     """Recompute batch-norm statistics on up to 100 mini-batches of training images, not augmented, dropout off.
 
     The statistics of averaged weights are not the average of the statistics. torch's update_bn would leave dropout on.

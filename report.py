@@ -27,14 +27,15 @@ class Report:
     def __init__(self, folder: Path, label: str):
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.label = folder, label
-        self.log = open(folder / "log.jsonl", "x")
+        self.log = folder / "log.jsonl"
+        self.log.touch(exist_ok=False)
         self.bar: tqdm | None = None
         self.spoken = -LINE_EVERY
         self.last_eval: dict[str, Any] = {}
 
     def __call__(self, event: dict[str, Any]) -> None:
-        self.log.write(json.dumps(event) + "\n")
-        self.log.flush()
+        with open(self.log, "a") as file:
+            file.write(json.dumps(event) + "\n")
         getattr(self, f"_{event['event']}")(event)
 
     def say(self, text: str) -> None:

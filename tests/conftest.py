@@ -1,0 +1,49 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+MPIEXEC = Path(sys.executable).with_name("mpiexec")
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def comm():
+    """A real communicator of one rank."""
+    from mpi4py import MPI
+
+    return MPI.COMM_SELF
+
+
+@pytest.fixture
+def python():
+    """Run this Python with these arguments and a time limit, outside any launcher; gives the finished process."""
+
+    def run(*arguments, ranks=None, cwd=ROOT, timeout=60, **environment):
+        command = [sys.executable, *map(str, arguments)]
+        if ranks is not None:
+            command = [str(MPIEXEC), "-n", str(ranks), *command]
+        own = ("PMI", "MPI", "OMPI", "SLURM", "PYTEST")  # of a launcher, or ours
+        clean = {name: value for name, value in os.environ.items() if not name.startswith(own)}
+        return subprocess.run(
+            command, cwd=cwd, env=clean | environment, timeout=timeout, capture_output=True, text=True
+        )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def raw():
+    """The folder of real data that PARLE_DATA names."""
+    if "PARLE_DATA" not in os.environ:
+        pytest.skip("PARLE_DATA names no folder of real data")
+    return Path(os.environ["PARLE_DATA"])
