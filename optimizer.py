@@ -75,8 +75,6 @@ class ReplicaOptimizer(torch.optim.Optimizer):
     def __init__(self, params: Iterable[Any], num_replicas: int, **hyperparameters: Any):
         self.num_replicas = num_replicas
         self.sync_seconds: list[float] = []  # of each round, waiting for the others included
-        if hyperparameters["outer_momentum"] is None:
-            hyperparameters["outer_momentum"] = hyperparameters["momentum"]
         counters = dict(rounds=0, batches=0, round_length=0, scoped_gamma=0.0, scoped_rho=0.0)
         super().__init__(params, hyperparameters | dict(replica=0) | counters)
 
@@ -255,7 +253,10 @@ class ReplicaOptimizer(torch.optim.Optimizer):
         if hasattr(self, "_replicas"):
             raise RuntimeError("A replica is one flat vector: give Parle all its groups when it is built")
         super().add_param_group(param_group)
-        _check_hyperparameters(self.param_groups[-1])
+        group = self.param_groups[-1]
+        if group["outer_momentum"] is None:
+            group["outer_momentum"] = group["momentum"]
+        _check_hyperparameters(group)
 
     # Helpers
 

@@ -11,6 +11,9 @@ sys.path.insert(0, str(ROOT))
 MPIEXEC = Path(sys.executable).with_name("mpiexec")
 
 
+torch.set_num_threads(1)  # the tests' networks are too small for more
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)

@@ -1,0 +1,207 @@
+"""Run under mpiexec: every rank steps its replicas beside the float64 reference and compares every buffer.
+
+mpiexec -n 3 python tests/lockstep.py
+"""
+
+import copy
+import functools
+import sys
+import tempfile
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import engine
+import loader
+import ranks
+from parle_mpi import Parle
+from tests.reference import Reference
+
+SHAPES = [(4, 3), (5,), (2, 3, 2, 2), ()]
+P = sum(int(np.prod(shape)) for shape in SHAPES)
+CASES = [
+    # method           n     settings
+    ("parle", None, dict(sync_every=5, gamma0=0.1, rho0=0.02)),
+    ("parle, caps", None, dict(sync_every=2, gamma0=0.9, rho0=3.0)),
+    ("parle, L = 1", None, dict(sync_every=1, gamma0=0.1, rho0=0.2)),
+    ("parle, L = auto", None, dict(sync_every="auto", gamma0=0.02, rho0=0.02)),
+    ("parle, other outer step", None, dict(sync_every=3, gamma0=0.1, rho0=0.02, s=3.0, outer_momentum=0.3)),
+    ("entropy-sgd", 1, dict(sync_every=4, gamma0=0.1, rho0=0.0)),
+    ("sgd", 1, dict(sync_every=1, gamma0=0.0, rho0=0.0)),
+]
+
+
+class Counted:
+    """A communicator that counts collectives and remembers the sizes of their messages."""
+
+    def __init__(self, comm):
+        self.comm, self.sizes = comm, []
+
+    def __getattr__(self, name):
+        if name.lower().startswith(("iall", "all", "ired", "red", "ibc", "bc", "isend", "send", "ibarrier", "barrier")):
+            self.sizes.append(None)
+        return getattr(self.comm, name)
+
+    def Iallreduce(self, in_place, tensor, *rest):
+        self.sizes.append(tensor.numel())
+        return self.comm.Iallreduce(in_place, tensor, *rest)
+
+
+def curvatures(replicas):
+    """Of each replica's loss, ½ Σ h (y − b)², and where it is least: (n, P) each, the same on every rank."""
+    random = np.random.default_rng(7)
+    return random.uniform(0.2, 2.0, (replicas, P)), random.normal(size=(replicas, P))
+
+
+def flat(tensors):
+    """In the order of the parameters, each read row by row, whatever its strides."""
+    return np.concatenate([tensor.detach().numpy().reshape(-1) for tensor in tensors])
+
+
+def check(comm, replicas, dtype, tolerance, steps, *, sync_every, gamma0, rho0, s=1.0, outer_momentum=None):
+    x0 = np.random.default_rng(1).normal(size=P).astype(np.float32)
+    settings = dict(lr=0.1, momentum=0.9, weight_decay=0.01, alpha=0.75)
+    reference = Reference(
+        x0, replicas, sync_every, nb=4, gamma0=gamma0, rho0=rho0, s=s, outer_momentum=outer_momentum, **settings
+    )
+    parts = np.split(x0, np.cumsum([int(np.prod(shape)) for shape in SHAPES])[:-1])
+    parameters = [nn.Parameter(torch.tensor(part.reshape(shape), dtype=dtype)) for part, shape in zip(parts, SHAPES)]
+    parameters[2] = nn.Parameter(parameters[2].detach().to(memory_format=torch.channels_last))
+    counted = Counted(comm)
+    optimizer = Parle(
+        parameters,
+        counted,
+        sync_every=sync_every,
+        gamma=gamma0,
+        rho=rho0,
+        outer_step=s,
+        outer_momentum=outer_momentum,
+        batches_per_epoch=4,
+        replicas=replicas,
+        **settings,
+    )
+    h, b = curvatures(replicas)
+    team = comm.size // replicas
+    a, part = divmod(comm.rank, team)
+    noise = np.random.default_rng(3)
+    counted.sizes.clear()
+    for step in range(steps):
+        noises = noise.normal(size=(replicas, team, P))
+        reference.lr = optimizer.param_groups[0]["lr"] = 0.1 if step < steps // 2 else 0.02
+        gradients = h * (reference.y - b) + noises.mean(1)
+        ours = h[a] * (flat(parameters) - b[a]) + noises[a, part]
+        for parameter, piece in zip(parameters, np.split(ours, np.cumsum([p.numel() for p in parameters])[:-1])):
+            parameter.grad = torch.tensor(piece.reshape(parameter.shape), dtype=dtype)
+        before = flat([parameter.grad for parameter in parameters])
+        rounds = optimizer.rounds
+        reference.step(gradients)
+        optimizer.step()
+
+        assert (flat([parameter.grad for parameter in parameters]) == before).all(), "p.grad was changed"
+        assert (optimizer.rounds, optimizer.batches) == (reference.k, reference.i)
+        ended = optimizer.rounds > rounds
+        assert counted.sizes == ([P + 4] if ended and comm.size > 1 else []), counted.sizes
+        counted.sizes.clear()
+        expected = {"y": reference.y[a], "inner_momentum_buffer": reference.u[a], "master": reference.x}
+        if sync_every != 1:
+            expected["outer_momentum_buffer"] = reference.v[a]
+            expected["master_momentum_buffer"] = reference.v.mean(0)
+            if reference.L_k > 1:
+                expected["anchor"], expected["inner_avg"] = reference.xa[a], reference.z[a]
+        for name, wanted in expected.items():
+            got = flat(parameters if name == "y" else [optimizer.state[parameter][name] for parameter in parameters])
+            error = np.abs(got - wanted).max() / np.abs(wanted).max().clip(1e-3)
+            assert error < tolerance, f"{name} is off by {error:.1e} after {step + 1} mini-batches"
+
+
+def check_data_parallel(comm, alone, batch_size):
+    """One replica over all ranks trains as one rank does on the whole of each mini-batch, however that is cut."""
+    data = loader.load("digits", proc=Path(tempfile.gettempdir()) / f"parle-digits-{comm.rank}")
+    masters = []
+    for world in (comm, alone):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(64, 20), nn.ReLU(), nn.Linear(20, 10))
+        part = (world.rank, world.size)
+        batches = loader.Batches(data, batch_size=batch_size, seed=5, part=part)
+        optimizer = Parle(model.parameters(), world, lr=0.05, sync_every=5, batches_per_epoch=10, replicas=1)
+        team = engine.Team(world.rank, world.size, functools.partial(ranks.add, world))
+        evaluate = functools.partial(
+            engine.evaluate, optimizer, copy.deepcopy(model), data, batch_size=50, replicas=[0], team=team, world=team
+        )
+        events = list(
+            engine.train(
+                [model], [batches], optimizer, evaluate, epochs=1, lr_drops=[], lr_decay=1, team=team, world=team
+            )
+        )
+        masters.append((optimizer.master, events[-3]["loss"], events[-2]["master_loss"], events[-2]["master_error"]))
+    for ours, single in zip(*masters, strict=True):
+        assert torch.allclose(torch.as_tensor(ours), torch.as_tensor(single), rtol=1e-5, atol=1e-6), (ours, single)
+
+
+def check_same_everywhere(comm):
+    """Ranks that start differently start alike, and hold the same master bit for bit, and one replica the same weights."""
+    torch.manual_seed(comm.rank)
+    parameters = [nn.Parameter(torch.randn(1000)), nn.Parameter(torch.randn(3), requires_grad=False)]
+    optimizer = Parle(parameters, comm, lr=0.1, sync_every=3, batches_per_epoch=10, replicas=comm.size // 2 or 1)
+    assert len(set(comm.allgather(parameters[0].sum().item()))) == 1
+    assert len(set(comm.allgather(parameters[1].sum().item()))) == 1
+    team = comm.Split(comm.rank // (comm.size // optimizer.num_replicas))
+    for step in range(10):
+        parameters[0].grad = torch.randn(1000)
+        optimizer.step()
+        assert len(set(comm.allgather(optimizer.master.numpy().tobytes()))) == 1
+        assert len(set(team.allgather(parameters[0].detach().numpy().tobytes()))) == 1
+    others = comm.allgather(parameters[0].detach().numpy().tobytes())
+    assert len(set(others)) == optimizer.num_replicas, step
+
+
+def check_riders(comm):
+    optimizer = Parle([nn.Parameter(torch.randn(5))], comm, lr=0.1, sync_every=2, batches_per_epoch=10)
+    optimizer.riders[0][1] = comm.rank
+    optimizer.step()
+    assert optimizer.riders[0].tolist() == [0, comm.rank, 0, 0]
+    optimizer.step()
+    assert optimizer.riders[0].tolist() == [0, (comm.size - 1) / 2, 0, 0]
+
+
+def check_disagreement(comm):
+    for settings, size in ((dict(lr=0.1 + comm.rank), 5), (dict(lr=0.1), 5 + comm.rank)):
+        try:
+            Parle([nn.Parameter(torch.zeros(size))], comm, batches_per_epoch=10, **settings)
+        except ValueError as error:
+            assert "rank 0" in str(error)
+        else:
+            assert comm.size == 1
+
+
+def main():
+    from mpi4py import MPI
+
+    comm = MPI.COMM_WORLD
+    for (name, n, settings), (dtype, tolerance) in product(CASES, [(torch.float64, 1e-12), (torch.float32, 1e-5)]):
+        for replicas in {n or comm.size, 1, comm.size // 2 if comm.size % 2 == 0 else comm.size}:
+            if n is None or replicas == n:
+                check(comm, replicas, dtype, tolerance, 60, **settings)
+                if comm.rank == 0:
+                    print(f"{name}: n={replicas} on {comm.size} ranks, {dtype}", flush=True)
+    for sub in range(1, comm.size):  # smaller worlds, from the same start of processes
+        part = comm.Split(0 if comm.rank < sub else MPI.UNDEFINED)
+        if part != MPI.COMM_NULL:
+            for _, n, settings in CASES:
+                check(part, n or part.size, torch.float64, 1e-12, 60, **settings)
+    for batch_size in (48, 50):
+        check_data_parallel(comm, MPI.COMM_SELF, batch_size)
+    check_same_everywhere(comm)
+    check_riders(comm)
+    check_disagreement(comm)
+    if comm.rank == 0:
+        print("all equal")
+
+
+if __name__ == "__main__":
+    ranks.run(main)

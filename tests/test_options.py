@@ -1,0 +1,326 @@
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import options
+import ranks
+
+MODELS = {
+    "lenet": dict(dataset="mnist", epochs=3, lr_drops=[1, 2], weight_decay=0, dropout=0.25, augment=False),
+    "allcnn": dict(dataset="cifar10", epochs=10, lr_drops=[2, 4, 6], weight_decay=1e-3, dropout=0.5, augment=True),
+    "wrn-28-10": dict(dataset="cifar10", epochs=5, lr_drops=[1, 2, 3], weight_decay=5e-4, dropout=0.25, augment=True),
+    "wrn-16-4": dict(dataset="svhn", epochs=5, lr_drops=[1, 2, 3], weight_decay=5e-4, dropout=0.4, augment=False),
+}
+METHODS = {
+    "parle": dict(replicas=3, sync_every=25, gamma=0.01, rho=0.01),
+    "entropy-sgd": dict(replicas=1, sync_every=25, gamma=0.01, rho=0),
+    "elastic-sgd": dict(replicas=3, sync_every=1, gamma=0, rho=1 / 3),
+    "sgd": dict(replicas=1, sync_every=1, gamma=0, rho=0),
+}
+ALWAYS = dict(
+    **dict(seed=42, alpha=0.75, outer_step=1, outer_momentum=0.9, batch_size=128, lr=0.1, lr_decay=0.2, momentum=0.9),
+    **dict(whiten=False, frac=1, data=None, proc=Path("proc"), out=None, eval_every=None, device="auto", amp="off"),
+)
+FLAGS = """-h -m --model -d --dataset -n --replicas --method -L --sync-every --gamma --rho --alpha --outer-step
+    --outer-momentum --lr --lr-drops --lr-decay --momentum --weight-decay --dropout -b --batch-size -B --epochs
+    --augment --no-augment --whiten --frac --data --proc --out -s --seed --device --amp --eval-every""".split()
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch):
+    for name in {name for names in ranks.LAUNCHERS.values() for name in names if name}:
+        monkeypatch.delenv(name, raising=False)
+
+
+def parse(line, size=None):
+    parser = options.parser("parle_mpi.py", "Parle.")
+    args = options.resolve(parser.parse_args(line.split()), size)
+    options.check(parser, args, size)
+    return args
+
+
+def complaint(capsys, action, *arguments):
+    """What a user sees of a mistake: one line on stderr."""
+    with pytest.raises(SystemExit) as exit:
+        action(*arguments)
+    out, err = capsys.readouterr()
+    assert (exit.value.code, out, err.count("\n"), err[-1:]) == (2, "", 1, "\n")
+    assert err.startswith("parle_mpi.py: error: ")
+    return err
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("method", METHODS)
+def test_defaults(method, model):
+    expected = dict(method=method, model=model) | ALWAYS | METHODS[method] | MODELS[model]
+    assert vars(parse(f"--method {method} -m {model}")) == expected
+
+
+def test_without_a_flag_parle_trains_lenet():
+    assert parse("") == parse("--method parle -m lenet")
+
+
+@pytest.mark.parametrize(
+    ("line", "name", "value"),
+    [
+        ("--method sgd -n 4", "replicas", 4),
+        ("--method sgd -L 10", "sync_every", 10),
+        ("--method sgd --gamma 0.2", "gamma", 0.2),
+        ("--method entropy-sgd -n 2", "replicas", 2),
+        ("--method entropy-sgd --rho 0.3", "rho", 0.3),
+        ("--method entropy-sgd --gamma 0", "gamma", 0),
+        ("--method elastic-sgd --rho 0.5", "rho", 0.5),
+        ("--method elastic-sgd --rho 0", "rho", 0),
+        ("--method elastic-sgd -L 5", "sync_every", 5),
+        ("--method parle --rho 0", "rho", 0),
+        ("-m allcnn -d cifar100", "dataset", "cifar100"),
+        ("-m allcnn --dropout 0", "dropout", 0),
+        ("-m allcnn --weight-decay 0", "weight_decay", 0),
+        ("-m allcnn -B 0.1", "epochs", 0.1),
+        ("--lr-drops 0.5 1e1 3", "lr_drops", [0.5, 10, 3]),
+        ("--lr-drops", "lr_drops", []),
+        ("-m allcnn --lr-drops -n 2", "lr_drops", []),
+        ("--lr-decay 0.1", "lr_decay", 0.1),
+        ("--lr 0", "lr", 0),
+        ("--momentum 0", "momentum", 0),
+        ("-L auto", "sync_every", "auto"),
+        ("-L 1", "sync_every", 1),
+        ("-b 2", "batch_size", 2),
+        ("-s 0", "seed", 0),
+        ("--alpha 0", "alpha", 0),
+        ("--frac 0.5", "frac", 0.5),
+        ("--outer-step 0.3", "outer_step", 0.3),
+        ("--proc /tmp/p", "proc", Path("/tmp/p")),
+        ("--out there", "out", Path("there")),
+        ("--data .", "data", Path(".")),
+        ("--eval-every 7", "eval_every", 7),
+        ("--amp bf16", "amp", "bf16"),
+        ("--whiten", "whiten", True),
+    ],
+)
+def test_a_flag_wins_over_every_default(line, name, value):
+    assert getattr(parse(line), name) == value
+
+
+@pytest.mark.parametrize(
+    ("line", "momentum"),
+    [("", 0.9), ("--momentum 0.5", 0.5), ("--momentum 0.5 --outer-momentum 0", 0), ("--outer-momentum 0.2", 0.2)],
+)
+def test_outer_momentum_follows_momentum(line, momentum):
+    assert parse(line).outer_momentum == momentum
+
+
+@pytest.mark.parametrize(
+    ("line", "augment"),
+    [
+        *((f"-d {name}", name.startswith("cifar")) for name in "mnist fashion cifar10 cifar100 svhn digits".split()),
+        ("-m allcnn -d mnist", False),
+        ("-d mnist --augment", True),
+        ("-d cifar10 --no-augment", False),
+    ],
+)
+def test_cifar_alone_is_augmented_unless_told(line, augment):
+    assert parse(line).augment is augment
+
+
+@pytest.mark.parametrize(
+    ("line", "replicas"),
+    [("", 12), ("-n 3", 3), ("-n 12", 12), ("--method elastic-sgd", 12), ("--method sgd", 1), ("--method sgd -n 4", 4)],
+)
+def test_replicas_of_a_launcher_with_12_ranks(line, replicas):
+    assert parse(line, 12).replicas == replicas
+
+
+@pytest.mark.parametrize(("line", "size"), [("", None), ("-n 6", None), ("", 12), ("-n 4", 12)])
+def test_elastic_sgd_starts_at_rho_n_of_one(line, size):
+    args = parse(f"--method elastic-sgd {line}", size)
+    assert args.rho * args.replicas == pytest.approx(1)
+    assert (args.sync_every, args.gamma) == (1, 0)
+
+
+@pytest.mark.parametrize("flag", ["-m allcnn", "-d svhn", "-s 3", "-n 2", "-L 4", "-b 64", "-B 0.5"])
+def test_short_flags_are_long_ones(flag):
+    long = dict(
+        zip(
+            ["-m", "-d", "-s", "-n", "-L", "-b", "-B"],
+            ["--model", "--dataset", "--seed", "--replicas", "--sync-every", "--batch-size", "--epochs"],
+            strict=True,
+        )
+    )
+    assert parse(flag) == parse(long[flag[:2]] + flag[2:]) != parse("")
+
+
+def test_resolving_leaves_what_was_given_as_it_was():
+    given = options.parser("parle_mpi.py", "Parle.").parse_args(["--method", "elastic-sgd"])
+    before = dict(vars(given))
+    options.resolve(given, 12)
+    assert vars(given) == before
+    assert given.dataset is given.replicas is given.rho is None
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("-n 0", "-n/--replicas: 0 is not a whole number of at least 1"),
+        ("-n -1", "-n/--replicas: -1 is not"),
+        ("-n 2.5", "-n/--replicas: 2.5 is not"),
+        ("-n x", "-n/--replicas: x is not"),
+        ("-n nan", "-n/--replicas: nan is not"),
+        ("-n", "-n/--replicas"),
+        ("-L -3", "-L/--sync-every: -3 is not"),
+        ("-L 0", "-L/--sync-every: 0 is not"),
+        ("-L 1.5", "-L/--sync-every: 1.5 is not"),
+        ("-L Auto?", "-L/--sync-every: Auto? is not a whole number of at least 1, such as 25, or auto"),
+        ("--gamma nan", "--gamma: nan is not"),
+        ("--gamma inf", "--gamma: inf is not"),
+        ("--gamma -1", "--gamma: -1 is not"),
+        ("--gamma -1e-3", "--gamma"),
+        ("--gamma small", "--gamma: small is not"),
+        ("--rho nan", "--rho: nan is not"),
+        ("--rho -0.5", "--rho: -0.5 is not"),
+        ("--rho 1/n", "--rho: 1/n is not"),
+        ("--alpha 1", "--alpha: 1 is not"),
+        ("--alpha -0.1", "--alpha: -0.1 is not"),
+        ("--alpha nan", "--alpha: nan is not"),
+        ("--outer-step -1", "--outer-step: -1 is not"),
+        ("--outer-step inf", "--outer-step: inf is not"),
+        ("--outer-momentum 1", "--outer-momentum: 1 is not"),
+        ("--frac 1.5", "--frac: 1.5 is not"),
+        ("--frac 0", "--frac: 0 is not"),
+        ("--frac nan", "--frac: nan is not"),
+        ("-b 0", "-b/--batch-size: 0 is not"),
+        ("-b 1", "-b/--batch-size: 1 is not a whole number of at least 2"),
+        ("-B 0", "-B/--epochs: 0 is not"),
+        ("-B nan", "-B/--epochs: nan is not"),
+        ("-B inf", "-B/--epochs: inf is not"),
+        ("-B -1", "-B/--epochs: -1 is not"),
+        ("--lr nan", "--lr: nan is not"),
+        ("--lr inf", "--lr: inf is not"),
+        ("--lr -0.1", "--lr: -0.1 is not"),
+        ("--lr-drops 0", "--lr-drops: 0 is not"),
+        ("--lr-drops 1 nan", "--lr-drops: nan is not"),
+        ("--lr-drops 1,2", "--lr-drops: 1,2 is not"),
+        ("--lr-decay 0", "--lr-decay: 0 is not"),
+        ("--momentum 1", "--momentum: 1 is not"),
+        ("--weight-decay -1", "--weight-decay: -1 is not"),
+        ("--dropout 1", "--dropout: 1 is not"),
+        ("-s -1", "-s/--seed: -1 is not"),
+        ("-s 1.5", "-s/--seed: 1.5 is not"),
+        (f"-s {2**64}", f"-s/--seed: {2**64} is not"),
+        ("-m allcn", "did you mean allcnn?"),
+        ("-m resnet", "-m/--model: there is no resnet"),
+        ("-m resnet", "lenet, allcnn, wrn-28-10, wrn-16-4"),
+        ("-d mnits", "did you mean mnist?"),
+        ("-d cifar", "did you mean cifar10"),
+        ("-d imagenet", "mnist, fashion, cifar10, cifar100, svhn, digits"),
+        ("--method parl", "did you mean parle?"),
+        ("--method adam", "parle, entropy-sgd, elastic-sgd, sgd"),
+        ("--gama 0.1", "unknown argument --gama; did you mean --gamma?"),
+        ("--gama=0.1", "did you mean --gamma?"),
+        ("--gama=0.0123456789", "did you mean --gamma?"),
+        ("--batchsize 64", "unknown argument --batchsize; did you mean --batch-size?"),
+        ("--replica 3", "unknown argument --replica; did you mean --replicas?"),
+        ("--sync 3", "unknown argument --sync"),
+        ("-x", "unknown argument -x; python parle_mpi.py -h"),
+        ("lenet", "unknown argument lenet; python parle_mpi.py -h"),
+        ("-n 3 cifar10", "unknown argument cifar10"),
+        ("--whiten yes", "unknown argument yes"),
+        ("--eval-every 0", "--eval-every: 0 is not"),
+        ("--amp fp16", "--amp: there is no fp16"),
+        ("-L auto --gamma 0", "-L auto needs a pull towards the anchor: --gamma"),
+        ("-L auto --method sgd", "-L auto needs a pull towards the anchor: --gamma"),
+        ("--data /nonexistent", "--data /nonexistent"),
+        (f"--data {__file__}", f"--data {__file__}"),
+    ],
+)
+def test_a_wrong_command_line_is_told_in_one_line(line, told, capsys):
+    assert told in complaint(capsys, parse, line)
+
+
+@pytest.mark.parametrize(
+    ("line", "size", "told"),
+    [
+        ("-n 5", 12, "12 ranks cannot be shared equally by -n 5 replicas: use -n with one of 1, 2, 3, 4, 6, 12\n"),
+        ("-n 12", 3, "3 ranks cannot be shared equally by -n 12 replicas: use -n with one of 1, 3\n"),
+        ("-n 3 -b 7", 12, "-b 7 leaves less than 2 images for each of 4 ranks of a replica: -b 8 or more\n"),
+        (
+            "--method sgd -b 23",
+            12,
+            "-b 23 leaves less than 2 images for each of 12 ranks of a replica: -b 24 or more\n",
+        ),
+    ],
+)
+def test_what_does_not_fit_the_ranks_is_told_in_one_line(line, size, told, capsys):
+    assert told in complaint(capsys, parse, line, size)
+
+
+@pytest.mark.parametrize(("line", "size"), [("-n 3 -b 8", 12), ("--method sgd -b 24", 12), ("-n 3 -b 2", 3)])
+def test_two_images_a_rank_are_enough(line, size):
+    assert parse(line, size).batch_size == int(line.split()[-1])
+
+
+def find(name, index=0):
+    return options.device(options.parser("parle_mpi.py", "Parle."), name, index)
+
+
+@pytest.mark.parametrize("name", ["nonsense", "cuda:99", "cpu:x"])
+def test_a_device_that_is_not_here_is_told_in_one_line(name, capsys):
+    assert f"--device {name} " in complaint(capsys, find, name)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_where_there_is_none_is_told_in_one_line(capsys):
+    assert complaint(capsys, find, "cuda").endswith("use --device cpu\n")
+
+
+@pytest.mark.parametrize("name", ["cpu", "auto"])
+def test_without_an_accelerator_the_device_is_the_cpu(name, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
+    assert find(name, 5) == torch.device("cpu")
+
+
+@pytest.mark.parametrize(("name", "indices"), [("auto", [0, 1, 0]), ("cuda", [0, 1, 0]), ("cuda:1", [1, 1, 1])])
+def test_ranks_of_a_node_are_dealt_its_accelerators(name, indices, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
+    monkeypatch.setattr(torch, "get_device_module", lambda device: SimpleNamespace(device_count=lambda: 2))
+    monkeypatch.setattr(torch, "empty", lambda size, device: None)
+    assert [find(name, rank) for rank in range(3)] == [torch.device("cuda", index) for index in indices]
+
+
+def test_help_names_every_flag(capsys):
+    with pytest.raises(SystemExit) as exit:
+        parse("-h")
+    out, err = capsys.readouterr()
+    assert (exit.value.code, err) == (0, "")
+    assert set(re.findall(r"(?<![\w-])--?[A-Za-z][\w-]*", out)) >= set(FLAGS)
+
+
+LAUNCHED = [
+    ("PMI_RANK", "PMI_SIZE"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
+    ("PMIX_RANK", "ANY"),
+]
+
+
+@pytest.mark.parametrize(("rank", "size"), LAUNCHED)
+@pytest.mark.parametrize("line", ["-n 0", "--gama 1", "--data /nonexistent"])
+def test_one_rank_tells_and_every_rank_exits(rank, size, line, monkeypatch, capsys):
+    monkeypatch.setenv(size, "3")
+    monkeypatch.setenv(rank, "0")
+    complaint(capsys, parse, line)
+    monkeypatch.setenv(rank, "1")
+    with pytest.raises(SystemExit) as exit:
+        parse(line)
+    assert (exit.value.code, *capsys.readouterr()) == (2, "", "")
+
+
+def test_one_rank_alone_prints_the_help(monkeypatch, capsys):
+    monkeypatch.setenv("PMI_SIZE", "3")
+    monkeypatch.setenv("PMI_RANK", "1")
+    with pytest.raises(SystemExit) as exit:
+        parse("-h")
+    assert (exit.value.code, *capsys.readouterr()) == (0, "", "")

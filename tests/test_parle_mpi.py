@@ -1,0 +1,159 @@
+"""The program and its class as real MPI processes, each run with a time limit."""
+
+import json
+
+import pytest
+import torch
+
+import models
+from tests.conftest import ROOT
+
+OFFLINE = dict(http_proxy="http://127.0.0.1:9", https_proxy="http://127.0.0.1:9")  # nobody listens there
+
+
+@pytest.fixture(scope="session")
+def proc(tmp_path_factory):
+    return tmp_path_factory.mktemp("proc")
+
+
+@pytest.fixture
+def train(python, proc, tmp_path):
+    """Train on digits; gives the log, event by event, and what was printed."""
+
+    def train(*arguments, ranks=None, **environment):
+        out = tmp_path / "run"
+        common = ("-d", "digits", "--proc", proc, "--out", out)
+        done = python(ROOT / "parle_mpi.py", *common, *arguments, ranks=ranks, **environment)
+        assert done.returncode == 0, done.stderr
+        return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()], done.stdout
+
+    return train
+
+
+def of(log, event):
+    return [line for line in log if line["event"] == event]
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_every_rank_in_lockstep_with_the_reference(python, ranks):
+    done = python(ROOT / "tests" / "lockstep.py", ranks=ranks)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("all equal\n")
+
+
+def test_n_3_starts_three_ranks_and_trains_three_replicas(train, tmp_path):
+    log, printed = train("-n", 3, "-B", 0.75)
+    start, end = log[0], log[-1]
+    assert (start["event"], start["replicas"], start["ranks"], start["devices"]) == ("start", 3, 3, ["cpu"] * 3)
+    rounds = of(log, "round")
+    assert [line["round"] for line in rounds] == list(range(1, 10))
+    assert rounds[-1]["loss"] < rounds[0]["loss"] / 5
+    assert rounds[0]["spread"] == 0 < rounds[1]["spread"]
+    assert [line["rho"] for line in rounds[:2]] == pytest.approx([0.75, 0.75 * (1 + 1 / 24)])
+    assert [line["gamma"] for line in rounds[:2]] == pytest.approx([0.01, 0.01 * (1 + 1 / 24)])
+    (evaluation,) = of(log, "eval")
+    assert len(evaluation["replica_errors"]) == len(evaluation["distances"]) == 3
+    assert all(0 < distance < 0.2 for distance in evaluation["distances"])
+    assert evaluation["master_error"] < 6
+    assert end["images"] == 3 * 9 * 25 * 128
+    assert all(line.startswith("lenet on digits  ") for line in printed.splitlines())
+
+    model = models.build("lenet", channels=1, size=8, classes=10)
+    model.load_state_dict(torch.load(tmp_path / "run" / "master.pt", weights_only=True))
+
+
+def test_the_same_command_gives_the_same_run(train, tmp_path):
+    runs = []
+    for _ in range(2):
+        log, _ = train("-n", 2, "-B", 0.16, "-L", 5)
+        runs.append(
+            [[line["loss"], line["error"], line["spread"]] for line in of(log, "round")] + [log[-2]["master_loss"]]
+        )
+        (tmp_path / "run").rename(tmp_path / f"run{len(runs)}")
+    assert runs[0] == runs[1]
+
+
+def test_twelve_ranks_on_two_cores_are_twelve_replicas(train):
+    log, _ = train("-B", 0.08, "-L", 2, ranks=12)
+    assert log[0]["replicas"] == log[0]["ranks"] == len(of(log, "eval")[0]["replica_errors"]) == 12
+    assert log[0]["threads"] == 1
+
+
+def test_two_replicas_over_four_ranks_share_their_batches(train):
+    log, _ = train("-n", 2, "-B", 0.16, "-L", 5, "-b", 50, ranks=4)
+    assert (log[0]["replicas"], log[0]["ranks"]) == (2, 4)
+    assert log[-1]["images"] == 2 * of(log, "round")[-1]["round"] * 5 * 50
+
+
+def test_sgd_is_data_parallel_over_the_ranks(train):
+    log, _ = train("--method", "sgd", "-B", 2, ranks=3)
+    assert (log[0]["replicas"], log[0]["ranks"], log[0]["sync_every"]) == (1, 3, 1)
+    rounds = of(log, "round")
+    assert [line["round"] for line in rounds] == [12, 24]  # one line for up to 25 mini-batches
+    assert rounds[1]["loss"] < rounds[0]["loss"]
+    assert len(of(log, "eval")) == 2
+
+
+@pytest.mark.parametrize("method", ["elastic-sgd", "entropy-sgd"])
+def test_presets_train(train, method):
+    epochs = dict(zip(("elastic-sgd", "entropy-sgd"), (3, 0.25), strict=True))[method]
+    log, _ = train("--method", method, "-n", 2, "-B", epochs)
+    assert of(log, "round")[-1]["loss"] < 1.5
+
+
+def test_ranks_with_different_settings_stop_with_one_line(python, proc):
+    command = [ROOT / "parle_mpi.py", "-d", "digits", "--proc", proc, "--lr"]
+    import sys
+
+    done = python(*command, 0.1, ":", "-n", 1, sys.executable, *command, 0.2, ranks=1)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "parle_mpi.py: error: lr is 0.1 on rank 0 and 0.2 on rank 1: start every rank with the same\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "ranks", "words"),
+    [
+        (["-n", 5, "-d", "digits"], 12, "use -n with one of 1, 2, 3, 4, 6, 12"),
+        (["-b", 2000, "-d", "digits"], 2, "-b 1437 or less"),
+        (["-d", "mnist", "-n", 2], None, "give --data DIR"),
+        (["--data", "/", "-n", 1], None, "/MNIST/raw/train-images-idx3-ubyte is missing"),
+        (["-d", "digits", "--out", "/proc/none", "-n", 2], None, "name a new folder"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2_for_all_ranks(python, tmp_path, arguments, ranks, words):
+    proc = tmp_path / "proc"
+    done = python(ROOT / "parle_mpi.py", "--proc", proc, *arguments, ranks=ranks, cwd=tmp_path, **OFFLINE)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("parle_mpi.py: error: ")
+    assert words in line
+    assert not (tmp_path / "runs").exists()
+
+
+def test_without_a_network_it_says_so_and_trains_on_digits(python, tmp_path):
+    done = python(ROOT / "parle_mpi.py", "-n", 2, "-B", 0.08, "--proc", tmp_path / "proc", cwd=tmp_path, **OFFLINE)
+    assert done.returncode == 0, done.stderr
+    warning, *lines = done.stdout.splitlines()
+    assert warning.startswith("WARNING: training on digits, scikit-learn's 8 x 8 images, instead of mnist: ")
+    assert all(line.startswith("lenet on digits  ") for line in lines)
+    (log,) = (tmp_path / "runs").glob("*-lenet-digits/log.jsonl")
+    assert json.loads(log.read_text().splitlines()[0])["dataset"] == "digits"
+
+
+def test_a_run_is_never_written_over(python, proc, tmp_path):
+    (tmp_path / "log.jsonl").write_text("precious")
+    done = python(ROOT / "parle_mpi.py", "-n", 1, "-d", "digits", "--proc", proc, "--out", tmp_path)
+    assert done.returncode == 2
+    assert "name a new folder" in done.stderr
+    assert (tmp_path / "log.jsonl").read_text() == "precious"
+
+
+@pytest.mark.slow
+def test_mnist_reaches_the_error_that_the_readme_names(python, raw, tmp_path):
+    command = ("-n", 3, "-B", 0.25, "--data", raw, "--proc", tmp_path / "proc", "--out", tmp_path / "run")
+    done = python(ROOT / "parle_mpi.py", *command, timeout=900)
+    assert done.returncode == 0, done.stderr
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert log[-1]["master_error"] < 0.75

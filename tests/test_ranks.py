@@ -1,0 +1,399 @@
+import os
+import re
+import stat
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+
+import ranks
+
+ROOT = Path(ranks.__file__).parent
+
+# of torch, ranks needs the name Tensor alone, and importing it takes 2 s
+LIGHT = "import types; sys.modules['torch'] = types.SimpleNamespace(Tensor=object)"
+
+
+@pytest.fixture
+def script(tmp_path):
+    """A program that has `ranks`."""
+
+    def write(body, *, light=True):
+        path = tmp_path / "script.py"
+        head = f"import os, sys, time\nsys.path.insert(0, {str(ROOT)!r})\n{LIGHT if light else ''}\nimport ranks\n"
+        path.write_text(head + body)
+        return path
+
+    return write
+
+
+# launched
+
+
+@pytest.mark.parametrize(
+    ("environment", "launched"),
+    [
+        ("PMI_RANK=1 PMI_SIZE=3", (1, 3)),
+        ("PMI_RANK=0 PMI_SIZE=1", (0, 1)),
+        ("OMPI_COMM_WORLD_RANK=2 OMPI_COMM_WORLD_SIZE=4", (2, 4)),
+        ("OMPI_COMM_WORLD_RANK=2 OMPI_COMM_WORLD_SIZE=4 PMIX_RANK=2", (2, 4)),
+        ("SLURM_PROCID=5 SLURM_STEP_NUM_TASKS=8", (5, 8)),
+        ("SLURM_PROCID=5 SLURM_STEP_NUM_TASKS=8 PMIX_RANK=5", (5, 8)),
+        ("PMIX_RANK=3", (3, None)),
+        ("", None),
+        ("PMI_RANK=1", None),
+        ("SLURM_PROCID=0 SLURM_NTASKS=8 SLURM_JOB_ID=1", None),
+        ("SLURM_PROCID=0 SLURM_STEP_NUM_TASKS=1", None),
+        ("SLURM_PROCID=0 SLURM_STEP_NUM_TASKS=1 PMI_RANK=1 PMI_SIZE=3", (1, 3)),
+        # srun --mpi=pmix and --mpi=pmi2 of one task, which may be a shell
+        ("SLURM_PROCID=0 SLURM_STEP_NUM_TASKS=1 PMIX_RANK=0 PMIX_NAMESPACE=slurm.pmix.7.0", None),
+        ("SLURM_PROCID=0 SLURM_STEP_NUM_TASKS=1 PMI_RANK=0 PMI_SIZE=1 PMI_JOBID=7.0", None),
+    ],
+)
+def test_launchers_are_known_by_their_environment(environment, launched):
+    assert ranks.launched(dict(item.split("=") for item in environment.split())) == launched
+
+
+def test_launched_reads_this_process_environment(monkeypatch):
+    for name in {name for names in ranks.LAUNCHERS.values() for name in names if name}:
+        monkeypatch.delenv(name, raising=False)
+    assert ranks.launched() is None
+    monkeypatch.setenv("PMI_RANK", "1")
+    monkeypatch.setenv("PMI_SIZE", "3")
+    assert ranks.launched() == (1, 3)
+
+
+# start
+
+
+class Replaced(Exception):
+    """What a real execv never comes back from."""
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A Python in `beside` and a PATH of `path`, both without an mpiexec; what start() would run is Replaced's args."""
+
+    def execv(*arguments):
+        raise Replaced(*arguments)
+
+    folders = SimpleNamespace(beside=tmp_path / "beside", path=tmp_path / "path")
+    folders.beside.mkdir()
+    folders.path.mkdir()
+    with mock.patch.dict(os.environ):
+        for name in [name for name in os.environ if name.startswith(("PRTE", "OMPI", "PARLE"))]:
+            del os.environ[name]
+        monkeypatch.setattr(os, "execv", execv)
+        monkeypatch.setattr(sys, "executable", str(folders.beside / "python3"))
+        monkeypatch.setattr(sys, "argv", ["parle_mpi.py", "-n", "3", "--out", "a b"])
+        os.environ["PATH"] = str(folders.path)
+        yield folders
+
+
+def mpiexec(folder):
+    path = folder / "mpiexec"
+    path.write_text("#!/bin/sh\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return str(path)
+
+
+def test_one_rank_needs_no_launcher(place):
+    mpiexec(place.beside)
+    before = dict(os.environ)
+    ranks.start(1)
+    assert os.environ == before
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_the_mpiexec_beside_python_is_used_first(place, elsewhere):
+    if elsewhere:
+        mpiexec(place.path)
+    beside = mpiexec(place.beside)
+    with pytest.raises(Replaced) as replaced:
+        ranks.start(3)
+    assert replaced.value.args == (beside, [beside, "-n", "3", sys.executable, *sys.argv])
+
+
+def test_then_the_mpiexec_of_the_path(place):
+    on_path = mpiexec(place.path)
+    with pytest.raises(Replaced) as replaced:
+        ranks.start(12)
+    assert replaced.value.args == (on_path, [on_path, "-n", "12", sys.executable, *sys.argv])
+
+
+def test_without_an_mpiexec_it_says_what_to_type(place):
+    with pytest.raises(FileNotFoundError, match="pip install mpich"):
+        ranks.start(3)
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_ranks_are_told_of_a_terminal(place, terminal, monkeypatch):
+    mpiexec(place.beside)
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(isatty=lambda: terminal))
+    monkeypatch.setenv("COLUMNS", "77")
+    with pytest.raises(Replaced):
+        ranks.start(3)
+    assert os.environ.get(ranks.TERMINAL) == ("77" if terminal else None)
+
+
+def test_what_the_user_told_open_mpi_stays(place, monkeypatch):
+    mpiexec(place.beside)
+    monkeypatch.setenv("OMPI_ALLOW_RUN_AS_ROOT", "0")
+    with pytest.raises(Replaced):
+        ranks.start(3)
+    assert (os.environ["OMPI_ALLOW_RUN_AS_ROOT"], os.environ["OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"]) == ("0", "1")
+
+
+def test_start_runs_the_same_command_as_that_many_ranks(python, script):
+    path = script("print(ranks.launched(), sys.argv[1:])\nif ranks.launched() is None:\n    ranks.start(3)\n")
+    done = python(path, "-n", "a b", timeout=20)
+    lines = [f"{launched} ['-n', 'a b']" for launched in ["(0, 3)", "(1, 3)", "(2, 3)", "None"]]
+    assert sorted(done.stdout.splitlines()) == lines
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+# run
+
+
+RAISE = """
+from mpi4py import MPI
+comm = MPI.COMM_WORLD
+
+def main():
+    if comm.rank == 1:
+        time.sleep({delay})
+        print(time.time())
+        raise {error}
+    time.sleep(0.3 - {delay})
+    {wait}
+
+ranks.run(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("delay", "wait", "error"),
+    [
+        (0.3, "comm.Barrier()", "ValueError('wrong')"),
+        (0.3, "ranks.wait(comm.Ibarrier())", "ValueError('wrong')"),
+        (0.0, "comm.Barrier()", "ValueError('wrong')"),
+        (0.0, "time.sleep(30)", "ValueError('wrong')"),
+        (0.3, "ranks.gather(comm, 1)", "KeyboardInterrupt('wrong')"),
+        (0.3, "ranks.gather(comm, 1)", "ValueError('wrong\\n  in the second line')"),
+    ],
+)
+def test_an_exception_on_one_rank_ends_all_within_a_second(delay, wait, error, python, script):
+    done = python(script(RAISE.format(delay=delay, wait=wait, error=error)), ranks=3, timeout=15)
+    ended = time.time()
+    assert done.returncode != 0
+    assert "Traceback" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"rank 1: {error.partition('(')[0]}: wrong")
+    assert ended - float(done.stdout.split()[0]) < 2, "one, and one for a busy machine"
+
+
+def test_an_exception_before_mpi_is_imported_passes_through(monkeypatch):
+    monkeypatch.delitem(sys.modules, "mpi4py.MPI", raising=False)
+
+    def main():
+        raise ValueError("wrong")
+
+    with pytest.raises(ValueError, match="^wrong$"):
+        ranks.run(main)
+
+
+@pytest.mark.parametrize(("initialized", "finalized"), [(False, False), (True, True)])
+def test_an_exception_outside_of_mpi_passes_through(initialized, finalized, monkeypatch):
+    mpi = SimpleNamespace(Is_initialized=lambda: initialized, Is_finalized=lambda: finalized)
+    monkeypatch.setitem(sys.modules, "mpi4py.MPI", mpi)
+
+    def main():
+        raise KeyError("wrong")
+
+    with pytest.raises(KeyError, match="wrong"):
+        ranks.run(main)
+
+
+def test_run_returns_after_main():
+    called = []
+    ranks.run(lambda: called.append(1))
+    assert called == [1]
+
+
+def test_without_a_launcher_an_exception_is_that_of_rank_0(python, script):
+    body = "from mpi4py import MPI\ndef main():\n    raise OSError('alone')\nranks.run(main)\n"
+    done = python(script(body), timeout=15)
+    assert done.returncode != 0
+    assert done.stderr.splitlines()[-1] == "rank 0: OSError: alone"
+
+
+EXIT = """
+from mpi4py import MPI
+comm = MPI.COMM_WORLD
+
+def main():
+    if comm.rank in {ranks}:
+        sys.exit(2)
+    ranks.gather(comm, 1)
+
+ranks.run(main)
+"""
+
+
+def test_all_ranks_exit_without_a_word(python, script):
+    done = python(script(EXIT.format(ranks=(0, 1, 2))), ranks=3, timeout=15)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "")
+
+
+def test_one_rank_that_exits_ends_all(python, script):
+    done = python(script(EXIT.format(ranks=(1,))), ranks=3, timeout=4)
+    assert done.returncode != 0
+
+
+# Waiting, adding, comparing
+
+
+THREE = """
+import torch
+from mpi4py import MPI
+
+
+def raises(kind, action):
+    try:
+        action()
+    except kind as error:
+        return str(error)
+    raise AssertionError(f"no {kind}")
+
+
+def three(comm):
+    assert comm.size == 3
+
+
+def add_sums_in_place(comm):
+    for dtype in (torch.float32, torch.float64):
+        tensor = torch.arange(5, dtype=dtype) * 10**comm.rank
+        ranks.add(comm, tensor)
+        assert tensor.dtype == dtype and tensor.tolist() == [0, 111, 222, 333, 444], tensor
+    whole = torch.ones(6, dtype=torch.float64)
+    ranks.add(comm, whole[2:4])
+    assert whole.tolist() == [1, 1, 3, 3, 1, 1], whole
+
+
+def gather_gives_every_rank_all_in_order(comm):
+    assert ranks.gather(comm, {"rank": comm.rank}) == [{"rank": 0}, {"rank": 1}, {"rank": 2}]
+
+
+def broadcast_gives_every_rank_those_of_rank_0(comm):
+    for dtype in (torch.float32, torch.float64, torch.int64):
+        tensor = torch.full((2, 3), 7 + comm.rank, dtype=dtype)
+        ranks.broadcast(comm, tensor)
+        assert tensor.tolist() == [[7] * 3] * 2, tensor
+
+
+def waiting_burns_little(comm):
+    for action in (
+        lambda: ranks.wait(comm.Ibarrier()),
+        lambda: ranks.gather(comm, 1),
+        lambda: ranks.add(comm, torch.ones(1000)),
+        lambda: ranks.broadcast(comm, torch.ones(1000)),
+    ):
+        comm.Barrier()
+        began, burned = time.perf_counter(), time.process_time()
+        if comm.rank == 0:
+            time.sleep(0.5)
+        action()
+        waited, burned = time.perf_counter() - began, time.process_time() - burned
+        assert waited > 0.45, waited
+        assert burned < 0.2 * waited, (burned, waited)
+
+
+def a_message_is_not_slept_over(comm):
+    comm.Barrier()
+    began = time.perf_counter()
+    for _ in range(50):
+        ranks.add(comm, torch.ones(10))
+    seconds = time.perf_counter() - began
+    assert seconds < 2, seconds
+
+
+def settings_that_differ_are_told_to_every_rank(comm):
+    ranks.check_same(comm, {"lr": 0.1, "L": "auto"})
+    told = raises(ranks.Disagreement, lambda: ranks.check_same(comm, {"L": 25, "rho": 0.5 if comm.rank == 2 else 0.25}))
+    assert "rho is 0.25 on rank 0 and 0.5 on rank 2" in told, told
+    told = raises(ValueError, lambda: ranks.check_same(comm, {"seed": comm.rank}))
+    assert "seed is 0 on rank 0 and 1 on rank 1" in told, told
+
+
+def together_acts_here_alone(comm):
+    acted = []
+    result = ranks.together(comm, lambda: acted.append(comm.rank) or "done", comm.rank == 1)
+    assert (acted, result) == (([1], "done") if comm.rank == 1 else ([], None)), (acted, result)
+
+
+def together_fails_everywhere(comm):
+    def action():
+        raise FileNotFoundError(2, f"not on rank {comm.rank}", "a file")
+
+    for here in (0, 2):
+        told = raises(OSError, lambda: ranks.together(comm, action, comm.rank == here, KeyError, OSError))
+        assert told == f"[Errno 2] not on rank {here}: 'a file'", told
+
+
+def another_failure_is_raised_there_alone(comm):
+    def action():
+        raise ZeroDivisionError("here")
+
+    alone = comm.Split(comm.rank)
+    assert raises(ZeroDivisionError, lambda: ranks.together(alone, action, True, OSError)) == "here"
+    assert ranks.gather(comm, 1) == [1, 1, 1]
+
+
+def cores_are_shared(comm):
+    node = ranks.node(comm)
+    assert (node.size, node.rank) == (3, comm.rank)
+    os.environ.pop("OMP_NUM_THREADS", None)
+    assert ranks.threads(node) == max(1, len(os.sched_getaffinity(0)) // 3)
+    for cores, threads in [
+        (set(range(13)), 4),
+        ({0, 1}, 1),
+        ({2 * comm.rank, 2 * comm.rank + 1}, 2),
+    ]:
+        os.sched_getaffinity = lambda process: cores
+        assert ranks.threads(node) == threads, (cores, ranks.threads(node))
+    os.environ["OMP_NUM_THREADS"] = "5"
+    assert ranks.threads(node) == 5
+
+
+def main():
+    for check in CHECKS:
+        check(MPI.COMM_WORLD)
+        MPI.COMM_WORLD.Barrier()
+    sys.stdout.write(f"{MPI.COMM_WORLD.rank} is done\\n")
+
+
+ranks.run(main)
+"""
+
+
+def test_three_ranks_wait_add_compare_and_act_together(python, script):
+    checks = [name for name in re.findall(r"^def (\w+)\(comm\):", THREE, re.M)]
+    assert len(checks) == 11
+    done = python(script(THREE.replace("CHECKS", f"[{', '.join(checks)}]"), light=False), ranks=3, timeout=40)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert sorted(done.stdout.splitlines()) == ["0 is done", "1 is done", "2 is done"]
+
+
+def test_one_rank_adds_without_a_message():
+    tensor = torch.arange(3.0)
+    ranks.add(SimpleNamespace(size=1), tensor)
+    assert tensor.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("told", ["3", "3,2"])
+def test_threads_are_those_of_omp_num_threads(told, comm, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", told)
+    assert ranks.threads(comm) == 3

@@ -1,0 +1,288 @@
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from datetime import UTC, datetime, timedelta
+
+import pytest
+import torch
+from torch import nn
+
+import ranks
+import report
+
+LABEL = "lenet on mnist"
+START = {
+    "event": "start",
+    "arguments": {"method": "parle", "batch_size": 128, "epochs": 0.5, "out": "runs/x", "lr_drops": []},
+    "dataset": "mnist",
+    "replicas": 3,
+    "sync_every": 25,
+    "parameters": 132220,
+    "images": 60000,
+    "batches_per_epoch": 469,
+    "ranks": 6,
+    "threads": 2,
+    "devices": ["cuda:1", "cuda:0", "cuda:1"],
+}
+EVAL = {
+    "event": "eval",
+    "round": 12,
+    "epoch": 0.5,
+    "seconds": 60.0,
+    "master_loss": 0.01234567,
+    "master_error": 0.4567,
+    "replica_errors": [0.5, 0.555, 10.0 / 16],
+    "ensemble_error": 0.4449,
+    "distances": [0.12345, 0.25, 0.5],
+}
+END = {
+    "event": "end",
+    "seconds": 60.0,
+    "wall_seconds": 66.0,
+    "master_error": 0.4567,
+    "best_master_error": 0.4321,
+    "sync_seconds": 1.5,
+    "wait_seconds": 3.0,
+    "images": 60000,
+}
+
+
+def round_event(number, rounds, seconds, **other):
+    event = {"event": "round", "round": number, "rounds": rounds, "epoch": number / 24, "seconds": seconds}
+    figures = {"loss": 0.25, "error": 7.125, "lr": 0.1, "gamma": 0.01, "rho": 0.01, "spread": 0.5}
+    return event | figures | {"sync_seconds": 0.01, "images_per_second": 1234.5} | other
+
+
+def events(rounds=12):
+    return [START, *(round_event(k, rounds, float(k)) for k in range(1, rounds + 1)), EVAL, END]
+
+
+@pytest.fixture
+def tell(tmp_path, monkeypatch):
+    monkeypatch.delenv(ranks.TERMINAL, raising=False)
+    return report.Report(tmp_path / "runs" / "one", LABEL)
+
+
+def test_the_log_holds_each_event_at_once(tell):
+    fed = []
+    for event in events():
+        tell(event)
+        fed.append(event)
+        lines = tell.log.read_text().splitlines()
+        assert [json.loads(line) for line in lines] == fed
+    assert tell.log.name == "log.jsonl"
+    assert {event["event"] for event in fed} == {"start", "round", "eval", "end"}
+
+
+def test_the_log_of_a_diverged_run_is_json(tell):
+    def refuse(constant):
+        raise ValueError(f"{constant} is not JSON")
+
+    tell(round_event(1, 2, 1.0, loss=float("nan"), spread=float("inf")))
+    assert json.loads(tell.log.read_text(), parse_constant=refuse)["event"] == "round"
+
+
+def test_every_line_says_what_is_trained_on_what(tell, capsys):
+    for event in events():
+        tell(event)
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) > 10
+    assert all(line.startswith(f"{LABEL}  ") for line in out.splitlines())
+    assert err == ""
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({}, "parle: 3 replicas on 6 ranks, 2 threads each, cuda:0, cuda:1"),
+        ({}, "132,220 parameters, 60,000 images; a round is 25 mini-batches of 128, an epoch 469 rounds; 0.5 epochs"),
+        (dict(replicas=1, ranks=1, threads=1, devices=["cpu"]), "parle: 1 replica on 1 rank, 1 thread each, cpu\n"),
+    ],
+)
+def test_the_start_says_what_will_run_where(changed, words, tell, capsys):
+    tell(START | changed)
+    out = capsys.readouterr().out
+    assert words in out
+    assert str(tell.folder) in out
+
+
+@pytest.mark.parametrize(
+    ("seconds", "printed"),
+    [
+        (range(1, 13), [1, 6, 11, 12]),
+        ([0.1, 0.2, 0.3], [1, 3]),
+        ([2.0, 6.9, 7.0, 7.1], [1, 3, 4]),
+        ([10.0, 20.0, 30.0], [1, 2, 3]),
+    ],
+)
+def test_rounds_print_every_5_seconds_and_at_the_end(seconds, printed, tell, capsys):
+    tell(START)
+    for number, second in enumerate(seconds, 1):
+        tell(round_event(number, len(seconds), second))
+    rounds = re.findall(r"round +(\d+)/(\d+)", capsys.readouterr().out)
+    assert rounds == [(str(number), str(len(seconds))) for number in printed]
+
+
+def test_a_round_line_tells_the_figures_and_the_time_left(tell, capsys):
+    tell(round_event(6, 24, 30.0))
+    line = f"{LABEL}  round  6/24  epoch 0.25  loss 0.2500  error  7.12 %  1,234 images/s  1:30 left\n"
+    assert capsys.readouterr().out == line
+
+
+def test_an_evaluation_shows_master_replicas_and_ensemble(tell, capsys):
+    tell(EVAL)
+    shown = "epoch 0.50  test error: master 0.46 %  replicas 0.50 0.56 0.62 %  ensemble 0.44 %\n"
+    assert capsys.readouterr().out == f"{LABEL}  {shown}"
+
+
+def test_the_end_shows_a_table_of_errors(tell, capsys):
+    tell(EVAL)
+    capsys.readouterr()
+    tell(END)
+    out = capsys.readouterr().out
+    rows = re.findall(rf"^{LABEL} +(master|replica \d|ensemble) +(\d+\.\d\d) %   (.+)$", out, re.M)
+    away = "of the master's norm away from it"
+    assert rows == [
+        ("master", "0.46", "loss 0.0123, best 0.43 %"),
+        ("replica 0", "0.50", f"0.1235 {away}"),
+        ("replica 1", "0.56", f"0.2500 {away}"),
+        ("replica 2", "0.62", f"0.5000 {away}"),
+        ("ensemble", "0.44", "of the replicas' probabilities"),
+    ]
+    last = out.splitlines()[-1]
+    assert "60.0 s of training, 1,000 images/s; synchronizing 2.50 % of it" in last
+    assert "slowest replica 5.0 %" in last
+    assert str(tell.folder) in last
+
+
+def test_a_second_run_in_the_same_folder_leaves_the_first_as_it_was(tell):
+    tell(START)
+    before = tell.log.read_bytes()
+    with pytest.raises(FileExistsError, match=re.escape(str(tell.log))):
+        report.Report(tell.folder, LABEL)
+    assert tell.log.read_bytes() == before
+
+
+def test_a_folder_that_is_there_already_is_used(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    report.Report(tmp_path, LABEL)
+    assert {path.name for path in tmp_path.iterdir()} == {"notes.txt", "log.jsonl"}
+
+
+def test_a_folder_that_cannot_be_made_is_an_os_error(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        report.Report(tmp_path / "file" / "run", LABEL)
+
+
+@pytest.fixture
+def model():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).to(memory_format=torch.channels_last)
+
+
+def test_the_saved_master_is_a_plain_state_dict(tell, model):
+    tell.save_master(model)
+    saved = torch.load(tell.folder / "master.pt", weights_only=True)
+    torch.testing.assert_close(saved, dict(model.state_dict()), rtol=0, atol=0)
+    assert {path.name for path in tell.folder.iterdir()} == {"log.jsonl", "master.pt"}
+
+
+def test_the_master_is_replaced_by_a_later_one(tell, model):
+    tell.save_master(model)
+    nn.init.ones_(model[0].weight)
+    tell.save_master(model)
+    assert torch.load(tell.folder / "master.pt", weights_only=True)["0.weight"].eq(1).all()
+
+
+def test_the_master_is_synced_then_renamed(tell, model, monkeypatch):
+    calls, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: calls.append("fsync") or fsync(file))
+    monkeypatch.setattr(os, "replace", lambda *paths: calls.append("replace") or replace(*paths))
+    tell.save_master(model)
+    assert calls == ["fsync", "replace"]
+
+
+def test_a_failure_while_saving_leaves_the_old_master(tell, model, monkeypatch):
+    tell.save_master(model)
+    before = (tell.folder / "master.pt").read_bytes()
+
+    def save(state, file):
+        file.write(before[: len(before) // 2])
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(OSError, match="No space left"):
+        tell.save_master(model)
+    assert (tell.folder / "master.pt").read_bytes() == before
+
+
+def test_surroundings_say_when_what_and_where(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["parle_mpi.py", "-n", "3"])
+    found = report.surroundings()
+    assert found.keys() == {"time", "command", "python", "torch", "machine", "revision"}
+    assert abs(datetime.strptime(found["time"], "%Y-%m-%dT%H:%M:%S%z") - datetime.now(UTC)) < timedelta(minutes=1)
+    assert found["command"] == ["parle_mpi.py", "-n", "3"]
+    assert (found["python"], found["torch"]) == (platform.python_version(), torch.__version__)
+    assert platform.machine() in found["machine"]
+    assert json.loads(json.dumps(found)) == found
+
+
+@pytest.mark.parametrize(
+    ("git", "revision"),
+    [
+        (lambda command: subprocess.CompletedProcess(command, 0, "0123abc-dirty\n", ""), "0123abc-dirty"),
+        (lambda command: subprocess.CompletedProcess(command, 128, "", "fatal: not a git repository"), None),
+        (FileNotFoundError(2, "No such file or directory", "git"), None),
+        (subprocess.TimeoutExpired("git", 10), None),
+    ],
+    ids=["known", "no repository", "no git", "hangs"],
+)
+def test_the_revision_is_what_git_says_if_anything(git, revision, monkeypatch):
+    def run(command, **options):
+        assert command[0] == "git"
+        assert options["timeout"] <= 10
+        if isinstance(git, Exception):
+            raise git
+        return git(command)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert report.surroundings()["revision"] == revision
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_on_a_terminal_a_bar_stands_for_the_round_lines(told, tell, monkeypatch, capsys):
+    if told:
+        monkeypatch.setenv(ranks.TERMINAL, "100")
+    else:
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    for event in events():
+        tell(event)
+    out, err = capsys.readouterr()
+    assert not re.search(r"round +\d+/\d+", out)
+    assert "test error: master 0.46 %" in out
+    bars = [bar for bar in re.split(r"[\r\n]", err) if bar.strip()]
+    assert all(bar.startswith(LABEL) for bar in bars)
+    assert "12/12" in bars[-1]
+    if told:
+        assert max(map(len, bars)) <= 100
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [
+        (0, "0:00"),
+        (9.4, "0:09"),
+        (59.4, "0:59"),
+        (59.6, "1:00"),
+        (61, "1:01"),
+        (3599, "59:59"),
+        (3599.6, "1:00:00"),
+        (3661, "1:01:01"),
+        (360000, "100:00:00"),
+    ],
+)
+def test_clock(seconds, shown):
+    assert report._clock(seconds) == shown
