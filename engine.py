@@ -32,6 +32,11 @@ class Team(NamedTuple):
 ALONE = Team()
 
 
+def count_rounds(epochs: float, batches_per_epoch: int) -> int:
+    """An epoch is a round for each mini-batch in one pass over the data; a run has one at least."""
+    return max(1, round(epochs * batches_per_epoch))
+
+
 def train(
     models: list[nn.Module],
     batches: list[Batches],
@@ -55,7 +60,7 @@ def train(
         team, world: who shares one replica's mini-batches, and all there are.
     """
     nb, batch_size = batches[0].per_epoch, batches[0].batch_size
-    rounds = max(1, round(epochs * nb))
+    rounds = count_rounds(epochs, nb)
     drops = [round(drop * nb) for drop in lr_drops]
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, drops, lr_decay)
     device = next(models[0].parameters()).device
@@ -73,8 +78,8 @@ def train(
             inputs, targets = next(source)
             with precision:
                 logits = model(inputs)
-                # so that the mean over the team is the mean over the whole batch, however it was cut
-                loss = F.cross_entropy(logits, targets, reduction="sum") * (team.size / batch_size)
+            # scaled so that the mean over the team is the mean over the whole batch, however that was cut
+            loss = F.cross_entropy(logits.float(), targets, reduction="sum") * (team.size / batch_size)
             loss.backward()
             riders[0] += loss.detach()
             riders[1] += (logits.detach().argmax(1) != targets).sum() * (team.size / batch_size)
@@ -93,7 +98,6 @@ def train(
             yield {
                 "event": "round",
                 "round": done,
-                "rounds": rounds,
                 "epoch": done / nb,
                 "seconds": seconds,
                 "loss": loss_sum / since,
@@ -176,7 +180,7 @@ def evaluate(
     for here, replica in enumerate(replicas):
         optimizer.copy_replica_to(model, here)
         logits, wrong[replica] = test(rows, team)
-        probabilities[rows] += logits.double().softmax(1).cpu()
+        probabilities[rows] += logits.softmax(1).cpu()
         if team.index == 0:
             distances[replica] = optimizer.distances()[here]
     optimizer.copy_master_to(model)
@@ -226,7 +230,7 @@ def recalibrate_batch_norm(model: nn.Module, data: Dataset, batch_size: int, tea
         model(data.inputs(data.train_images[indices]))
 
     statistics = [value for layer in layers for value in (layer.running_mean, layer.running_var)]
-    message = torch.cat([value.double().cpu() * len(mine) / count for value in statistics])
+    message = torch.cat([value.cpu().double() * len(mine) / count for value in statistics])
     team.add(message)
     for value, mean in zip(statistics, message.split([len(value) for value in statistics]), strict=True):
         value.copy_(mean)

@@ -5,8 +5,8 @@ A subclass defines `_mean_gradient`, over what one replica is spread over, and `
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -53,15 +53,33 @@ class Replica:
 
     def gather_gradient(self) -> None:
         """Copy the parameters' gradients into `gradient`. None is zero: no rank may skip what another one sends."""
+        gradients, views = [], []
         for parameter, view, address in zip(self.parameters, self.gradient_views, self.addresses, strict=True):
             if parameter.data_ptr() != address:
                 raise RuntimeError("A parameter has left the optimizer's vector: build Parle after model.to(...)")
-            if parameter.grad is None:
+            gradient = parameter.grad
+            if gradient is None:
                 view.zero_()
-            elif parameter.grad.is_sparse:
+            elif gradient.is_sparse:
                 raise RuntimeError("Parle does not support sparse gradients")
             else:
-                view.copy_(parameter.grad)
+                gradients.append(gradient)
+                views.append(view)
+        if gradients:
+            torch._foreach_copy_(views, gradients)  # one call: half the time of 14, and one kernel on a GPU
+
+
+class Part(NamedTuple):
+    """What one group has of its replica's vectors, and of the home's for the master: slices, (p,). None with L = 1."""
+
+    weights: Tensor
+    gradient: Tensor
+    inner_momentum: Tensor
+    outer_momentum: Tensor | None
+    anchor: Tensor | None
+    inner_avg: Tensor | None
+    master: Tensor
+    master_momentum: Tensor | None
 
 
 class ReplicaOptimizer(torch.optim.Optimizer):
@@ -81,18 +99,19 @@ class ReplicaOptimizer(torch.optim.Optimizer):
         has_inner_loop = self._shared("sync_every") != 1
         self._shared("batches_per_epoch")
         trainable: dict[int, list[nn.Parameter]] = {}
-        self._slices: list[slice] = []  # of its replica's vectors, group by group
+        slices = []
         for group in self.param_groups:
             parameters = trainable.setdefault(group["replica"], [])
             start = sum(parameter.numel() for parameter in parameters)
             parameters += [parameter for parameter in group["params"] if parameter.requires_grad]
-            self._slices.append(slice(start, sum(parameter.numel() for parameter in parameters)))
+            slices.append(slice(start, sum(parameter.numel() for parameter in parameters)))
         with torch.no_grad():
             self._replicas = {a: Replica(_checked(parameters), has_inner_loop) for a, parameters in trainable.items()}
             self._home = next(iter(self._replicas.values()))  # keeps the master
             self._home.state["master"] = self._home.weights.clone()
             if has_inner_loop:
                 self._home.state["master_momentum_buffer"] = torch.zeros_like(self._home.weights)
+        self._parts = [self._part(group, part) for group, part in zip(self.param_groups, slices, strict=True)]
         self._link_state()
 
     # What a subclass communicates
@@ -121,20 +140,20 @@ class ReplicaOptimizer(torch.optim.Optimizer):
         for replica in self._replicas.values():
             replica.gather_gradient()
             self._mean_gradient(replica)
-        for group, replica, part in self._parts():
+        for group, part in zip(self.param_groups, self._parts, strict=True):
             alone = group["round_length"] == 1
             descend(
-                replica.weights[part],
-                replica.gradient[part],
-                replica.state["inner_momentum_buffer"][part],
-                self.master[part] if alone else replica.state["anchor"][part],
+                part.weights,
+                part.gradient,
+                part.inner_momentum,
+                part.master if alone else part.anchor,
                 pull=group["scoped_rho"] if alone else group["scoped_gamma"],
                 lr=group["lr"],
                 momentum=group["momentum"],
                 weight_decay=group["weight_decay"],
             )
             if not alone:
-                replica.state["inner_avg"][part].lerp_(replica.weights[part], 1 - group["alpha"])
+                part.inner_avg.lerp_(part.weights, 1 - group["alpha"])
             group["batches"] += 1
         if self.batches == self.param_groups[0]["round_length"]:
             self.sync()
@@ -168,22 +187,21 @@ class ReplicaOptimizer(torch.optim.Optimizer):
         self._mean_messages()
         self.sync_seconds.append(time.perf_counter() - start)
 
-        home = self._home
-        if alone:
-            self.master.copy_(home.gradient)
-        for group, replica, part in () if alone else self._parts():
-            state, mean = replica.state, replica.gradient[part]
+        for group, part in zip(self.param_groups, self._parts, strict=True):
+            at_home = self._replicas[group["replica"]] is self._home
             outer = dict(
                 pull=group["scoped_rho"],
-                step_size=group["outer_step"] * group["lr"],
+                lr=group["outer_step"] * group["lr"],
                 momentum=group["outer_momentum"],
             )
-            move_anchor(
-                state["anchor"][part], state["inner_avg"][part], mean, state["outer_momentum_buffer"][part], **outer
-            )
-            replica.weights[part].copy_(state["anchor"][part])
-            if replica is home:
-                move_anchor(self.master[part], mean, mean, state["master_momentum_buffer"][part], **outer)
+            mean = part.gradient
+            if not alone:
+                move_anchor(part.anchor, part.inner_avg, mean, part.outer_momentum, **outer)
+                part.weights.copy_(part.anchor)
+                if at_home:
+                    move_anchor(part.master, mean, mean, part.master_momentum, **outer)
+            elif at_home:
+                part.master.copy_(mean)
         for group in self.param_groups:
             group["rounds"] += 1
             group["batches"] = 0
@@ -260,10 +278,12 @@ class ReplicaOptimizer(torch.optim.Optimizer):
 
     # Helpers
 
-    def _parts(self) -> Iterator[tuple[dict[str, Any], Replica, slice]]:
-        """Each group with its replica and its slice of the replica's vectors."""
-        for group, part in zip(self.param_groups, self._slices, strict=True):
-            yield group, self._replicas[group["replica"]], part
+    def _part(self, group: dict[str, Any], part: slice) -> Part:
+        replica, home = self._replicas[group["replica"]], self._home
+        own = ("inner_momentum_buffer", "outer_momentum_buffer", "anchor", "inner_avg")
+        sources = [replica.weights, replica.gradient, *(replica.state.get(name) for name in own)]
+        sources += [home.state["master"], home.state.get("master_momentum_buffer")]
+        return Part(*(None if source is None else source[part] for source in sources))
 
     def _link_state(self) -> None:
         """Show the flat vectors, parameter by parameter, as `self.state`."""
@@ -280,7 +300,7 @@ class ReplicaOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def _copy_to(self, target: nn.Module | Iterable[Tensor], replica: Replica, vector: Tensor) -> None:
-        groups = [group for group, owner, _ in self._parts() if owner is replica]
+        groups = [group for group in self.param_groups if self._replicas[group["replica"]] is replica]
         sources = [parameter for group in groups for parameter in group["params"]]
         values = dict(zip(replica.parameters, replica.views(vector), strict=True))
         if not isinstance(target, nn.Module):

@@ -23,6 +23,7 @@ updates of n replicas, hence c_k's factor L n, as in the published code.
 """
 
 from torch import Tensor
+from torch.optim.sgd import sgd
 
 GAMMA_CAP = 1.0  # of γ_k, as in the authors' code
 PULL_CAP = 10.0  # of c_k, as in the authors' code
@@ -49,6 +50,14 @@ def round_length(sync_every: int | str, lr: float, gamma: float) -> int:
     return max(1, round(lr / gamma)) if sync_every == "auto" else sync_every
 
 
+def nesterov(
+    weights: Tensor, gradient: Tensor, momentum_buffer: Tensor, *, lr: float, momentum: float, weight_decay: float = 0.0
+) -> None:
+    """u ← μ u + d;  y ← y − lr (d + μ u), in place: torch.optim.SGD's own kernel, a single pass over (P,) vectors."""
+    settings = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, dampening=0.0, nesterov=True, maximize=False)
+    sgd([weights], [gradient], [momentum_buffer], fused=True, **settings)
+
+
 def descend(
     weights: Tensor,
     gradient: Tensor,
@@ -60,17 +69,14 @@ def descend(
     momentum: float,
     weight_decay: float,
 ) -> None:
-    """One step of SGD with Nesterov's momentum (torch.optim.SGD's form), pulled towards `center`. All are (P,).
+    """One inner step of `weights` down the loss's `gradient`, pulled towards `center`. All are (P,).
 
     Within a round, `center` is the anchor and `pull` is γ_k; with L = 1 they are the master and c_k. In place:
     `weights` and `momentum_buffer` are updated, `gradient` is used up.
     """
-    if weight_decay:
-        gradient.add_(weights, alpha=weight_decay)
     if pull:
-        gradient.add_(weights, alpha=pull).sub_(center, alpha=pull)
-    momentum_buffer.mul_(momentum).add_(gradient)
-    weights.add_(gradient.add_(momentum_buffer, alpha=momentum), alpha=-lr)
+        gradient.sub_(center, alpha=pull)
+    nesterov(weights, gradient, momentum_buffer, lr=lr, momentum=momentum, weight_decay=weight_decay + pull)
 
 
 def move_anchor(
@@ -80,14 +86,13 @@ def move_anchor(
     momentum_buffer: Tensor,
     *,
     pull: float,
-    step_size: float,
+    lr: float,
     momentum: float,
 ) -> None:
-    """The outer update of an anchor x^a from its own z^a and the mean z of all, each (P,): a step of s lr.
+    """The outer step of an anchor x^a, by its own z^a and the mean z of all, each (P,); `lr` is s lr. In place.
 
     It is linear, so the mean of the anchors obeys it too, with the mean of the z^a as its own: given the master, z,
-    z and the mean momentum, it moves the master without another message. In place.
+    z and the mean momentum, it moves the master without another message.
     """
     gradient = (anchor - inner_avg).add_(anchor - mean_avg, alpha=pull)
-    momentum_buffer.mul_(momentum).add_(gradient)
-    anchor.add_(gradient.add_(momentum_buffer, alpha=momentum), alpha=-step_size)
+    nesterov(anchor, gradient, momentum_buffer, lr=lr, momentum=momentum)

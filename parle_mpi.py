@@ -159,7 +159,7 @@ def main() -> None:
     comm = MPI.COMM_WORLD
     if launched is not None and launched[1] not in (None, comm.size):
         parser.error(
-            f"the launcher started {launched[1]} ranks but {MPI.Get_library_version().split()[0]}, the MPI of mpi4py, "
+            f"the launcher started {launched[1]} ranks but {MPI.get_vendor()[0]}, the MPI of mpi4py, "
             f"sees {comm.size}: use its own mpiexec, or install mpi4py for the launcher's MPI"
         )
     try:
@@ -236,6 +236,7 @@ def train(parser: options.Parser, given: argparse.Namespace, comm: "MPI.Comm") -
                 "parameters": sum(parameter.numel() for parameter in model.parameters()),
                 "images": len(data.train_labels),
                 "batches_per_epoch": batches.per_epoch,
+                "rounds": engine.count_rounds(args.epochs, batches.per_epoch),
                 "ranks": comm.size,
                 "threads": torch.get_num_threads(),
                 "devices": devices,

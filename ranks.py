@@ -9,10 +9,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 if TYPE_CHECKING:
     from mpi4py import MPI
+    from torch import Tensor
 
 # What each launcher tells the ranks it starts: where a rank finds its number and how many there are. PMIx gives no
 # size. Slurm sets its names in a job step; one of a single task may be a shell, so that one launches nothing.
@@ -87,7 +86,7 @@ def wait(request: "MPI.Request") -> None:
         time.sleep(0 if waited < 1e-3 else min(waited / 10, 1e-3))
 
 
-def add(comm: "MPI.Comm", tensor: Tensor) -> None:
+def add(comm: "MPI.Comm", tensor: "Tensor") -> None:
     """Sum a tensor in the host's memory over the ranks of `comm`, in place: one collective, none for one rank."""
     if comm.size > 1:
         from mpi4py import MPI
@@ -95,7 +94,7 @@ def add(comm: "MPI.Comm", tensor: Tensor) -> None:
         wait(comm.Iallreduce(MPI.IN_PLACE, tensor))
 
 
-def broadcast(comm: "MPI.Comm", tensor: Tensor) -> None:
+def broadcast(comm: "MPI.Comm", tensor: "Tensor") -> None:
     """Give a contiguous tensor in the host's memory the values it has on rank 0, in place."""
     wait(comm.Ibcast(tensor))
 

@@ -31,6 +31,7 @@ class Report:
         self.log.touch(exist_ok=False)
         self.bar: tqdm | None = None
         self.spoken = -LINE_EVERY
+        self.start: dict[str, Any] = {}
         self.last_eval: dict[str, Any] = {}
 
     def __call__(self, event: dict[str, Any]) -> None:
@@ -44,36 +45,32 @@ class Report:
         sys.stdout.flush()
 
     def _start(self, event: dict[str, Any]) -> None:
-        n, L, nb = event["replicas"], event["sync_every"], event["batches_per_epoch"]
-        arguments = event["arguments"]
+        self.start, arguments = event, event["arguments"]
         self.say(
-            f"{arguments['method']}: {n} replica{'s' * (n > 1)} on {event['ranks']} rank{'s' * (event['ranks'] > 1)}, "
-            f"{event['threads']} thread{'s' * (event['threads'] > 1)} each, {', '.join(sorted(set(event['devices'])))}"
+            f"{arguments['method']}: {_count(event['replicas'], 'replica')} on {_count(event['ranks'], 'rank')}, "
+            f"{_count(event['threads'], 'thread')} each, {', '.join(sorted(set(event['devices'])))}"
         )
         self.say(
-            f"{event['parameters']:,} parameters, {event['images']:,} images; a round is {L} mini-batches of "
-            f"{arguments['batch_size']}, an epoch {nb} rounds; {arguments['epochs']:g} epochs, in {self.folder}"
+            f"{event['parameters']:,} parameters, {event['images']:,} images; {event['rounds']} rounds of "
+            f"{event['sync_every']} mini-batches of {arguments['batch_size']}, {event['batches_per_epoch']} rounds an "
+            f"epoch; in {self.folder}"
         )
         columns = os.environ.get(ranks.TERMINAL)
         if columns or sys.stderr.isatty():
             self.bar = tqdm(
-                desc=self.label, unit="round", ncols=int(columns) if columns else None, dynamic_ncols=not columns
+                total=event["rounds"], desc=self.label, unit="round", ncols=int(columns) if columns else None
             )
 
     def _round(self, event: dict[str, Any]) -> None:
+        done, total = event["round"], self.start["rounds"]
         figures = f"loss {event['loss']:.4f}  error {event['error']:5.2f} %  {event['images_per_second']:,.0f} images/s"
         if self.bar is not None:
-            self.bar.total = event["rounds"]
             self.bar.set_postfix_str(figures, refresh=False)
-            self.bar.update(event["round"] - self.bar.n)
-        elif event["seconds"] - self.spoken >= LINE_EVERY or event["round"] == event["rounds"]:
+            self.bar.update(done - self.bar.n)
+        elif event["seconds"] - self.spoken >= LINE_EVERY or done == total:
             self.spoken = event["seconds"]
-            left = event["seconds"] / event["round"] * (event["rounds"] - event["round"])
-            width = len(str(event["rounds"]))
-            self.say(
-                f"round {event['round']:{width}}/{event['rounds']}  epoch {event['epoch']:.2f}  {figures}  "
-                f"{_clock(left)} left"
-            )
+            left = _clock(event["seconds"] / done * (total - done))
+            self.say(f"round {done:{len(str(total))}}/{total}  epoch {event['epoch']:.2f}  {figures}  {left} left")
 
     def _eval(self, event: dict[str, Any]) -> None:
         self.last_eval = event
@@ -134,6 +131,10 @@ def surroundings() -> dict[str, Any]:
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "revision": revision,
     }
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _clock(seconds: float) -> str:

@@ -1,3 +1,4 @@
+import contextlib
 import errno
 import hashlib
 import multiprocessing
@@ -7,6 +8,8 @@ import re
 import shutil
 import socket
 import struct
+import threading
+import time
 import tracemalloc
 import urllib.error
 from pathlib import Path
@@ -469,6 +472,37 @@ def test_processes_that_build_at_once_all_get_the_data(stale, tiny, proc, monkey
     assert [run.exitcode for run in runs] == [0, 0, 0]
     assert [path.name for path in proc.iterdir()] == ["tiny"]
     assert_holds(loader.load("tiny", proc=proc), arrays)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_run_whose_folder_another_run_replaces_at_that_moment_does_not_fail(tiny, proc):
+    arrays, _ = tiny
+    leave_no_meta(proc)
+    context = multiprocessing.get_context("fork")
+    stale, rename, open_folder = context.Barrier(2), os.rename, loader._open
+
+    def run(number):
+        """Both find the folder stale; the second replaces what the first has put there and not opened yet."""
+
+        def slow_rename(source, target):
+            moves_away = source == proc / "tiny"
+            if moves_away:
+                with contextlib.suppress(threading.BrokenBarrierError):
+                    stale.wait(timeout=1)
+            time.sleep(0.1 * number * moves_away)
+            rename(source, target)
+            time.sleep(0.3 * number * moves_away)
+
+        os.rename = slow_rename
+        loader._open = lambda *args: (time.sleep(0.2 * (1 - number)), open_folder(*args))[1]
+        assert_holds(loader.load("tiny", proc=proc), arrays)
+
+    runs = [context.Process(target=run, args=(number,)) for number in range(2)]
+    for process in runs:
+        process.start()
+    for process in runs:
+        process.join()
+    assert [process.exitcode for process in runs] == [0, 0]
 
 
 def test_building_makes_no_float_copy_of_the_images(tiny, proc):

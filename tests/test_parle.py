@@ -64,7 +64,7 @@ def test_descend_by_hand():
 
 def test_move_anchor_by_hand():
     x, v = torch.tensor([1.0]), torch.tensor([0.5])
-    move_anchor(x, torch.tensor([0.4]), torch.tensor([0.1]), v, pull=0.75, step_size=0.2, momentum=0.9)
+    move_anchor(x, torch.tensor([0.4]), torch.tensor([0.1]), v, pull=0.75, lr=0.2, momentum=0.9)
     d = (1 - 0.4) + 0.75 * (1 - 0.1)
     assert v.item() == pytest.approx(0.9 * 0.5 + d)
     assert x.item() == pytest.approx(1 - 0.2 * (d + 0.9 * (0.9 * 0.5 + d)))
@@ -74,8 +74,8 @@ def test_the_mean_of_the_anchors_obeys_the_outer_update_itself():
     anchors, averages, momenta = torch.randn(3, 4, 7, dtype=torch.float64).unbind()
     master, momentum, z = anchors.mean(0), momenta.mean(0), averages.mean(0)
     for x, average, v in zip(anchors, averages, momenta, strict=True):
-        move_anchor(x, average, z, v, pull=0.75, step_size=0.1, momentum=0.9)
-    move_anchor(master, z, z, momentum, pull=0.75, step_size=0.1, momentum=0.9)
+        move_anchor(x, average, z, v, pull=0.75, lr=0.1, momentum=0.9)
+    move_anchor(master, z, z, momentum, pull=0.75, lr=0.1, momentum=0.9)
     assert torch.allclose(master, anchors.mean(0), rtol=1e-12, atol=0)
     assert torch.allclose(momentum, momenta.mean(0), rtol=1e-12, atol=0)
 
@@ -88,7 +88,7 @@ def test_sgd_is_torchs_sgd(comm, start, momentum):
     settings = SETTINGS | dict(momentum=momentum)
     ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
     parle = Parle([ours], comm, batches_per_epoch=5, **preset("sgd"), **settings)
-    sgd = torch.optim.SGD([theirs], nesterov=momentum > 0, **settings)
+    sgd = torch.optim.SGD([theirs], nesterov=momentum > 0, fused=True, **settings)
     for got, wanted in zip(train(parle, ours, 200), train(sgd, theirs, 200), strict=True):
         assert torch.equal(got, wanted)
     assert torch.equal(parle.master, theirs.detach())
@@ -97,7 +97,7 @@ def test_sgd_is_torchs_sgd(comm, start, momentum):
 def test_the_inner_loop_without_pull_is_torchs_sgd_until_the_first_sync(comm, start):
     ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
     parle = Parle([ours], comm, batches_per_epoch=5, sync_every=26, gamma=0, rho=0, **SETTINGS)
-    sgd = torch.optim.SGD([theirs], nesterov=True, **SETTINGS)
+    sgd = torch.optim.SGD([theirs], nesterov=True, fused=True, **SETTINGS)
     for got, wanted in zip(train(parle, ours, 25), train(sgd, theirs, 25), strict=True):
         assert torch.equal(got, wanted)
 

@@ -31,9 +31,6 @@ def script(tmp_path):
     return write
 
 
-# launched
-
-
 @pytest.mark.parametrize(
     ("environment", "launched"),
     [
@@ -49,9 +46,9 @@ def script(tmp_path):
         ("SLURM_PROCID=0 SLURM_NTASKS=8 SLURM_JOB_ID=1", None),
         ("SLURM_PROCID=0 SLURM_STEP_NUM_TASKS=1", None),
         ("SLURM_PROCID=0 SLURM_STEP_NUM_TASKS=1 PMI_RANK=1 PMI_SIZE=3", (1, 3)),
-        # srun --mpi=pmix and --mpi=pmi2 of one task, which may be a shell
+        # srun --pty bash, where Slurm's MpiDefault is pmix or pmi2
         ("SLURM_PROCID=0 SLURM_STEP_NUM_TASKS=1 PMIX_RANK=0 PMIX_NAMESPACE=slurm.pmix.7.0", None),
-        ("SLURM_PROCID=0 SLURM_STEP_NUM_TASKS=1 PMI_RANK=0 PMI_SIZE=1 PMI_JOBID=7.0", None),
+        ("SLURM_PROCID=0 SLURM_STEP_NUM_TASKS=1 PMI_RANK=0 PMI_SIZE=1", None),
     ],
 )
 def test_launchers_are_known_by_their_environment(environment, launched):
@@ -65,9 +62,6 @@ def test_launched_reads_this_process_environment(monkeypatch):
     monkeypatch.setenv("PMI_RANK", "1")
     monkeypatch.setenv("PMI_SIZE", "3")
     assert ranks.launched() == (1, 3)
-
-
-# start
 
 
 class Replaced(Exception):
@@ -150,13 +144,10 @@ def test_what_the_user_told_open_mpi_stays(place, monkeypatch):
 
 def test_start_runs_the_same_command_as_that_many_ranks(python, script):
     path = script("print(ranks.launched(), sys.argv[1:])\nif ranks.launched() is None:\n    ranks.start(3)\n")
-    done = python(path, "-n", "a b", timeout=20)
+    done = python(path, "-n", "a b", timeout=20, PYTHONUNBUFFERED="")
     lines = [f"{launched} ['-n', 'a b']" for launched in ["(0, 3)", "(1, 3)", "(2, 3)", "None"]]
     assert sorted(done.stdout.splitlines()) == lines
     assert (done.returncode, done.stderr) == (0, "")
-
-
-# run
 
 
 RAISE = """
@@ -187,7 +178,7 @@ ranks.run(main)
     ],
 )
 def test_an_exception_on_one_rank_ends_all_within_a_second(delay, wait, error, python, script):
-    done = python(script(RAISE.format(delay=delay, wait=wait, error=error)), ranks=3, timeout=15)
+    done = python(script(RAISE.format(delay=delay, wait=wait, error=error)), ranks=3, timeout=15, PYTHONUNBUFFERED="")
     ended = time.time()
     assert done.returncode != 0
     assert "Traceback" in done.stderr
@@ -201,7 +192,7 @@ def test_an_exception_before_mpi_is_imported_passes_through(monkeypatch):
     def main():
         raise ValueError("wrong")
 
-    with pytest.raises(ValueError, match="^wrong$"):
+    with pytest.raises(ValueError, match=r"^wrong$"):
         ranks.run(main)
 
 
@@ -253,9 +244,6 @@ def test_one_rank_that_exits_ends_all(python, script):
     assert done.returncode != 0
 
 
-# Waiting, adding, comparing
-
-
 THREE = """
 import torch
 from mpi4py import MPI
@@ -304,10 +292,10 @@ def waiting_burns_little(comm):
         comm.Barrier()
         began, burned = time.perf_counter(), time.process_time()
         if comm.rank == 0:
-            time.sleep(0.5)
+            time.sleep(0.3)
         action()
         waited, burned = time.perf_counter() - began, time.process_time() - burned
-        assert waited > 0.45, waited
+        assert waited > 0.25, waited
         assert burned < 0.2 * waited, (burned, waited)
 
 

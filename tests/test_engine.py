@@ -1,0 +1,533 @@
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
+from itertools import chain, pairwise
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import engine
+import loader
+from optimizer import ReplicaOptimizer
+from parle_mpi import Parle
+
+SGD = dict(lr=0.1, sync_every=1, gamma=0.0, rho=0.0)
+ROUND = {
+    *("event", "round", "epoch", "seconds", "loss", "error", "lr", "gamma", "rho", "spread", "sync_seconds"),
+    "images_per_second",
+}
+EVAL = {
+    *("event", "round", "epoch", "seconds", "master_loss", "master_error", "replica_errors", "ensemble_error"),
+    "distances",
+}
+END = {"event", "seconds", "master_error", "best_master_error", "sync_seconds", "images"}
+
+
+class Together(ReplicaOptimizer):
+    """Replicas that all live here."""
+
+    def __init__(self, params, num_replicas, **changes):
+        settings = dict(lr=0.1, momentum=0.9, weight_decay=0.0, sync_every=5, gamma=0.01, rho=0.01, alpha=0.75)
+        settings |= dict(outer_step=1.0, outer_momentum=None, batches_per_epoch=5)
+        super().__init__(params, num_replicas, **settings | changes)
+
+    def _mean_messages(self):
+        mean = torch.stack([replica.message for replica in self._replicas.values()]).mean(0)
+        for replica in self._replicas.values():
+            replica.message.copy_(mean)
+
+
+def dataset(train=40, test=30, size=4):
+    """Random images whose class is how bright their upper half is."""
+    images = torch.randint(0, 256, (train + test, size, size, 1), dtype=torch.uint8)
+    brightness = images[:, : size // 2].float().mean((1, 2, 3))
+    labels = brightness.argsort().argsort() * 3 // (train + test)
+    pixels = images[:train].float()
+    mean, std = pixels.mean((0, 1, 2)), pixels.std((0, 1, 2))
+    return loader.Dataset("bright", images[:train], labels[:train], images[train:], labels[train:], mean, std, 3)
+
+
+def mlp():
+    return nn.Sequential(nn.Flatten(), nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 3))
+
+
+def network():
+    """With batch norm that sees dropout, and dropout that the logits see."""
+    return nn.Sequential(
+        *(nn.Dropout(0.3), nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5)),
+        *(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)),
+    )
+
+
+def norms(model):
+    return [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d)]
+
+
+def statistics(model):
+    return [tensor.clone() for layer in norms(model) for tensor in (layer.running_mean, layer.running_var)]
+
+
+def inputs_of(data, images):
+    return ((images.float() - data.mean) / data.std).permute(0, 3, 1, 2)
+
+
+def shared(size, work):
+    """What `work(team)` gives to each of a team of threads."""
+    barrier, tensors = threading.Barrier(size, timeout=20), [None] * size
+
+    def team(index):
+        def add(tensor):
+            tensors[index] = tensor.clone()
+            barrier.wait()
+            total = sum(tensors)
+            barrier.wait()
+            tensor.copy_(total)
+
+        return engine.Team(index, size, add)
+
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(lambda index: work(team(index)), range(size)))
+
+
+@pytest.mark.parametrize(("size", "total"), [(1, 10), (3, 10), (4, 3), (7, 100)])
+def test_the_parts_of_a_team_make_up_the_whole(size, total):
+    rows = [list(range(total))[engine.Team(index, size).part(total)] for index in range(size)]
+    assert list(chain(*rows)) == list(range(total))
+    assert max(map(len, rows)) - min(map(len, rows)) <= 1
+
+
+# Batch norm
+
+
+def test_recalibrated_statistics_are_those_of_the_training_images_without_dropout():
+    data, model = dataset(), nn.Sequential(nn.Dropout(0.5), nn.BatchNorm2d(1))
+    (layer,) = norms(model)
+    layer.running_mean.fill_(7.0)
+    pixels = inputs_of(data._replace(std=data.std / 3), data.train_images)
+    engine.recalibrate_batch_norm(model, data._replace(std=data.std / 3), batch_size=len(data.train_labels))
+    torch.testing.assert_close(layer.running_mean, pixels.mean((0, 2, 3)), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(layer.running_var, pixels.var((0, 2, 3)), atol=1e-5, rtol=1e-5)
+
+
+def test_recalibration_is_repeatable_bit_for_bit_and_draws_no_random_number():
+    data, model = dataset(), network().train()
+    random = torch.get_rng_state()
+    engine.recalibrate_batch_norm(model, data, batch_size=8)
+    assert torch.equal(torch.get_rng_state(), random)
+    first = statistics(model)
+    for layer in norms(model):
+        layer.running_mean.normal_()
+    torch.manual_seed(1)
+    engine.recalibrate_batch_norm(model, data, batch_size=8)
+    assert all(map(torch.equal, statistics(model), first))
+
+
+@pytest.mark.parametrize(("limit", "batch_size", "count"), [(100, 8, 5), (100, 7, 5), (3, 8, 3)])
+def test_recalibration_equals_torchs_update_bn_where_there_is_no_dropout(limit, batch_size, count, monkeypatch):
+    monkeypatch.setattr(engine, "RECALIBRATION_BATCHES", limit)
+    data, model = dataset(), network()
+    for layer in model:
+        if isinstance(layer, nn.Dropout):
+            layer.p = 0.0
+    reference, seen = deepcopy(model), []
+    hook = model.register_forward_pre_hook(lambda model, given: seen.append(given[0].clone()))
+    engine.recalibrate_batch_norm(model, data, batch_size)
+    hook.remove()
+    assert [len(batch) for batch in seen] == [batch_size] * count
+    images = {tuple(image.flatten().tolist()) for image in inputs_of(data, data.train_images)}
+    chosen = [tuple(image.flatten().tolist()) for image in torch.cat(seen)]
+    assert len(set(chosen)) == len(chosen) and set(chosen) <= images
+    torch.optim.swa_utils.update_bn(seen, reference)
+    torch.testing.assert_close(statistics(model), statistics(reference), atol=1e-6, rtol=1e-6)
+
+
+def test_recalibration_restores_modes_and_momenta():
+    model = network().train()
+    model[0].eval()
+    model[2].eval()
+    model[2].momentum, model[7].momentum = 0.3, None
+    modes = [layer.training for layer in model.modules()]
+    weights = [parameter.clone() for parameter in model.parameters()]
+    engine.recalibrate_batch_norm(model, dataset(), batch_size=8)
+    assert [layer.training for layer in model.modules()] == modes
+    assert (model[2].momentum, model[7].momentum) == (0.3, None)
+    assert all(map(torch.equal, model.parameters(), weights))
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_recalibration_without_batch_norm_does_nothing():
+    model, calls = mlp().train(), []
+    model.register_forward_hook(lambda *args: calls.append(args))
+    engine.recalibrate_batch_norm(model, dataset(), batch_size=8)
+    assert not calls and model.training
+
+
+@pytest.mark.parametrize("size", [3, 7])
+def test_recalibration_shared_by_a_team_gives_the_same_statistics(size):
+    data, model = dataset(), network()  # of five mini-batches, so that some of seven have none
+    teammates = [deepcopy(model) for _ in range(size)]
+    engine.recalibrate_batch_norm(model, data, batch_size=8)
+    shared(size, lambda team: engine.recalibrate_batch_norm(teammates[team.index], data, 8, team))
+    for teammate in teammates:
+        torch.testing.assert_close(statistics(teammate), statistics(model), atol=1e-6, rtol=1e-5)
+        assert all(map(torch.equal, statistics(teammate), statistics(teammates[0])))
+
+
+# Evaluation
+
+
+def test_predictions_are_made_in_evaluation_mode_and_in_order(monkeypatch):
+    monkeypatch.setattr(engine, "EVALUATION_BATCH", 7)
+    data, model = dataset(), network().train()
+    logits = engine.predict(model, data.test_images, data)
+    assert not logits.requires_grad
+    torch.testing.assert_close(logits, model.eval()(inputs_of(data, data.test_images)))
+    assert not torch.allclose(logits, model.train()(inputs_of(data, data.test_images)))
+
+
+def perturb(model, number):
+    noise = torch.Generator().manual_seed(number)
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn(parameter.shape, generator=noise), alpha=0.5)
+
+
+def spread_replicas(n):
+    """An optimizer and its n replicas, each at some distance from their master."""
+    models = [network()]
+    models += [deepcopy(models[0]) for _ in range(1, n)]
+    optimizer = Together([dict(params=list(model.parameters()), replica=a) for a, model in enumerate(models)], n)
+    for a, model in enumerate(models):
+        perturb(model, a)
+    return optimizer, models
+
+
+def direct(model, data, batch_size):
+    """Logits of the test images and the error in percent, after recalibration."""
+    model = deepcopy(model)
+    engine.recalibrate_batch_norm(model, data, batch_size)
+    logits = model.eval()(inputs_of(data, data.test_images)).detach()
+    return logits, 100 * (logits.argmax(1) != data.test_labels).double().mean().item()
+
+
+def test_evaluation_equals_a_direct_computation():
+    data = dataset(test=200)
+    optimizer, models = spread_replicas(3)
+    result = engine.evaluate(optimizer, network(), data, batch_size=8, replicas=[0, 1, 2])
+
+    every = [direct(model, data, 8) for model in models]
+    errors = [error for _, error in every]
+    assert len(set(errors)) == 3
+    assert result["replica_errors"] == pytest.approx(errors)
+    mean = torch.stack([logits.softmax(1) for logits, _ in every]).mean(0)
+    assert result["ensemble_error"] == pytest.approx(100 * (mean.argmax(1) != data.test_labels).double().mean().item())
+    assert result["ensemble_error"] not in errors
+    other = torch.stack([logits for logits, _ in every]).mean(0)
+    assert not torch.equal(mean.argmax(1), other.argmax(1)), "no test of whose mean is taken"
+
+    master = network()
+    torch.nn.utils.vector_to_parameters(optimizer.master, master.parameters())
+    logits, error = direct(master, data, 8)
+    assert result["master_error"] == pytest.approx(error)
+    assert result["master_loss"] == pytest.approx(F.cross_entropy(logits, data.test_labels).item(), rel=1e-5)
+    for model, distance in zip(models, result["distances"], strict=True):
+        weights = torch.nn.utils.parameters_to_vector(model.parameters())
+        assert distance == pytest.approx(((weights - optimizer.master).norm() / optimizer.master.norm()).item())
+
+
+def test_the_evaluation_model_holds_the_master_last():
+    data, model = dataset(), network()
+    optimizer, _ = spread_replicas(2)
+    engine.evaluate(optimizer, model, data, batch_size=8, replicas=[0, 1])
+    assert torch.equal(torch.nn.utils.parameters_to_vector(model.parameters()), optimizer.master)
+    recalibrated = deepcopy(model)
+    engine.recalibrate_batch_norm(recalibrated, data, batch_size=8)
+    assert all(map(torch.equal, statistics(model), statistics(recalibrated)))
+
+
+def test_evaluation_shared_by_three_ranks_of_one_replica_gives_the_same():
+    data = dataset(test=31)
+    alone, (replica,) = spread_replicas(1)
+    expected = engine.evaluate(alone, network(), data, batch_size=8, replicas=[0])
+
+    optimizers = []
+    for _ in range(3):
+        model = deepcopy(replica)
+        optimizers.append(Together(model.parameters(), 1))
+        optimizers[-1].master.copy_(alone.master)
+    results = shared(
+        3,
+        lambda team: engine.evaluate(
+            optimizers[team.index], network(), data, batch_size=8, replicas=[0], team=team, world=team
+        ),
+    )
+    for result in results:
+        assert result.keys() == expected.keys()
+        for name, value in expected.items():
+            assert result[name] == pytest.approx(value, rel=1e-5), name
+
+
+def test_evaluation_by_three_ranks_of_three_replicas_gives_the_same():
+    data = dataset(test=31)
+    together, replicas = spread_replicas(3)
+    expected = engine.evaluate(together, network(), data, batch_size=8, replicas=[0, 1, 2])
+
+    optimizers = [Together(deepcopy(replica).parameters(), 3) for replica in replicas]
+    for optimizer in optimizers:
+        optimizer.master.copy_(together.master)
+    results = shared(
+        3,
+        lambda world: engine.evaluate(
+            optimizers[world.index], network(), data, batch_size=8, replicas=[world.index], world=world
+        ),
+    )
+    for result in results:
+        for name, value in expected.items():
+            assert result[name] == pytest.approx(value, rel=1e-5), name
+
+
+def test_evaluation_changes_nothing_of_training(comm):
+    data, model, evaluation_model = dataset(), network(), network()
+    batches = loader.Batches(data, batch_size=8, seed=1)
+    optimizer = Parle(model.parameters(), comm, lr=0.1, sync_every=4, batches_per_epoch=5)
+
+    def train(steps):
+        for _ in range(steps):
+            inputs, targets = next(batches)
+            optimizer.zero_grad()
+            F.cross_entropy(model(inputs), targets).backward()
+            optimizer.step()
+
+    def everything():
+        state = optimizer.state_dict()
+        tensors = [*model.state_dict().values(), *(parameter.grad for parameter in model.parameters())]
+        tensors += [tensor for entry in state["state"].values() for tensor in entry.values()]
+        tensors += [*optimizer.riders, torch.get_rng_state()]
+        modes = [layer.training for layer in model.modules()]
+        momenta = [layer.momentum for layer in norms(model)]
+        return [tensor.clone() for tensor in tensors], [state["param_groups"], modes, momenta, batches.drawn]
+
+    train(6)  # into the middle of the second round
+    before, also_before = deepcopy(everything())
+    result = engine.evaluate(optimizer, evaluation_model, data, batch_size=8, replicas=[0])
+    after, also_after = everything()
+    assert result["distances"][0] > 0
+    assert len(before) == len(after) and all(map(torch.equal, before, after))
+    assert also_before == also_after
+    assert model.training
+
+
+# Training
+
+
+def start(comm, data=None, model=None, batch_size=8, **settings):
+    """Model, batches and optimizer, ready to be trained."""
+    model = mlp() if model is None else model
+    batches = loader.Batches(dataset() if data is None else data, batch_size=batch_size, seed=1)
+    optimizer = Parle(model.parameters(), comm, batches_per_epoch=batches.per_epoch, **SGD | settings)
+    return model, batches, optimizer
+
+
+def train(model, batches, optimizer, evaluate=None, **settings):
+    evaluate = evaluate or (lambda: {"master_error": 50.0})
+    settings = dict(epochs=2, lr_drops=[], lr_decay=0.2) | settings
+    return list(engine.train([model], [batches], optimizer, evaluate, **settings))
+
+
+def of_kind(kind, events):
+    return [event for event in events if event["event"] == kind]
+
+
+@pytest.mark.parametrize(
+    ("epochs", "eval_every", "evals"),
+    [
+        (2, None, [5, 10]),
+        (2, 4, [4, 5, 8, 10]),
+        (2, 5, [5, 10]),
+        (1.4, None, [5, 7]),
+        (1.7, 100, [5, 8]),
+        (0.5, None, [2]),
+        (0.01, None, [1]),
+    ],
+)
+def test_events_come_in_order_with_the_keys_of_the_log(epochs, eval_every, evals, comm):
+    data = dataset()
+    model, batches, optimizer = start(comm, data, sync_every=3, gamma=0.01, rho=0.01)
+    evaluation_model = mlp()
+
+    def evaluate():
+        return engine.evaluate(optimizer, evaluation_model, data, batch_size=8, replicas=[0])
+
+    events = train(model, batches, optimizer, evaluate, epochs=epochs, eval_every=eval_every)
+    told = [(event["event"], event.get("round")) for event in events]
+    assert told == [(kind, done) for done in evals for kind in ("round", "eval")] + [("end", None)]
+    for kind, keys in (("round", ROUND), ("eval", EVAL), ("end", END)):
+        for event in of_kind(kind, events):
+            assert keys <= event.keys()
+            assert kind == "end" or event["epoch"] == event["round"] / 5
+    assert optimizer.rounds == evals[-1] == max(1, round(epochs * 5))
+    assert batches.drawn == 3 * evals[-1]
+    seconds = [event["seconds"] for event in events]
+    assert seconds == sorted(seconds) and seconds[0] > 0
+
+
+def test_the_end_tells_the_last_and_the_best_error(comm):
+    errors = iter([30.0, 10.0, 20.0])
+    events = train(*start(comm), lambda: {"master_error": next(errors)}, epochs=3)
+    assert (events[-1]["master_error"], events[-1]["best_master_error"]) == (20.0, 10.0)
+
+
+def test_the_time_of_evaluation_is_not_counted_as_training(comm):
+    def evaluate():
+        time.sleep(0.15)
+        return {"master_error": 50.0}
+
+    *_, last, _, end = train(*start(comm), evaluate)
+    assert end["seconds"] == last["seconds"] <= end["wall_seconds"] - 0.3
+
+
+def test_at_most_one_line_is_logged_in_25_mini_batches(comm):
+    data = dataset(train=60)
+    events = train(*start(comm, data, batch_size=2), epochs=2)
+    assert [event["round"] for event in of_kind("round", events)] == [25, 30, 55, 60]
+
+
+@pytest.mark.parametrize(("sync_every", "lines"), [(25, [1, 2, 3, 4, 5]), (10, [3, 5]), (40, [1, 2, 3, 4, 5])])
+def test_a_line_is_logged_at_the_first_sync_after_25_mini_batches(sync_every, lines, comm):
+    events = train(*start(comm, sync_every=sync_every), epochs=1)
+    assert [event["round"] for event in of_kind("round", events)] == lines
+
+
+def test_training_equals_torchs_own_sgd_and_its_loss_and_error(comm):
+    data, model = dataset(train=61), network()
+    for layer in model:
+        if isinstance(layer, nn.Dropout):
+            layer.p = 0.0
+    reference = deepcopy(model)
+    model.eval()
+    parts = start(comm, data, model, batch_size=2, weight_decay=1e-3)
+    events = train(*parts, epochs=2, lr_drops=[0.5, 1.5])
+
+    batches = loader.Batches(data, batch_size=2, seed=1)
+    sgd = torch.optim.SGD(reference.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3, nesterov=True)
+    losses, errors = [], []
+    for done in range(62):
+        if done in (round(0.5 * 31), round(1.5 * 31)):
+            sgd.param_groups[0]["lr"] *= 0.2
+        inputs, targets = next(batches)
+        sgd.zero_grad()
+        logits = reference(inputs)
+        loss = F.cross_entropy(logits, targets)
+        loss.backward()
+        sgd.step()
+        losses.append(loss.item())
+        errors.append(100 * (logits.argmax(1) != targets).double().mean().item())
+
+    torch.testing.assert_close(model.state_dict(), reference.state_dict(), atol=1e-5, rtol=1e-4)
+    lines = [0, 25, 31, 56, 62]
+    for event, first, last in zip(of_kind("round", events), lines[:-1], lines[1:], strict=True):
+        assert event["round"] == last
+        assert event["loss"] == pytest.approx(sum(losses[first:last]) / (last - first), rel=1e-4)
+        assert event["error"] == pytest.approx(sum(errors[first:last]) / (last - first), rel=1e-4)
+    assert model.training
+
+
+def test_the_learning_rate_drops_after_the_rounds_asked_for(comm, monkeypatch):
+    monkeypatch.setattr(engine, "LOG_EVERY", 1)
+    parts = start(comm, dataset(train=32), sync_every=2, gamma=0.01)
+    events = of_kind("round", train(*parts, epochs=3, lr_drops=[1, 2.5], lr_decay=0.2))
+    assert [event["round"] for event in events] == list(range(1, 13))
+    assert [event["lr"] for event in events] == pytest.approx([0.1] * 4 + [0.02] * 6 + [0.004] * 2)
+    assert [event["gamma"] for event in events] == pytest.approx([0.01 * 1.125**k for k in range(12)])
+
+
+@pytest.mark.parametrize("settings", [{}, dict(sync_every=5, gamma=0.01, rho=0.01)])
+def test_the_loss_falls(settings, comm):
+    events = of_kind("round", train(*start(comm, dataset(train=200), **settings), epochs=8))
+    assert events[-1]["loss"] < 0.5 * events[0]["loss"]
+    assert events[-1]["error"] < 0.5 * events[0]["error"]
+
+
+def train_together(n, sync_every, epochs, evaluate=None):
+    """Events of n replicas that live here, and their distances after each event."""
+    data, models = dataset(), [mlp()]
+    models += [deepcopy(models[0]) for _ in range(1, n)]
+    batches = [loader.Batches(data, batch_size=8, seed=1, replica=a, replicas=n) for a in range(n)]
+    groups = [dict(params=list(model.parameters()), replica=a) for a, model in enumerate(models)]
+    optimizer = Together(groups, n, sync_every=sync_every)
+    evaluate = evaluate or (lambda: {"master_error": 50.0})
+    events = engine.train(models, batches, optimizer, evaluate, epochs=epochs, lr_drops=[], lr_decay=0.2)
+    told = [(event, torch.stack(optimizer.distances()).square().mean().sqrt().item()) for event in events]
+    return models, batches, told
+
+
+@pytest.mark.parametrize(("n", "sync_every", "epochs", "images"), [(1, 1, 2, 80), (1, 3, 2, 240), (3, 4, 1.4, 672)])
+def test_every_image_of_every_replica_is_counted(n, sync_every, epochs, images):
+    _, batches, told = train_together(n, sync_every, epochs)
+    assert told[-1][0]["images"] == images == 8 * sum(source.drawn for source in batches)
+    for event, _ in told[:1]:
+        of_line = 8 * n * sync_every * event["round"]
+        assert event["images_per_second"] == pytest.approx(of_line / event["seconds"])
+
+
+def test_the_loss_of_a_line_is_the_mean_over_the_replicas(monkeypatch):
+    losses = []
+    cross_entropy = F.cross_entropy
+
+    def recorded(logits, targets, **settings):
+        losses.append(cross_entropy(logits, targets).item())
+        return cross_entropy(logits, targets, **settings)
+
+    monkeypatch.setattr(F, "cross_entropy", recorded)
+    _, _, told = train_together(3, sync_every=10, epochs=1)
+    assert len(losses) == 3 * 50
+    first, second = (event for event, _ in told if event["event"] == "round")
+    assert (first["round"], second["round"]) == (3, 5)
+    assert first["loss"] == pytest.approx(sum(losses[:90]) / 90, rel=1e-5)
+    assert second["loss"] == pytest.approx(sum(losses[90:]) / 60, rel=1e-5)
+
+
+def test_the_spread_is_the_distance_of_the_replicas_from_the_master_at_the_line_before():
+    _, _, told = train_together(3, sync_every=25, epochs=1)
+    lines = [(event["spread"], distance) for event, distance in told if event["event"] == "round"]
+    assert len(lines) == 5
+    for (_, distance), (spread, _) in pairwise(lines):
+        assert spread == pytest.approx(distance, rel=1e-4) and spread > 0
+
+
+def test_the_gradients_of_a_team_average_to_that_of_the_whole_batch(comm):
+    data, model = dataset(train=14), mlp()
+
+    def first_round(part, parts):
+        replica = deepcopy(model)
+        batches = loader.Batches(data, batch_size=7, seed=1, part=(part, parts))
+        optimizer = Parle(replica.parameters(), comm, batches_per_epoch=2, **SGD | dict(lr=0.0))
+        event, *_ = train(replica, batches, optimizer, epochs=0.5, team=engine.Team(part, parts))
+        return [parameter.grad for parameter in replica.parameters()], torch.tensor([event["loss"], event["error"]])
+
+    gradients, figures = first_round(0, 1)
+    parts = [first_round(part, 3) for part in range(3)]
+    for i, gradient in enumerate(gradients):
+        torch.testing.assert_close(sum(part[0][i] for part in parts) / 3, gradient)
+    torch.testing.assert_close(sum(part[1] for part in parts) / 3, figures)
+
+
+def test_with_amp_the_network_computes_in_bfloat16_and_its_weights_stay_float32(comm):
+    model, batches, optimizer = start(comm)
+    kinds = set()
+    model[1].register_forward_hook(lambda layer, given, output: kinds.add(output.dtype))
+    for amp, kind in ((False, torch.float32), (True, torch.bfloat16)):
+        kinds.clear()
+        event, *_ = train(model, batches, optimizer, amp=amp, epochs=1 + amp)
+        assert kinds == {kind} and event["loss"] > 0
+    assert all(parameter.dtype == parameter.grad.dtype == torch.float32 for parameter in model.parameters())
+
+
+def test_the_cost_of_synchronizing_is_told_apart_from_waiting_for_others():
+    seconds = [[1.0, 0.1, 0.5], [0.2, 2.0, 0.5]]
+    costs = shared(2, lambda world: engine._sync_cost(seconds[world.index], world))
+    for sync_seconds, wait_seconds in costs:
+        assert sync_seconds == pytest.approx(0.2 + 0.1 + 0.5)
+        assert wait_seconds == pytest.approx((0.8 + 1.9) / 2)
