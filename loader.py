@@ -81,10 +81,11 @@ def read_idx(kind: str, raw: Path, download: bool) -> tuple[Arrays, Arrays]:
 def read_cifar(kind: str, raw: Path, download: bool) -> tuple[Arrays, Arrays]:
     """torchvision's CIFAR10 or CIFAR100, whose files are pickles: none is opened before its MD5 sum is checked."""
     datasets = _torchvision_datasets()
-    cifar = getattr(datasets, kind)
+    cifar, utils = getattr(datasets, kind), datasets.utils
     listed = [*cifar.train_list, *cifar.test_list, (cifar.meta["filename"], cifar.meta["md5"])]
     sums = {raw / cifar.base_folder / name: md5 for name, md5 in listed}
-    _fetch(kind, list(sums), download, lambda: cifar(raw, download=True))
+    archive = dict(filename=cifar.filename, md5=cifar.tgz_md5)
+    _fetch(kind, list(sums), download, lambda: utils.download_and_extract_archive(cifar.url, raw, **archive))
     _check_sums(sums)
     parts = [cifar(raw, train=train) for train in (True, False)]
     train, test = ((part.data, np.array(part.targets)) for part in parts)
@@ -198,26 +199,41 @@ def load(name: str, raw: Path | None = None, proc: Path = Path("proc"), whiten: 
         raise DataError(f"--data {raw}: there is no such folder")
     origin = None if raw is None or name == "digits" else str(raw.resolve())
     folder = proc / (f"{name}-whitened" if whiten else name)
-    if not _is_current(folder, origin):
-        source = SOURCES[name]
-        train, test = source.read(source.kind, proc / "raw" if raw is None else raw, raw is None)
-        _check_arrays(name, train, test, source.classes)
+    for _ in range(3):
+        if not _is_current(folder, origin):
+            source = SOURCES[name]
+            train, test = source.read(source.kind, proc / "raw" if raw is None else raw, raw is None)
+            _check_arrays(name, train, test, source.classes)
+            try:
+                _build(folder, train, test, whiten, dict(format=FORMAT, origin=origin, classes=source.classes))
+            except OSError as error:
+                raise DataError(f"{folder} cannot be written ({error}): name another folder with --proc") from error
         try:
-            _build(folder, train, test, whiten, dict(format=FORMAT, origin=origin, classes=source.classes))
-        except OSError as error:
-            raise DataError(f"{folder} cannot be written ({error}): name another folder with --proc") from error
-    return _open(name, folder)
+            return _open(name, folder)
+        except FileNotFoundError as error:  # unless another run is replacing it at this moment, in which case again
+            missing = error
+    raise DataError(f"{folder} is damaged ({missing}): delete it and it is built anew")
 
 
 def _is_current(folder: Path, origin: str | None) -> bool:
     """Whether `folder` holds this format and, where raw data was named, comes from there."""
     try:
-        meta = json.loads((folder / "meta.json").read_text())
+        meta = _read_meta(folder)
     except FileNotFoundError:
         return False
+    return meta.get("format") == FORMAT and origin in (None, meta.get("origin"))
+
+
+def _read_meta(folder: Path) -> dict[str, Any]:
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        if not isinstance(meta, dict):
+            raise ValueError("meta.json holds no object")
+    except FileNotFoundError:
+        raise
     except (OSError, ValueError) as error:
         raise DataError(f"{folder} is damaged ({error}): delete it and it is built anew") from error
-    return meta.get("format") == FORMAT and origin in (None, meta.get("origin"))
+    return meta
 
 
 def _check_arrays(name: str, train: Arrays, test: Arrays, classes: int) -> None:
@@ -237,8 +253,7 @@ def _build(folder: Path, train: Arrays, test: Arrays, whiten: bool, meta: dict[s
     if whiten:
         images = _whiten(images)
     else:
-        mean = train[0].mean((0, 1, 2))
-        std = np.maximum(train[0].std((0, 1, 2), dtype=np.float64), 1e-6)
+        mean, std = _moments(train[0])
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
@@ -280,8 +295,8 @@ def _flush(file: Any) -> None:
 
 
 def _open(name: str, folder: Path) -> Dataset:
+    meta = _read_meta(folder)
     try:
-        meta = json.loads((folder / "meta.json").read_text())
         arrays = {
             f"{part}_{content}": torch.from_numpy(np.load(folder / f"{part}_{content}.npy", mmap_mode="c"))
             for part in ("train", "test")
@@ -294,30 +309,47 @@ def _open(name: str, folder: Path) -> Dataset:
             std=torch.tensor(meta["std"], dtype=torch.float32),
             classes=meta["classes"],
         )
+    except FileNotFoundError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
         raise DataError(f"{folder} is damaged ({error}): delete it and it is built anew") from error
 
 
+def _chunks(images: np.ndarray, *shape: int) -> Iterator[Tensor]:
+    """The images as float32, reshaped, 10,000 at a time: SVHN's 604,388 would fill 7 GB."""
+    for start in range(0, len(images), 10_000):
+        yield torch.from_numpy(images[start : start + 10_000]).reshape(shape).float()
+
+
+def _moments(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of each channel, (C,)."""
+    channels, count = images.shape[3], images.size // images.shape[3]
+    mean = sum(chunk.sum(0, dtype=torch.float64) for chunk in _chunks(images, -1, channels)) / count
+    squares = sum((chunk - mean).square().sum(0) for chunk in _chunks(images, -1, channels))
+    return mean.numpy(), (squares / count).sqrt().clamp_min(1e-6).numpy()
+
+
 def _whiten(images: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """GCN and ZCA of images["train"] and, with the same matrix, of every other part. CIFAR takes about a minute."""
+    train = images["train"]
+    dimensions = math.prod(train.shape[1:])
 
-    def chunks(part: np.ndarray) -> Iterator[Tensor]:
-        for start in range(0, len(part), 10_000):
-            flat = torch.from_numpy(part[start : start + 10_000].reshape(-1, dimensions)).float()
+    def contrast_normalised(part: np.ndarray) -> Iterator[Tensor]:
+        for flat in _chunks(part, -1, dimensions):
             flat -= flat.mean(1, keepdim=True)
             yield flat / flat.std(1, keepdim=True).clamp_min(1e-8)
 
-    train = images["train"]
-    dimensions = math.prod(train.shape[1:])
-    mean = sum(chunk.sum(0, dtype=torch.float64) for chunk in chunks(train)) / len(train)
+    mean = sum(chunk.sum(0, dtype=torch.float64) for chunk in contrast_normalised(train)) / len(train)
     covariance = torch.zeros(dimensions, dimensions, dtype=torch.float64)
-    for chunk in chunks(train):
+    for chunk in contrast_normalised(train):
         centred = chunk - mean.float()
         covariance += centred.T @ centred
     values, vectors = torch.linalg.eigh(covariance / len(train))
     zca = ((vectors / (values.clamp_min(0) + ZCA_REGULARISER).sqrt()) @ vectors.T).float()
     return {
-        name: torch.cat([(chunk - mean.float()) @ zca for chunk in chunks(part)]).reshape(part.shape).numpy()
+        name: torch.cat([(chunk - mean.float()) @ zca for chunk in contrast_normalised(part)])
+        .reshape(part.shape)
+        .numpy()
         for name, part in images.items()
     }
 

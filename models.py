@@ -99,7 +99,7 @@ class WideResNet(nn.Sequential):
 # and, but for lenet's, epochs and drops are those of the authors' run scripts and design; all-cnn's dropout is
 # Springenberg's; batch 128 and lr 0.1 are the same throughout the paper.
 RECIPES = {
-    "lenet": dict(dataset="mnist", epochs=3.0, lr_drops=[1.0, 2.0], weight_decay=0.0, dropout=0.25),
+    "lenet": dict(dataset="mnist", epochs=2.0, lr_drops=[1.0], weight_decay=0.0, dropout=0.25),
     "allcnn": dict(dataset="cifar10", epochs=10.0, lr_drops=[2.0, 4.0, 6.0], weight_decay=1e-3, dropout=0.5),
     "wrn-28-10": dict(dataset="cifar10", epochs=5.0, lr_drops=[1.0, 2.0, 3.0], weight_decay=5e-4, dropout=0.25),
     "wrn-16-4": dict(dataset="svhn", epochs=5.0, lr_drops=[1.0, 2.0, 3.0], weight_decay=5e-4, dropout=0.4),

@@ -17,20 +17,30 @@ from parle import PRESETS
 
 
 class Parser(argparse.ArgumentParser):
+    """Speaks from the first rank only, and of a mistake in one line."""
+
     def error(self, message: str) -> NoReturn:
-        """One line, from the first rank, and exit code 2 for every rank."""
-        rank, _ = ranks.launched() or (0, None)
-        if rank == 0:
-            sys.stderr.write(f"{self.prog}: error: {' '.join(message.split())}\n")
-        sys.exit(2)
+        line = f"{self.prog}: error: {' '.join(message.split())}\n"
+        if _is_first_rank():
+            sys.stderr.write(line)
+        raise ranks.Mistake(line)
+
+    def print_help(self, *arguments: Any) -> None:
+        if _is_first_rank():
+            super().print_help(*arguments)
 
     def parse_args(self, *arguments: Any) -> argparse.Namespace:
         args, unknown = self.parse_known_args(*arguments)
         if unknown:
-            near = difflib.get_close_matches(unknown[0], self._option_string_actions, 1)
+            near = difflib.get_close_matches(unknown[0].partition("=")[0], self._option_string_actions, 1)
             hint = f"did you mean {near[0]}?" if near else f"python {self.prog} -h lists what there is"
             self.error(f"unknown argument {unknown[0]}; {hint}")
         return args
+
+
+def _is_first_rank() -> bool:
+    rank, _ = ranks.launched() or (0, None)
+    return rank == 0
 
 
 def _number(kind: type, holds: Callable[[Any], bool], what: str) -> Callable[[str], Any]:
@@ -50,8 +60,8 @@ def _one_of(names: Collection[str]) -> Callable[[str], str]:
     def convert(text: str) -> str:
         if text not in names:
             near = difflib.get_close_matches(text, names, 1, cutoff=0.4)
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise argparse.ArgumentTypeError(f"there is no {text}; {hint}There are {', '.join(names)}")
+            hint = f", did you mean {near[0]}?" if near else ""
+            raise argparse.ArgumentTypeError(f"there is no {text}{hint} (there are {', '.join(names)})")
         return text
 
     return convert
@@ -156,9 +166,14 @@ def device(parser: Parser, name: str, index: int) -> torch.device:
             found = torch.accelerator.current_accelerator(check_available=True)
             name = "cpu" if found is None else found.type
         device = torch.device(name)
+        if device.type == "meta":
+            raise RuntimeError("it computes nothing")
         if device.index is None and device.type != "cpu":
-            device = torch.device(device.type, index % torch.get_device_module(device).device_count())
+            count = torch.get_device_module(device).device_count()
+            if not count:
+                raise RuntimeError("there is none")
+            device = torch.device(device.type, index % count)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, ZeroDivisionError, AttributeError) as error:
-        parser.error(f"--device {name} is not to be had here ({str(error).splitlines()[0]}): use --device cpu")
+    except (RuntimeError, AssertionError, AttributeError, ImportError) as error:
+        parser.error(f"--device {name} is not to be had here ({str(error).partition('.')[0]}): use --device cpu")
     return device

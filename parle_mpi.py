@@ -150,7 +150,7 @@ def main() -> None:
         options.check(parser, resolved, None)
         try:
             ranks.start(resolved.replicas)
-        except FileNotFoundError as error:
+        except OSError as error:
             parser.error(str(error))
     try:
         from mpi4py import MPI

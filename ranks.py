@@ -13,23 +13,24 @@ if TYPE_CHECKING:
     from mpi4py import MPI
     from torch import Tensor
 
-# What each launcher tells the ranks it starts: where a rank finds its number and how many there are. PMIx gives no
-# size. Slurm sets its names in a job step; one of a single task may be a shell, so that one launches nothing.
+# Where the ranks that a launcher starts find their number and how many there are; PMIx does not tell the latter
 LAUNCHERS = {
     "Open MPI": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
     "MPICH or Intel MPI": ("PMI_RANK", "PMI_SIZE"),
     "Slurm": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
     "PMIx": ("PMIX_RANK", None),
 }
-TERMINAL = "PARLE_TERMINAL"  # set for the ranks that this program starts from a terminal, whose output is a pipe
+STARTED = "PARLE_STARTED"  # set for the ranks that this program starts
+TERMINAL = "PARLE_TERMINAL"  # and where that is done from a terminal: its width, since their own output is a pipe
 
 
 def launched(environment: Mapping[str, str] = os.environ) -> tuple[int, int | None] | None:
     """Rank and number of ranks (None: not told) where a launcher started this process, else None."""
-    for name, (rank, size) in LAUNCHERS.items():
+    for rank, size in LAUNCHERS.values():
         if rank in environment and (size is None or size in environment):
             ranks = None if size is None else int(environment[size])
-            if not (name == "Slurm" and ranks == 1):
+            # a step of one task may be a shell (srun --pty bash), and what is typed there is not launched
+            if environment.get("SLURM_STEP_NUM_TASKS") != "1" or ranks not in (1, None):
                 return int(environment[rank]), ranks
     return None
 
@@ -38,10 +39,12 @@ def start(count: int) -> None:
     """Run this very command again as `count` ranks, in this process's place. Returns where one rank is enough.
 
     Raises:
-        FileNotFoundError: no mpiexec.
+        OSError: no mpiexec, or one whose ranks do not know that they were launched.
     """
     if count == 1:
         return
+    if STARTED in os.environ:
+        raise OSError("this mpiexec does not tell its ranks their number: start them with the launcher of your MPI")
     beside = Path(sys.executable).with_name("mpiexec")  # the wheel's, also where the environment is not activated
     mpiexec = str(beside) if beside.exists() else shutil.which("mpiexec")
     if mpiexec is None:
@@ -52,8 +55,17 @@ def start(count: int) -> None:
     os.environ.setdefault("PRTE_MCA_rmaps_default_mapping_policy", ":oversubscribe")
     os.environ.setdefault("OMPI_ALLOW_RUN_AS_ROOT", "1")
     os.environ.setdefault("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")
+    os.environ[STARTED] = "1"
     sys.stdout.flush()
     os.execv(mpiexec, [mpiexec, "-n", str(count), sys.executable, *sys.argv])
+
+
+class Mistake(SystemExit):
+    """A user's mistake, exit code 2; `line` is what the first rank has printed of it."""
+
+    def __init__(self, line: str):
+        super().__init__(2)
+        self.line = line
 
 
 def run(main: Callable[[], None]) -> None:
@@ -65,14 +77,37 @@ def run(main: Callable[[], None]) -> None:
         main()
     except BaseException as error:
         mpi = sys.modules.get("mpi4py.MPI")
-        if isinstance(error, SystemExit) or mpi is None or not mpi.Is_initialized() or mpi.Is_finalized():
+        if mpi is None or not mpi.Is_initialized() or mpi.Is_finalized():
             raise
-        rank = mpi.COMM_WORLD.rank
+        if isinstance(error, SystemExit):
+            if error.code in (0, None) or _all_come(mpi.COMM_WORLD):
+                raise
+            text, code = getattr(error, "line", ""), error.code if isinstance(error.code, int) else 1
+        else:
+            reason = " ".join(str(error).split())
+            text, code = traceback.format_exc(), 1
+            text += f"rank {mpi.COMM_WORLD.rank}: {type(error).__name__}: {reason}\n"
         sys.stdout.flush()
-        sys.stderr.write(traceback.format_exc() + f"rank {rank}: {type(error).__name__}: {error}\n")
+        sys.stderr.write(text)
         sys.stderr.flush()
+        time.sleep(0.1)  # or mpiexec may end before it has passed that on
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # MPI_Abort would print a last line of its own
-        mpi.COMM_WORLD.Abort(1)
+        mpi.COMM_WORLD.Abort(code)
+
+
+def _all_come(comm: "MPI.Comm") -> bool:
+    """Whether every rank calls this within half a second, as when all exit for the same reason.
+
+    By messages of a tag of their own: a barrier could be met by one that the others are at for another reason.
+    """
+    tag, started = 2**15 - 1, time.perf_counter()  # the largest that every MPI has
+    others = [rank for rank in range(comm.size) if rank != comm.rank]
+    requests = [comm.isend(None, rank, tag) for rank in others] + [comm.irecv(None, rank, tag) for rank in others]
+    while not all([request.test()[0] for request in requests]):
+        if time.perf_counter() - started > 0.5:
+            return False
+        time.sleep(1e-3)
+    return True
 
 
 def wait(request: "MPI.Request") -> None:
@@ -144,7 +179,7 @@ def gather(comm: "MPI.Comm", value: Any) -> list[Any]:
 def threads(node: "MPI.Comm") -> int:
     """Threads for each rank of `node`: the cores its ranks may use, over the ranks, unless OMP_NUM_THREADS says."""
     if "OMP_NUM_THREADS" in os.environ:
-        return int(os.environ["OMP_NUM_THREADS"])
+        return int(os.environ["OMP_NUM_THREADS"].split(",")[0])
     affinity = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     cores = set().union(*gather(node, set(affinity)))  # a launcher may have bound each rank to cores of its own
     return max(1, len(cores) // node.size)

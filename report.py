@@ -36,7 +36,9 @@ class Report:
 
     def __call__(self, event: dict[str, Any]) -> None:
         with open(self.log, "a") as file:
-            file.write(json.dumps(event) + "\n")
+            # JSON has no NaN: a loss that diverged is null
+            event_in_json = json.loads(json.dumps(event), parse_constant=lambda name: None)
+            file.write(json.dumps(event_in_json) + "\n")
         getattr(self, f"_{event['event']}")(event)
 
     def say(self, text: str) -> None:

@@ -58,6 +58,12 @@ def curvatures(replicas):
     return random.uniform(0.2, 2.0, (replicas, P)), random.normal(size=(replicas, P))
 
 
+def shaped(vector):
+    """The vector cut into arrays of SHAPES."""
+    pieces = np.split(vector, np.cumsum([int(np.prod(shape)) for shape in SHAPES])[:-1])
+    return [piece.reshape(shape) for piece, shape in zip(pieces, SHAPES, strict=True)]
+
+
 def flat(tensors):
     """In the order of the parameters, each read row by row, whatever its strides."""
     return np.concatenate([tensor.detach().numpy().reshape(-1) for tensor in tensors])
@@ -69,8 +75,7 @@ def check(comm, replicas, dtype, tolerance, steps, *, sync_every, gamma0, rho0, 
     reference = Reference(
         x0, replicas, sync_every, nb=4, gamma0=gamma0, rho0=rho0, s=s, outer_momentum=outer_momentum, **settings
     )
-    parts = np.split(x0, np.cumsum([int(np.prod(shape)) for shape in SHAPES])[:-1])
-    parameters = [nn.Parameter(torch.tensor(part.reshape(shape), dtype=dtype)) for part, shape in zip(parts, SHAPES)]
+    parameters = [nn.Parameter(torch.tensor(values, dtype=dtype)) for values in shaped(x0)]
     parameters[2] = nn.Parameter(parameters[2].detach().to(memory_format=torch.channels_last))
     counted = Counted(comm)
     optimizer = Parle(
@@ -95,8 +100,8 @@ def check(comm, replicas, dtype, tolerance, steps, *, sync_every, gamma0, rho0, 
         reference.lr = optimizer.param_groups[0]["lr"] = 0.1 if step < steps // 2 else 0.02
         gradients = h * (reference.y - b) + noises.mean(1)
         ours = h[a] * (flat(parameters) - b[a]) + noises[a, part]
-        for parameter, piece in zip(parameters, np.split(ours, np.cumsum([p.numel() for p in parameters])[:-1])):
-            parameter.grad = torch.tensor(piece.reshape(parameter.shape), dtype=dtype)
+        for parameter, values in zip(parameters, shaped(ours), strict=True):
+            parameter.grad = torch.tensor(values, dtype=dtype)
         before = flat([parameter.grad for parameter in parameters])
         rounds = optimizer.rounds
         reference.step(gradients)
@@ -144,20 +149,20 @@ def check_data_parallel(comm, alone, batch_size):
 
 
 def check_same_everywhere(comm):
-    """Ranks that start differently start alike, and hold the same master bit for bit, and one replica the same weights."""
+    """Ranks built differently start alike; all hold the same master to the last bit, and a team the same weights."""
     torch.manual_seed(comm.rank)
     parameters = [nn.Parameter(torch.randn(1000)), nn.Parameter(torch.randn(3), requires_grad=False)]
     optimizer = Parle(parameters, comm, lr=0.1, sync_every=3, batches_per_epoch=10, replicas=comm.size // 2 or 1)
     assert len(set(comm.allgather(parameters[0].sum().item()))) == 1
     assert len(set(comm.allgather(parameters[1].sum().item()))) == 1
     team = comm.Split(comm.rank // (comm.size // optimizer.num_replicas))
-    for step in range(10):
+    for _ in range(10):
         parameters[0].grad = torch.randn(1000)
         optimizer.step()
         assert len(set(comm.allgather(optimizer.master.numpy().tobytes()))) == 1
         assert len(set(team.allgather(parameters[0].detach().numpy().tobytes()))) == 1
     others = comm.allgather(parameters[0].detach().numpy().tobytes())
-    assert len(set(others)) == optimizer.num_replicas, step
+    assert len(set(others)) == optimizer.num_replicas
 
 
 def check_riders(comm):

@@ -407,11 +407,11 @@ def test_training_equals_torchs_own_sgd_and_its_loss_and_error(comm):
             layer.p = 0.0
     reference = deepcopy(model)
     model.eval()
-    parts = start(comm, data, model, batch_size=2, weight_decay=1e-3)
+    parts = start(comm, data, model, batch_size=2, weight_decay=1e-3, lr=0.01)
     events = train(*parts, epochs=2, lr_drops=[0.5, 1.5])
 
     batches = loader.Batches(data, batch_size=2, seed=1)
-    sgd = torch.optim.SGD(reference.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3, nesterov=True)
+    sgd = torch.optim.SGD(reference.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-3, nesterov=True)
     losses, errors = [], []
     for done in range(62):
         if done in (round(0.5 * 31), round(1.5 * 31)):
@@ -425,7 +425,7 @@ def test_training_equals_torchs_own_sgd_and_its_loss_and_error(comm):
         losses.append(loss.item())
         errors.append(100 * (logits.argmax(1) != targets).double().mean().item())
 
-    torch.testing.assert_close(model.state_dict(), reference.state_dict(), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(model.state_dict(), reference.state_dict(), atol=1e-4, rtol=1e-3)
     lines = [0, 25, 31, 56, 62]
     for event, first, last in zip(of_kind("round", events), lines[:-1], lines[1:], strict=True):
         assert event["round"] == last

@@ -300,7 +300,7 @@ def test_every_missing_file_of_cifar_is_downloaded_again(name, proc, monkeypatch
         for path, content in contents.items():
             path.write_bytes(content)
 
-    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", download)
+    monkeypatch.setattr("torchvision.datasets.utils.download_and_extract_archive", download)
     for path in files:
         path.unlink()
         assert_holds(loader.load(name, proc=proc), arrays)
@@ -547,6 +547,11 @@ def test_whitening_leaves_no_correlation_in_the_training_set(colourful, proc):
 
 
 def test_whitening_is_gcn_and_zca_fitted_on_the_training_set(colourful, proc):
+    random = np.random.default_rng(1)
+    for images, _ in colourful:
+        flat = images.reshape(len(images), -1)
+        # two pixels nearly alike: an eigenvalue near the regulariser, else neither that nor ddof would show
+        flat[:, 17] = np.minimum(flat[:, 16], 254) + (random.random(len(flat)) < 0.1)
     data = loader.load("tiny", proc=proc, whiten=True)
     (train, _), (test, _) = colourful
 
@@ -560,7 +565,7 @@ def test_whitening_is_gcn_and_zca_fitted_on_the_training_set(colourful, proc):
     zca = vectors @ np.diag((values.clip(0) + 1e-5) ** -0.5) @ vectors.T
     for images, source in ((data.train_images, train), (data.test_images, test)):
         assert images.dtype == torch.float32 and images.shape == source.shape
-        np.testing.assert_allclose(images.numpy().reshape(len(source), -1), (gcn(source) - mean) @ zca, atol=2e-3)
+        np.testing.assert_allclose(images.numpy().reshape(len(source), -1), (gcn(source) - mean) @ zca, atol=6e-3)
     inputs = data.inputs(data.test_images)
     assert torch.equal(inputs.permute(0, 2, 3, 1), data.test_images)
 

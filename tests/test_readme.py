@@ -18,11 +18,9 @@ SETUP = "python3 -m venv .venv && .venv/bin/pip install -q -r requirements.txt &
 @pytest.fixture
 def clean(tmp_path):
     """A copy as a fresh clone has it, with this environment in the place of the one that SETUP makes."""
-    ignored = shutil.ignore_patterns(".git", ".venv", "__pycache__", "runs", "raw", ".*_cache", "[a-z]*.npy", "*-whitened")
+    ignored = shutil.ignore_patterns(".git", ".venv", "runs", "proc", "__pycache__", ".*_cache")
     shutil.copytree(ROOT, tmp_path / "clone", ignore=ignored)
-    for data in (tmp_path / "clone" / "proc").iterdir():
-        if data.name != ".gitignore":
-            shutil.rmtree(data)
+    (tmp_path / "clone" / "proc").mkdir()
     (tmp_path / "clone" / ".venv").symlink_to(sys.prefix)
     return tmp_path / "clone"
 

@@ -22,7 +22,8 @@ START = {
     "sync_every": 25,
     "parameters": 132220,
     "images": 60000,
-    "batches_per_epoch": 469,
+    "batches_per_epoch": 24,
+    "rounds": 12,
     "ranks": 6,
     "threads": 2,
     "devices": ["cuda:1", "cuda:0", "cuda:1"],
@@ -50,14 +51,14 @@ END = {
 }
 
 
-def round_event(number, rounds, seconds, **other):
-    event = {"event": "round", "round": number, "rounds": rounds, "epoch": number / 24, "seconds": seconds}
+def round_event(number, seconds, **other):
+    event = {"event": "round", "round": number, "epoch": number / 24, "seconds": seconds}
     figures = {"loss": 0.25, "error": 7.125, "lr": 0.1, "gamma": 0.01, "rho": 0.01, "spread": 0.5}
     return event | figures | {"sync_seconds": 0.01, "images_per_second": 1234.5} | other
 
 
-def events(rounds=12):
-    return [START, *(round_event(k, rounds, float(k)) for k in range(1, rounds + 1)), EVAL, END]
+def events():
+    return [START, *(round_event(k, float(k)) for k in range(1, 13)), EVAL, END]
 
 
 @pytest.fixture
@@ -81,8 +82,9 @@ def test_the_log_of_a_diverged_run_is_json(tell):
     def refuse(constant):
         raise ValueError(f"{constant} is not JSON")
 
-    tell(round_event(1, 2, 1.0, loss=float("nan"), spread=float("inf")))
-    assert json.loads(tell.log.read_text(), parse_constant=refuse)["event"] == "round"
+    tell(START)
+    tell(round_event(1, 1.0, loss=float("nan"), spread=float("inf")))
+    assert json.loads(tell.log.read_text().splitlines()[1], parse_constant=refuse)["event"] == "round"
 
 
 def test_every_line_says_what_is_trained_on_what(tell, capsys):
@@ -98,7 +100,7 @@ def test_every_line_says_what_is_trained_on_what(tell, capsys):
     ("changed", "words"),
     [
         ({}, "parle: 3 replicas on 6 ranks, 2 threads each, cuda:0, cuda:1"),
-        ({}, "132,220 parameters, 60,000 images; a round is 25 mini-batches of 128, an epoch 469 rounds; 0.5 epochs"),
+        ({}, "132,220 parameters, 60,000 images; 12 rounds of 25 mini-batches of 128, 24 rounds an epoch; in "),
         (dict(replicas=1, ranks=1, threads=1, devices=["cpu"]), "parle: 1 replica on 1 rank, 1 thread each, cpu\n"),
     ],
 )
@@ -119,15 +121,17 @@ def test_the_start_says_what_will_run_where(changed, words, tell, capsys):
     ],
 )
 def test_rounds_print_every_5_seconds_and_at_the_end(seconds, printed, tell, capsys):
-    tell(START)
+    tell(START | {"rounds": len(seconds)})
     for number, second in enumerate(seconds, 1):
-        tell(round_event(number, len(seconds), second))
+        tell(round_event(number, second))
     rounds = re.findall(r"round +(\d+)/(\d+)", capsys.readouterr().out)
     assert rounds == [(str(number), str(len(seconds))) for number in printed]
 
 
 def test_a_round_line_tells_the_figures_and_the_time_left(tell, capsys):
-    tell(round_event(6, 24, 30.0))
+    tell(START | {"rounds": 24})
+    capsys.readouterr()
+    tell(round_event(6, 30.0))
     line = f"{LABEL}  round  6/24  epoch 0.25  loss 0.2500  error  7.12 %  1,234 images/s  1:30 left\n"
     assert capsys.readouterr().out == line
 
