@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from optimizer import ReplicaOptimizer
 RECALIBRATION_BATCHES = 100  # enough: with 12,800 images a mean is known to 1 % of a standard deviation
 EVALUATION_BATCH = 256
 LOG_EVERY = 25  # mini-batches: one line a round, or every few rounds where those are shorter
+LOSS, WRONG, SPREAD = range(3)  # what the optimizer's riders carry: two sums since the last line, and a square
 
 
 class Team(NamedTuple):
@@ -70,7 +71,8 @@ def train(
 
     began = mark = time.perf_counter()
     seconds, best = 0.0, float("inf")
-    since, seconds_logged, sync_logged = 0, 0.0, 0.0  # mini-batches since, and sums at, the last line
+    since, seconds_logged = 0, 0.0  # mini-batches since, and seconds at, the last line
+    syncs = []  # seconds of communication of each line
     total, images_per_step = 0, batch_size * optimizer.num_replicas
     while optimizer.rounds < rounds:
         optimizer.zero_grad()
@@ -81,8 +83,8 @@ def train(
             # scaled so that the mean over the team is the mean over the whole batch, however that was cut
             loss = F.cross_entropy(logits.float(), targets, reduction="sum") * (team.size / batch_size)
             loss.backward()
-            riders[0] += loss.detach()
-            riders[1] += (logits.detach().argmax(1) != targets).sum() * (team.size / batch_size)
+            riders[LOSS] += loss.detach()
+            riders[WRONG] += (logits.detach().argmax(1) != targets).sum() * (team.size / batch_size)
         optimizer.step()
         since, total = since + 1, total + 1
         if optimizer.batches:
@@ -92,9 +94,10 @@ def train(
         scheduler.step()
         evaluates = done % nb == 0 or done == rounds or (eval_every is not None and done % eval_every == 0)
         if since >= LOG_EVERY or evaluates:
-            loss_sum, wrong, squared_spread = optimizer.riders[0][:3].tolist()  # waits for the device
+            loss_sum, wrong, squared_spread = optimizer.riders[0].tolist()  # waits for the device
             now = time.perf_counter()
             seconds, mark = seconds + now - mark, now
+            syncs.append(optimizer.sync_seconds - sum(syncs))
             yield {
                 "event": "round",
                 "round": done,
@@ -106,20 +109,20 @@ def train(
                 "gamma": optimizer.param_groups[0]["scoped_gamma"],
                 "rho": optimizer.param_groups[0]["scoped_rho"],
                 "spread": squared_spread**0.5,
-                "sync_seconds": sum(optimizer.sync_seconds) - sync_logged,
+                "sync_seconds": syncs[-1],
                 "images_per_second": since * images_per_step / (seconds - seconds_logged),
             }
-            since, seconds_logged, sync_logged = 0, seconds, sum(optimizer.sync_seconds)
+            since, seconds_logged = 0, seconds
             for riders, distance in zip(optimizer.riders, optimizer.distances(), strict=True):
                 riders.zero_()
-                riders[2] = distance**2
+                riders[SPREAD] = distance**2
         if evaluates:
             result = evaluate()
             best = min(best, result["master_error"])
             yield {"event": "eval", "round": done, "epoch": done / nb, "seconds": seconds, **result}
             mark = time.perf_counter()
 
-    sync_seconds, wait_seconds = _sync_cost(optimizer.sync_seconds, world)
+    sync_seconds, wait_seconds = _sync_cost(syncs, world)
     yield {
         "event": "end",
         "seconds": seconds,
@@ -133,15 +136,15 @@ def train(
 
 
 def _sync_cost(seconds: list[float], world: Team) -> tuple[float, float]:
-    """Seconds of all synchronizations, and seconds that a replica waited in them for the others, on average.
+    """Seconds of communication, the mean over the ranks, and how many of them they waited for each other.
 
-    The one that comes last to a sync waits for nobody, so its time there is what the sync cost.
+    The one that comes last to a sync waits for nobody, so what it spends there is what a sync costs.
     """
     table = torch.zeros(world.size, len(seconds), dtype=torch.float64)
     table[world.index] = torch.tensor(seconds, dtype=torch.float64)
     world.add(table)
-    cost = float(table.amin(0).sum())
-    return cost, float(table.sum()) / world.size - cost
+    total = float(table.sum()) / world.size
+    return total, total - float(table.amin(0).sum())
 
 
 def evaluate(
@@ -172,7 +175,7 @@ def evaluate(
     probabilities = probabilities.view(total, classes)
 
     def test(rows: slice, sharers: Team) -> tuple[Tensor, Tensor]:
-        recalibrate_batch_norm(model, data, batch_size, sharers)
+        recalibrate_batch_norm(model, calibration_batches(data, batch_size, sharers), sharers)
         logits = predict(model, data.test_images[rows], data)
         return logits, (logits.argmax(1) != labels[rows]).sum()
 
@@ -206,12 +209,19 @@ def predict(model: nn.Module, images: Tensor, data: Dataset) -> Tensor:
     return torch.cat([model(data.inputs(chunk)) for chunk in images.split(EVALUATION_BATCH)])
 
 
+def calibration_batches(data: Dataset, batch_size: int, team: Team = ALONE) -> Iterator[Tensor]:
+    """This one's share of up to 100 mini-batches of training images, not augmented: the same for any size of team."""
+    order = torch.randperm(len(data.train_labels), generator=torch.Generator().manual_seed(0))
+    count = min(RECALIBRATION_BATCHES, len(order) // batch_size)
+    for indices in order[: count * batch_size].view(count, batch_size)[team.part(count)]:
+        yield data.inputs(data.train_images[indices.to(data.train_labels.device)])
+
+
 @torch.no_grad()
-def recalibrate_batch_norm(model: nn.Module, data: Dataset, batch_size: int, team: Team = ALONE) -> None:
-    """Recompute batch-norm statistics on up to 100 mini-batches of training images, not augmented, dropout off.
+def recalibrate_batch_norm(model: nn.Module, batches: Iterable[Tensor], team: Team = ALONE) -> None:
+    """Recompute batch-norm statistics as the mean over mini-batches of inputs, those of the whole team, dropout off.
 
     The statistics of averaged weights are not the average of the statistics. torch's update_bn would leave dropout on.
-    Each of the team takes some of the mini-batches; which those are does not depend on its size.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
     if not layers:
@@ -223,16 +233,19 @@ def recalibrate_batch_norm(model: nn.Module, data: Dataset, batch_size: int, tea
         layer.reset_running_stats()
         layer.momentum = None  # a plain mean over the mini-batches
         layer.train()
-    order = torch.randperm(len(data.train_labels), generator=torch.Generator().manual_seed(0))
-    count = min(RECALIBRATION_BATCHES, len(order) // batch_size)
-    mine = order[: count * batch_size].view(count, batch_size)[team.part(count)].to(data.train_labels.device)
-    for indices in mine:
-        model(data.inputs(data.train_images[indices]))
+    count = 0
+    for inputs in batches:
+        model(inputs)
+        count += 1
 
     statistics = [value for layer in layers for value in (layer.running_mean, layer.running_var)]
-    message = torch.cat([value.cpu().double() * len(mine) / count for value in statistics])
+    sums = [value.cpu().double() * count for value in statistics]
+    message = torch.cat([*sums, torch.tensor([count], dtype=torch.float64)])
     team.add(message)
-    for value, mean in zip(statistics, message.split([len(value) for value in statistics]), strict=True):
+    if not message[-1]:
+        raise ValueError("No mini-batch to recompute batch-norm statistics on")
+    means = (message[:-1] / message[-1]).split([len(value) for value in statistics])
+    for value, mean in zip(statistics, means, strict=True):
         value.copy_(mean)
     for layer, momentum in zip(layers, momenta, strict=True):
         layer.momentum = momentum

@@ -46,6 +46,7 @@ class Dataset(NamedTuple):
     mean: Tensor
     std: Tensor
     classes: int
+    origin: str | None = None  # the folder of raw data; None where they were downloaded
 
     @property
     def channels(self) -> int:
@@ -219,7 +220,7 @@ def _is_current(folder: Path, origin: str | None) -> bool:
     """Whether `folder` holds this format and, where raw data was named, comes from there."""
     try:
         meta = _read_meta(folder)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
     return meta.get("format") == FORMAT and origin in (None, meta.get("origin"))
 
@@ -229,7 +230,7 @@ def _read_meta(folder: Path) -> dict[str, Any]:
         meta = json.loads((folder / "meta.json").read_text())
         if not isinstance(meta, dict):
             raise ValueError("meta.json holds no object")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise
     except (OSError, ValueError) as error:
         raise DataError(f"{folder} is damaged ({error}): delete it and it is built anew") from error
@@ -271,15 +272,25 @@ def _build(folder: Path, train: Arrays, test: Arrays, whiten: bool, meta: dict[s
 
 
 def _put(temporary: Path, folder: Path, origin: str | None) -> None:
-    """Rename `temporary` to `folder`, unless another run has put the same there meanwhile."""
-    if folder.exists() and not _is_current(folder, origin):
-        with contextlib.suppress(FileNotFoundError), tempfile.TemporaryDirectory(dir=folder.parent) as trash:
-            os.rename(folder, Path(trash) / "old")
-    try:
-        os.rename(temporary, folder)
-    except OSError:
-        if not _is_current(folder, origin):
-            raise
+    """Rename `temporary` to `folder`, unless another run has put the same there meanwhile. An older one makes way.
+
+    Raises:
+        DataError: there is a folder that no run of this program has made.
+    """
+    for _ in range(10):
+        try:
+            os.rename(temporary, folder)
+            return
+        except OSError as error:
+            blocked = error
+        with contextlib.suppress(FileNotFoundError):  # another run has just moved it away
+            if "meta.json" not in os.listdir(folder):
+                raise DataError(f"{folder} is not this program's: name another folder with --proc")
+            if _is_current(folder, origin):
+                return
+            with tempfile.TemporaryDirectory(dir=folder.parent) as trash:
+                os.rename(folder, Path(trash) / "old")
+    raise blocked
 
 
 def _save(path: Path, array: np.ndarray) -> None:
@@ -308,6 +319,7 @@ def _open(name: str, folder: Path) -> Dataset:
             mean=torch.tensor(meta["mean"], dtype=torch.float32),
             std=torch.tensor(meta["std"], dtype=torch.float32),
             classes=meta["classes"],
+            origin=meta["origin"],
         )
     except FileNotFoundError:
         raise
@@ -403,7 +415,8 @@ class Batches:
         total = len(data.train_labels)
         share = round(frac * total)
         if batch_size > share:
-            raise DataError(f"A batch of {batch_size} is more than the {share} images of a replica: -b {share} or less")
+            fits = f"-b {share} or less" if share >= 2 else f"--frac {2 / total:.1g} or more"
+            raise DataError(f"A batch of {batch_size} is more than the {share} images of a replica: {fits}")
         if augment and data.size <= 4:
             raise DataError(f"Images of {data.size} pixels cannot be cropped from 4 of reflection: --no-augment")
         shuffle = torch.randperm(total, generator=_generator(seed, Stream.SHUFFLE))

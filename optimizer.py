@@ -4,7 +4,7 @@ A subclass defines `_mean_gradient`, over what one replica is spread over, and `
 """
 
 import math
-import time
+import numbers
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from parle import GAMMA_CAP, PULL_CAP, descend, move_anchor, round_length, scope
 
-RIDERS = 4  # floats that travel behind the weights in a round's message
+RIDERS = 4  # floats that travel behind the weights in a round's message, the last of them lr
 
 
 class Replica:
@@ -92,7 +92,7 @@ class ReplicaOptimizer(torch.optim.Optimizer):
 
     def __init__(self, params: Iterable[Any], num_replicas: int, **hyperparameters: Any):
         self.num_replicas = num_replicas
-        self.sync_seconds: list[float] = []  # of each round, waiting for the others included
+        self.sync_seconds = 0.0  # spent communicating, waiting for others included
         counters = dict(rounds=0, batches=0, round_length=0, scoped_gamma=0.0, scoped_rho=0.0)
         super().__init__(params, hyperparameters | dict(replica=0) | counters)
 
@@ -105,6 +105,7 @@ class ReplicaOptimizer(torch.optim.Optimizer):
             start = sum(parameter.numel() for parameter in parameters)
             parameters += [parameter for parameter in group["params"] if parameter.requires_grad]
             slices.append(slice(start, sum(parameter.numel() for parameter in parameters)))
+        self._frozen = [p for group in self.param_groups for p in group["params"] if not p.requires_grad]
         with torch.no_grad():
             self._replicas = {a: Replica(_checked(parameters), has_inner_loop) for a, parameters in trainable.items()}
             self._home = next(iter(self._replicas.values()))  # keeps the master
@@ -139,6 +140,10 @@ class ReplicaOptimizer(torch.optim.Optimizer):
             self._begin_round()
         for replica in self._replicas.values():
             replica.gather_gradient()
+            if any(parameter.grad is not None for parameter in self._frozen):
+                raise RuntimeError(
+                    "A parameter was frozen when Parle was built and has a gradient now: build a new one"
+                )
             self._mean_gradient(replica)
         for group, part in zip(self.param_groups, self._parts, strict=True):
             alone = group["round_length"] == 1
@@ -180,12 +185,15 @@ class ReplicaOptimizer(torch.optim.Optimizer):
         """
         if self.batches == 0:
             return
-        alone = self.param_groups[0]["round_length"] == 1
+        alone, lr = self.param_groups[0]["round_length"] == 1, self.param_groups[0]["lr"]
         for replica in self._replicas.values():
             replica.gradient.copy_(replica.weights if alone else replica.state["inner_avg"])
-        start = time.perf_counter()
+            replica.riders[-1] = lr
         self._mean_messages()
-        self.sync_seconds.append(time.perf_counter() - start)
+        if not math.isclose(self._home.riders[-1], lr, rel_tol=1e-5, abs_tol=1e-30):
+            raise RuntimeError(
+                f"lr is {lr} here and {float(self._home.riders[-1])} on average: schedule it alike everywhere"
+            )
 
         for group, part in zip(self.param_groups, self._parts, strict=True):
             at_home = self._replicas[group["replica"]] is self._home
@@ -225,8 +233,8 @@ class ReplicaOptimizer(torch.optim.Optimizer):
 
     @property
     def riders(self) -> list[Tensor]:
-        """For each replica here a few floats, (RIDERS,), for the caller's use: a sync leaves their mean over all."""
-        return [replica.riders for replica in self._replicas.values()]
+        """For each replica here three floats, (3,), for the caller's use: a sync leaves their mean over all."""
+        return [replica.riders[:-1] for replica in self._replicas.values()]
 
     @torch.no_grad()
     def distances(self) -> list[Tensor]:
@@ -254,9 +262,15 @@ class ReplicaOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from `state_dict`, in mid-round too, once the model's own has been loaded. The tensors are copied."""
-        saved = state_dict["param_groups"][0].get("sync_every")
-        if (saved == 1) != (self._shared("sync_every") == 1):
-            raise ValueError(f"Cannot load a state_dict of sync_every={saved} into one of another kind")
+        own, theirs = (
+            [set(names) for _, names in sorted(state["state"].items())] for state in (self.state_dict(), state_dict)
+        )
+        if own != theirs:
+            raise ValueError(
+                "This is no state_dict of Parle with as many parameters and as it is here, sync_every 1 or not"
+            )
+        for group in state_dict["param_groups"]:
+            _check_hyperparameters(group)
         super().load_state_dict(state_dict)
         for replica in self._replicas.values():
             for name, vector in replica.state.items():
@@ -348,5 +362,5 @@ def _check_hyperparameters(group: dict[str, Any]) -> None:
             raise ValueError(f"Invalid {name} value: {group[name]}")
     for name in ("sync_every", "batches_per_epoch"):
         automatic = name == "sync_every" and group[name] == "auto" and group["gamma"] > 0
-        if not automatic and not (isinstance(group[name], int) and group[name] >= 1):
+        if not automatic and not (isinstance(group[name], numbers.Integral) and group[name] >= 1):
             raise ValueError(f"Invalid {name} value: {group[name]}")

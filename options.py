@@ -16,14 +16,25 @@ from models import COMMON, RECIPES
 from parle import PRESETS
 
 
-class Parser(argparse.ArgumentParser):
-    """Speaks from the first rank only, and of a mistake in one line."""
+class Mistake(Exception):
+    """A user's mistake. The message says what to type instead."""
 
+
+def tell(prog: str, mistake: Exception) -> None:
+    """One line, from the first rank."""
+    if _is_first_rank():
+        sys.stderr.write(f"{prog}: error: {' '.join(str(mistake).split())}\n")
+        sys.stderr.flush()
+
+
+def _is_first_rank() -> bool:
+    rank, _ = ranks.launched() or (0, None)
+    return rank == 0
+
+
+class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        line = f"{self.prog}: error: {' '.join(message.split())}\n"
-        if _is_first_rank():
-            sys.stderr.write(line)
-        raise ranks.Mistake(line)
+        raise Mistake(message)
 
     def print_help(self, *arguments: Any) -> None:
         if _is_first_rank():
@@ -38,12 +49,7 @@ class Parser(argparse.ArgumentParser):
         return args
 
 
-def _is_first_rank() -> bool:
-    rank, _ = ranks.launched() or (0, None)
-    return rank == 0
-
-
-def _number(kind: type, holds: Callable[[Any], bool], what: str) -> Callable[[str], Any]:
+def _number(kind: Callable[[str], Any], holds: Callable[[Any], bool], what: str) -> Callable[[str], Any]:
     def convert(text: str) -> Any:
         try:
             value = kind(text)
@@ -76,9 +82,11 @@ DECAY = _number(float, lambda value: 0 <= value < 1, "a number of at least 0 and
 SHARE = _number(float, lambda value: 0 < value <= 1, "a number above 0 and up to 1, such as 0.5")
 
 
-def LENGTH(text: str) -> int | str:
-    convert = _number(int, lambda value: value >= 1, "a whole number of at least 1, such as 25, or auto")
-    return text if text == "auto" else convert(text)
+LENGTH = _number(
+    lambda text: text if text == "auto" else int(text),
+    lambda value: value == "auto" or value >= 1,
+    "a whole number of at least 1, such as 25, or auto",
+)
 
 
 def parser(prog: str, description: str) -> Parser:
@@ -127,9 +135,17 @@ def parser(prog: str, description: str) -> Parser:
 
 
 def resolve(args: argparse.Namespace, size: int | None) -> argparse.Namespace:
-    """Fill in what follows from the method, the model and the data set. `size` is the launcher's number of ranks."""
+    """Fill in what follows from the method, the model and the data set. `size` is the launcher's number of ranks.
+
+    A recipe is for the usual L; with another one its epochs stand for as many mini-batches, so more of them if L is 1.
+    """
     defaults: dict[str, Any] = {"replicas": size or 3, **COMMON, **RECIPES[args.model]}
     defaults |= {name: value for name, value in PRESETS[args.method].items() if value is not None}
+    length = args.sync_every or defaults["sync_every"]
+    if length != "auto":
+        scale = PRESETS["parle"]["sync_every"] / length
+        defaults["epochs"] *= scale
+        defaults["lr_drops"] = [drop * scale for drop in defaults["lr_drops"]]
     resolved = argparse.Namespace(**vars(args))
     for name, default in defaults.items():
         if getattr(args, name) is None:
@@ -143,37 +159,43 @@ def resolve(args: argparse.Namespace, size: int | None) -> argparse.Namespace:
     return resolved
 
 
-def check(parser: Parser, args: argparse.Namespace, size: int | None) -> None:
-    """What `resolve` gave, as a whole, on `size` ranks."""
+def check(args: argparse.Namespace, size: int | None) -> None:
+    """What `resolve` gave, as a whole, on `size` ranks. Raises: Mistake."""
     if args.sync_every == "auto" and not args.gamma:
-        parser.error("-L auto needs a pull towards the anchor: --gamma 0.01")
+        raise Mistake("-L auto needs a pull towards the anchor: --gamma 0.01")
     if args.data is not None and not args.data.is_dir():
-        parser.error(f"--data {args.data}: there is no such folder")
-    if size is not None and size % args.replicas:
+        raise Mistake(f"--data {args.data}: there is no such folder")
+    if size is None:
+        return
+    if size % args.replicas:
         fits = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
-        parser.error(f"{size} ranks cannot be shared equally by -n {args.replicas} replicas: use -n with one of {fits}")
-    if size is not None and args.batch_size < 2 * size // args.replicas:
-        parser.error(
-            f"-b {args.batch_size} leaves less than 2 images for each of {size // args.replicas} ranks of a replica: "
-            f"-b {2 * size // args.replicas} or more"
+        raise Mistake(
+            f"{size} ranks cannot be shared equally by -n {args.replicas} replicas: use -n with one of {fits}"
+        )
+    per_replica = size // args.replicas
+    if args.batch_size < 2 * per_replica:
+        raise Mistake(
+            f"-b {args.batch_size} leaves less than 2 images for each of {per_replica} ranks of a replica: "
+            f"-b {2 * per_replica} or more"
         )
 
 
-def device(parser: Parser, name: str, index: int) -> torch.device:
-    """The device of the `index`-th rank of a node: a numbered one is shared, others are dealt round."""
+def device(name: str, index: int) -> torch.device:
+    """The device of a node's `index`-th rank: a numbered one is shared, others dealt round. Raises: Mistake."""
     try:
         if name == "auto":
-            found = torch.accelerator.current_accelerator(check_available=True)
-            name = "cpu" if found is None else found.type
-        device = torch.device(name)
-        if device.type == "meta":
+            accelerator = torch.accelerator.current_accelerator(check_available=True)
+            name = "cpu" if accelerator is None else accelerator.type
+        found = torch.device(name)
+        if found.type == "meta":
             raise RuntimeError("it computes nothing")
-        if device.index is None and device.type != "cpu":
-            count = torch.get_device_module(device).device_count()
+        if found.index is None and found.type != "cpu":
+            count = torch.get_device_module(found).device_count()
             if not count:
                 raise RuntimeError("there is none")
-            device = torch.device(device.type, index % count)
-        torch.empty(1, device=device)
+            found = torch.device(found.type, index % count)
+        torch.empty(1, device=found)
     except (RuntimeError, AssertionError, AttributeError, ImportError) as error:
-        parser.error(f"--device {name} is not to be had here ({str(error).partition('.')[0]}): use --device cpu")
-    return device
+        reason = str(error).partition(".")[0]
+        raise Mistake(f"--device {name} is not to be had here ({reason}): use --device cpu") from error
+    return found

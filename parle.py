@@ -53,7 +53,10 @@ def round_length(sync_every: int | str, lr: float, gamma: float) -> int:
 def nesterov(
     weights: Tensor, gradient: Tensor, momentum_buffer: Tensor, *, lr: float, momentum: float, weight_decay: float = 0.0
 ) -> None:
-    """u ← μ u + d;  y ← y − lr (d + μ u), in place: torch.optim.SGD's own kernel, a single pass over (P,) vectors."""
+    """u ← μ u + d;  y ← y − lr (d + μ u), in place: torch.optim.SGD's own kernel, a single pass over (P,) vectors.
+
+    With momentum 0 it leaves the buffer alone.
+    """
     settings = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, dampening=0.0, nesterov=True, maximize=False)
     sgd([weights], [gradient], [momentum_buffer], fused=True, **settings)
 

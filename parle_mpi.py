@@ -6,7 +6,10 @@ mpirun -n 12 python parle_mpi.py -n 3         # 3 replicas, each data-parallel o
 """
 
 import argparse
+import contextlib
 import functools
+import itertools
+import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,8 +23,8 @@ import loader
 import models
 import options
 import ranks
-import report
 from optimizer import Replica, ReplicaOptimizer
+from report import Report, surroundings
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -103,9 +106,8 @@ class Parle(ReplicaOptimizer):
         settings = [{name: value for name, value in group.items() if name != "params"} for group in self.param_groups]
         shapes = [tuple(parameter.shape) for parameter in self._home.parameters]
         ranks.check_same(comm, dict(replicas=replicas, parameters=shapes, groups=settings))
-        ranks_per_replica = comm.size // replicas
         self.comm = comm
-        self._team = comm.Split(comm.rank // ranks_per_replica) if ranks_per_replica > 1 else None
+        self.team = comm.Split(comm.rank // (comm.size // replicas))  # the ranks of this replica
         # MPI from wheels cannot read a GPU's memory: messages are staged in the host's, pinned for CUDA's copies
         message = self._home.message
         device = message.device.type
@@ -122,68 +124,98 @@ class Parle(ReplicaOptimizer):
                 self._home.state[name].copy_(self._home.weights)
 
     def _mean_gradient(self, replica: Replica) -> None:
-        if self._team is not None:
-            self._add(self._team, replica.gradient)
-            replica.gradient.div_(self._team.size)
+        self._mean(self.team, replica.gradient)
 
     def _mean_messages(self) -> None:
-        # ranks of one replica hold the same z^a, so the mean over all ranks is the mean over the replicas
-        self._add(self.comm, self._home.message)
-        self._home.message.div_(self.comm.size)
+        # the ranks of one replica hold the same z^a, so the mean over all ranks is the mean over the replicas
+        home = self._home
+        self._mean(self.comm, home.message if self.num_replicas > 1 else home.riders)
 
-    def _add(self, comm: "MPI.Comm", vector: Tensor) -> None:
+    def _mean(self, comm: "MPI.Comm", vector: Tensor) -> None:
+        if comm.size == 1:
+            return
+        if self._staging is not None:
+            torch.accelerator.synchronize(vector.device)  # what is still computing is not time spent communicating
+        start = time.perf_counter()
         if self._staging is None:
             ranks.add(comm, vector)
         else:
             host = self._staging[: len(vector)]
-            host.copy_(vector)  # waits for the device, so that MPI reads what was computed
+            host.copy_(vector)  # returns when it is there, so MPI reads what was computed
             ranks.add(comm, host)
             vector.copy_(host)
+        vector.div_(comm.size)
+        self.sync_seconds += time.perf_counter() - start
 
 
 def main() -> None:
     parser = options.parser("parle_mpi.py", "Parle over MPI: replicas on ranks, coupled by one allreduce a round.")
-    args = parser.parse_args()
-    launched = ranks.launched()
-    if launched is None:
-        resolved = options.resolve(args, None)
-        options.check(parser, resolved, None)
-        try:
-            ranks.start(resolved.replicas)
-        except OSError as error:
-            parser.error(str(error))
+    comm = None
+    try:
+        if ranks.launched() is None:
+            args = options.resolve(parser.parse_args(), None)
+            options.check(args, None)
+            start(args.replicas)
+        comm = world()
+        run(ranks.together(comm, parser.parse_args, True, options.Mistake), comm)
+    except (options.Mistake, ranks.Disagreement, loader.DataError) as mistake:
+        options.tell(parser.prog, mistake)
+        if comm is not None:
+            ranks.gather(comm, None)  # every rank has the same to say, and none ends before the first has said it
+            sys.modules["mpi4py.MPI"].Finalize()
+        sys.exit(2)
+
+
+def start(replicas: int) -> None:
+    try:
+        ranks.start(replicas)
+    except OSError as error:
+        raise options.Mistake(str(error)) from error
+
+
+def world() -> "MPI.Comm":
+    """All ranks. Raises: Mistake."""
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
-        parser.error(f"mpi4py finds no MPI library ({error}): pip install mpich")
+        raise options.Mistake(f"mpi4py finds no MPI library ({error}): pip install mpich") from error
     comm = MPI.COMM_WORLD
-    if launched is not None and launched[1] not in (None, comm.size):
-        parser.error(
-            f"the launcher started {launched[1]} ranks but {MPI.get_vendor()[0]}, the MPI of mpi4py, "
-            f"sees {comm.size}: use its own mpiexec, or install mpi4py for the launcher's MPI"
+    _, size = ranks.launched() or (0, None)
+    if size not in (None, comm.size):
+        raise options.Mistake(
+            f"the launcher started {size} ranks but {MPI.get_vendor()[0]}, the MPI of mpi4py, sees {comm.size}: "
+            "use its own mpiexec, or install mpi4py for the launcher's MPI"
         )
-    try:
-        train(parser, args, comm)
-    except (loader.DataError, ranks.Disagreement) as error:
-        parser.error(str(error))
+    return comm
 
 
-def train(parser: options.Parser, given: argparse.Namespace, comm: "MPI.Comm") -> None:
+def run(given: argparse.Namespace, comm: "MPI.Comm") -> None:
+    """Train as the arguments say."""
     own = {"data", "proc", "out", "device"}  # what may differ between machines
     ranks.check_same(comm, {name: value for name, value in vars(given).items() if name not in own})
+    node = ranks.node(comm)
+    torch.set_num_threads(ranks.threads(node))
     args = options.resolve(given, comm.size)
-    options.check(parser, args, comm.size)
+
+    def check() -> torch.device:
+        options.check(args, comm.size)
+        return options.device(args.device, node.rank)
+
+    device = ranks.together(comm, check, True, options.Mistake)
+    try:
+        data = load(args, comm, node)
+    except loader.Unreachable as error:
+        if given.dataset or given.data:
+            raise
+        if comm.rank == 0:
+            print(f"WARNING: training on digits, scikit-learn's 8 x 8 images, instead of {args.dataset}: {error}")
+        given.dataset = "digits"
+        args = options.resolve(given, comm.size)
+        data = load(args, comm, node)
+    data = data.to(device)
 
     ranks_per_replica = comm.size // args.replicas
     replica, part = divmod(comm.rank, ranks_per_replica)
-    node, team_comm = ranks.node(comm), comm.Split(replica)
-    team = engine.Team(part, ranks_per_replica, functools.partial(ranks.add, team_comm))
-    world = engine.Team(comm.rank, comm.size, functools.partial(ranks.add, comm))
-    torch.set_num_threads(ranks.threads(node))
-    device = options.device(parser, args.device, node.rank)
-
-    args, data = load(given, args, comm, node)
-    data = data.to(device)
     batches = loader.Batches(
         data,
         batch_size=args.batch_size,
@@ -214,35 +246,27 @@ def train(parser: options.Parser, given: argparse.Namespace, comm: "MPI.Comm") -
         batches_per_epoch=batches.per_epoch,
         replicas=args.replicas,
     )
+    team = engine.Team(part, ranks_per_replica, functools.partial(ranks.add, optimizer.team))
+    everyone = engine.Team(comm.rank, comm.size, functools.partial(ranks.add, comm))
 
-    def open_report() -> report.Report:
-        folder = args.out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{args.model}-{args.dataset}"
-        return report.Report(folder, f"{args.model} on {args.dataset}")
-
-    try:
-        tell = ranks.together(comm, open_report, comm.rank == 0, OSError)
-    except OSError as error:
-        parser.error(f"--out: {error}; name a new folder")
-    devices = ranks.gather(comm, str(device))
-    if tell:
-        arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-        tell(
-            {
-                "event": "start",
-                "arguments": arguments,
-                "dataset": args.dataset,
-                "replicas": args.replicas,
-                "sync_every": args.sync_every,
-                "parameters": sum(parameter.numel() for parameter in model.parameters()),
-                "images": len(data.train_labels),
-                "batches_per_epoch": batches.per_epoch,
-                "rounds": engine.count_rounds(args.epochs, batches.per_epoch),
-                "ranks": comm.size,
-                "threads": torch.get_num_threads(),
-                "devices": devices,
-                **report.surroundings(),
-            }
-        )
+    report = open_report(args, comm)
+    start_event = {
+        "event": "start",
+        "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
+        "dataset": args.dataset,
+        "origin": data.origin,
+        "replicas": args.replicas,
+        "sync_every": args.sync_every,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "images": len(data.train_labels),
+        "batches_per_epoch": batches.per_epoch,
+        "rounds": engine.count_rounds(args.epochs, batches.per_epoch),
+        "ranks": comm.size,
+        "threads": torch.get_num_threads(),
+        "devices": ranks.gather(comm, str(device)),
+        "mpi": ranks.library(),
+        **surroundings(),
+    }
     evaluate = functools.partial(
         engine.evaluate,
         optimizer,
@@ -251,9 +275,9 @@ def train(parser: options.Parser, given: argparse.Namespace, comm: "MPI.Comm") -
         batch_size=args.batch_size,
         replicas=[replica],
         team=team,
-        world=world,
+        world=everyone,
     )
-    for event in engine.train(
+    events = engine.train(
         [model],
         [batches],
         optimizer,
@@ -264,34 +288,43 @@ def train(parser: options.Parser, given: argparse.Namespace, comm: "MPI.Comm") -
         eval_every=args.eval_every,
         amp=args.amp == "bf16",
         team=team,
-        world=world,
-    ):
-        if tell:
-            if event["event"] == "end":
-                tell.save_master(evaluation_model)
-            tell(event)
+        world=everyone,
+    )
+    for event in itertools.chain([start_event], events):
+        if report:
+            if event["event"] == "eval":
+                report.save_master(evaluation_model)
+            report(event)
 
 
-def load(
-    given: argparse.Namespace, args: argparse.Namespace, comm: "MPI.Comm", node: "MPI.Comm"
-) -> tuple[argparse.Namespace, loader.Dataset]:
-    """The data, or `digits` where none was asked for and none can be downloaded, and the arguments that fit it."""
+def load(args: argparse.Namespace, comm: "MPI.Comm", node: "MPI.Comm") -> loader.Dataset:
+    """The data. One rank downloads and pre-processes, then one of each node unless proc/ is shared; then all map it."""
 
     def build() -> loader.Dataset:
         return loader.load(args.dataset, args.data, args.proc, args.whiten)
 
+    for here in (comm.rank == 0, node.rank == 0):
+        ranks.together(comm, build, here, loader.DataError)
+    return ranks.together(comm, build, True, loader.DataError)
+
+
+def open_report(args: argparse.Namespace, comm: "MPI.Comm") -> Report | None:
+    """Rank 0's report, in --out or a new folder below runs/."""
+
+    def open_folder() -> Report:
+        label = f"{args.model} on {args.dataset}"
+        if args.out is not None:
+            return Report(args.out, label)
+        name = f"{time.strftime('%Y%m%d-%H%M%S')}-{args.model}-{args.dataset}"
+        for suffix in ("", *(f"-{i}" for i in range(2, 100))):  # runs may start in the same second
+            with contextlib.suppress(FileExistsError):
+                return Report(Path("runs") / f"{name}{suffix}", label)
+        raise FileExistsError(f"runs/{name}")
+
     try:
-        # one rank downloads and builds; then one of each node, for which that was elsewhere unless proc/ is shared
-        ranks.together(comm, build, comm.rank == 0, loader.DataError)
-        ranks.together(comm, build, node.rank == 0, loader.DataError)
-    except loader.Unreachable as error:
-        if given.dataset or given.data:
-            raise
-        if comm.rank == 0:
-            print(f"WARNING: training on digits, scikit-learn's 8 x 8 images, instead of {args.dataset}: {error}")
-        given.dataset = "digits"
-        return load(given, options.resolve(given, comm.size), comm, node)
-    return args, build()
+        return ranks.together(comm, open_folder, comm.rank == 0, OSError)
+    except OSError as error:
+        raise options.Mistake(f"--out: {error}; name a new folder") from error
 
 
 if __name__ == "__main__":

@@ -60,14 +60,6 @@ def start(count: int) -> None:
     os.execv(mpiexec, [mpiexec, "-n", str(count), sys.executable, *sys.argv])
 
 
-class Mistake(SystemExit):
-    """A user's mistake, exit code 2; `line` is what the first rank has printed of it."""
-
-    def __init__(self, line: str):
-        super().__init__(2)
-        self.line = line
-
-
 def run(main: Callable[[], None]) -> None:
     """Run `main`; whatever it raises ends every rank, with `rank R: …` as the last line and a non-zero status.
 
@@ -79,35 +71,20 @@ def run(main: Callable[[], None]) -> None:
         mpi = sys.modules.get("mpi4py.MPI")
         if mpi is None or not mpi.Is_initialized() or mpi.Is_finalized():
             raise
+        code = 1
         if isinstance(error, SystemExit):
-            if error.code in (0, None) or _all_come(mpi.COMM_WORLD):
+            if error.code in (0, None):
                 raise
-            text, code = getattr(error, "line", ""), error.code if isinstance(error.code, int) else 1
+            code = error.code if isinstance(error.code, int) else 1
         else:
             reason = " ".join(str(error).split())
-            text, code = traceback.format_exc(), 1
-            text += f"rank {mpi.COMM_WORLD.rank}: {type(error).__name__}: {reason}\n"
+            text = f"rank {mpi.COMM_WORLD.rank}: {type(error).__name__}: {reason}\n"
+            sys.stderr.write(traceback.format_exc() + text)
         sys.stdout.flush()
-        sys.stderr.write(text)
         sys.stderr.flush()
         time.sleep(0.1)  # or mpiexec may end before it has passed that on
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # MPI_Abort would print a last line of its own
         mpi.COMM_WORLD.Abort(code)
-
-
-def _all_come(comm: "MPI.Comm") -> bool:
-    """Whether every rank calls this within half a second, as when all exit for the same reason.
-
-    By messages of a tag of their own: a barrier could be met by one that the others are at for another reason.
-    """
-    tag, started = 2**15 - 1, time.perf_counter()  # the largest that every MPI has
-    others = [rank for rank in range(comm.size) if rank != comm.rank]
-    requests = [comm.isend(None, rank, tag) for rank in others] + [comm.irecv(None, rank, tag) for rank in others]
-    while not all([request.test()[0] for request in requests]):
-        if time.perf_counter() - started > 0.5:
-            return False
-        time.sleep(1e-3)
-    return True
 
 
 def wait(request: "MPI.Request") -> None:
@@ -174,6 +151,14 @@ def gather(comm: "MPI.Comm", value: Any) -> list[Any]:
     """The small object `value` of every rank, on every rank, waiting asleep for the last one."""
     wait(comm.Ibarrier())
     return comm.allgather(value)
+
+
+def library() -> str:
+    """Whose MPI this is, and its version."""
+    from mpi4py import MPI
+
+    vendor, version = MPI.get_vendor()
+    return f"{vendor} {'.'.join(map(str, version))}"
 
 
 def threads(node: "MPI.Comm") -> int:

@@ -1,6 +1,8 @@
 """What a run tells: lines or a bar on the screen, and in its folder log.jsonl and master.pt. First rank only."""
 
+import importlib.metadata
 import json
+import math
 import os
 import platform
 import subprocess
@@ -36,9 +38,7 @@ class Report:
 
     def __call__(self, event: dict[str, Any]) -> None:
         with open(self.log, "a") as file:
-            # JSON has no NaN: a loss that diverged is null
-            event_in_json = json.loads(json.dumps(event), parse_constant=lambda name: None)
-            file.write(json.dumps(event_in_json) + "\n")
+            file.write(json.dumps(_finite(event), allow_nan=False) + "\n")
         getattr(self, f"_{event['event']}")(event)
 
     def say(self, text: str) -> None:
@@ -52,8 +52,9 @@ class Report:
             f"{arguments['method']}: {_count(event['replicas'], 'replica')} on {_count(event['ranks'], 'rank')}, "
             f"{_count(event['threads'], 'thread')} each, {', '.join(sorted(set(event['devices'])))}"
         )
+        origin = f" from {event['origin']}" if event["origin"] else ""
         self.say(
-            f"{event['parameters']:,} parameters, {event['images']:,} images; {event['rounds']} rounds of "
+            f"{event['parameters']:,} parameters, {event['images']:,} images{origin}; {event['rounds']} rounds of "
             f"{event['sync_every']} mini-batches of {arguments['batch_size']}, {event['batches_per_epoch']} rounds an "
             f"epoch; in {self.folder}"
         )
@@ -99,11 +100,11 @@ class Report:
         self.say("test error")
         for name, error, note in rows:
             self.say(f"  {name:12}{error:6.2f} %   {note}")
-        seconds = event["seconds"]
+        seconds, waiting = event["seconds"], event["wait_seconds"]
         self.say(
-            f"{seconds:.1f} s of training, {event['images'] / seconds:,.0f} images/s; synchronizing "
-            f"{100 * event['sync_seconds'] / seconds:.2f} % of it, waiting for the slowest replica "
-            f"{100 * event['wait_seconds'] / seconds:.1f} %; log and master in {self.folder}"
+            f"{seconds:.1f} s of training, {event['images'] / seconds:,.0f} images/s; "
+            f"{100 * (event['sync_seconds'] - waiting) / seconds:.2f} % of it synchronizing, "
+            f"{100 * waiting / seconds:.1f} % waiting for the slowest rank; log and master in {self.folder}"
         )
 
     def save_master(self, model: torch.nn.Module) -> None:
@@ -130,9 +131,19 @@ def surroundings() -> dict[str, Any]:
         "command": sys.argv,
         "python": platform.python_version(),
         "torch": torch.__version__,
+        **{name: importlib.metadata.version(name) for name in ("torchvision", "numpy", "mpi4py")},
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "revision": revision,
     }
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: what has diverged is null."""
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _count(number: int, noun: str) -> str:

@@ -27,6 +27,12 @@ def comm():
     return MPI.COMM_SELF
 
 
+def outside(changes):
+    """The environment of a shell where no launcher and no test runs, with changes."""
+    inside = ("PMI", "MPI", "OMPI", "SLURM", "PARLE", "PYTEST")
+    return {name: value for name, value in os.environ.items() if not name.startswith(inside)} | changes
+
+
 @pytest.fixture
 def python():
     """Run this Python with these arguments and a time limit, outside any launcher; gives the finished process."""
@@ -35,10 +41,8 @@ def python():
         command = [sys.executable, *map(str, arguments)]
         if ranks is not None:
             command = [str(MPIEXEC), "-n", str(ranks), *command]
-        own = ("PMI", "MPI", "OMPI", "SLURM", "PYTEST")  # of a launcher, or ours
-        clean = {name: value for name, value in os.environ.items() if not name.startswith(own)}
         return subprocess.run(
-            command, cwd=cwd, env=clean | environment, timeout=timeout, capture_output=True, text=True
+            command, cwd=cwd, env=outside(environment), timeout=timeout, capture_output=True, text=True
         )
 
     return run

@@ -291,6 +291,21 @@ def test_what_lies_in_proc_raw_is_not_downloaded(name, proc, monkeypatch, reques
     assert not requests
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_download_that_leaves_a_damaged_file_is_an_error_that_names_it(name, proc, monkeypatch):
+    _, (path, *_) = write_raw(name, proc / "raw", monkeypatch)
+    path.unlink()
+
+    def leave_damaged(*args, **kwargs):
+        path.write_bytes(b"?")
+        raise urllib.error.URLError("the line is cut")
+
+    monkeypatch.setattr("urllib.request.urlopen", leave_damaged)
+    with pytest.raises(loader.DataError, match=re.escape(f"{path} is damaged")) as caught:
+        loader.load(name, proc=proc)
+    assert not isinstance(caught.value, loader.Unreachable)
+
+
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
 def test_every_missing_file_of_cifar_is_downloaded_again(name, proc, monkeypatch):
     arrays, files = write_raw(name, proc / "raw", monkeypatch)
@@ -359,18 +374,29 @@ def leave_temporary_folder(proc):
     (proc / ".tiny-x1y2z3" / "test_images.npy").write_bytes(b"")
 
 
-def leave_no_meta(proc):
+def leave_other_format(proc):
     loader.load("tiny", proc=proc)
-    (proc / "tiny" / "meta.json").unlink()
+    (proc / "tiny" / "meta.json").write_text('{"format": 0}')
     np.save(proc / "tiny" / "train_images.npy", np.zeros((12, 5, 5, 2), np.uint8))
 
 
-@pytest.mark.parametrize("leave", [leave_temporary_folder, leave_no_meta])
-def test_what_a_killed_run_left_is_built_anew(leave, tiny, proc):
+@pytest.mark.parametrize("leave", [leave_temporary_folder, leave_other_format])
+def test_what_another_run_left_is_built_anew(leave, tiny, proc):
     arrays, readings = tiny
     leave(proc)
     assert_holds(loader.load("tiny", proc=proc), arrays)
     assert len(readings) == 2
+
+
+def test_a_folder_without_meta_file_is_never_trusted(tiny, proc):
+    arrays, _ = tiny
+    leave_other_format(proc)
+    (proc / "tiny" / "meta.json").unlink()
+    try:
+        assert_holds(loader.load("tiny", proc=proc), arrays)
+    except loader.DataError as error:
+        assert str(proc / "tiny") in str(error)
+        assert [path.name for path in proc.iterdir()] == ["tiny"]
 
 
 @pytest.mark.parametrize("keep", [0, 40, 150, -1])
@@ -438,7 +464,7 @@ def test_a_proc_that_cannot_be_written_is_an_error(tiny, proc):
 def test_a_full_disk_leaves_nothing_that_is_trusted(existing, tiny, proc, monkeypatch):
     arrays, _ = tiny
     if existing:
-        leave_no_meta(proc)
+        leave_other_format(proc)
     save, calls = loader._save, []
 
     def save_until_full(path, array):
@@ -460,10 +486,16 @@ def test_a_full_disk_leaves_nothing_that_is_trusted(existing, tiny, proc, monkey
 def test_processes_that_build_at_once_all_get_the_data(stale, tiny, proc, monkeypatch):
     arrays, _ = tiny
     if stale:
-        leave_no_meta(proc)
+        leave_other_format(proc)
     context = multiprocessing.get_context("fork")
     built, put = context.Barrier(3, timeout=20), loader._put
-    monkeypatch.setattr(loader, "_put", lambda *args: (built.wait(), put(*args)))
+
+    def put_at_once(*args):
+        monkeypatch.setattr(loader, "_put", put)  # for this process: one that has to build again waits for nobody
+        built.wait()
+        put(*args)
+
+    monkeypatch.setattr(loader, "_put", put_at_once)
     runs = [context.Process(target=lambda: assert_holds(loader.load("tiny", proc=proc), arrays)) for _ in range(3)]
     for run in runs:
         run.start()
@@ -477,7 +509,7 @@ def test_processes_that_build_at_once_all_get_the_data(stale, tiny, proc, monkey
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_run_whose_folder_another_run_replaces_at_that_moment_does_not_fail(tiny, proc):
     arrays, _ = tiny
-    leave_no_meta(proc)
+    leave_other_format(proc)
     context = multiprocessing.get_context("fork")
     stale, rename, open_folder = context.Barrier(2), os.rename, loader._open
 

@@ -249,6 +249,15 @@ def test_a_parameter_moved_after_building_is_an_error_not_a_silent_loss(build):
         train(model.float(), optimizer, range(2, 4))
 
 
+def test_a_parameter_thawed_after_building_is_an_error_not_a_silent_loss(build):
+    frozen, free = nn.Parameter(torch.ones(2), requires_grad=False), nn.Parameter(torch.ones(2))
+    optimizer = build([frozen, free])
+    optimizer.step()
+    frozen.requires_grad_().grad = torch.ones(2)
+    with pytest.raises(RuntimeError, match="frozen when Parle was built"):
+        optimizer.step()
+
+
 def test_sparse_gradients_are_refused(build):
     embedding = nn.Embedding(5, 2, sparse=True)
     optimizer = build(embedding.parameters())
@@ -303,10 +312,14 @@ def test_state_dict_is_copied_not_aliased(build):
 def test_state_dict_of_another_kind_is_refused_and_changes_nothing(build):
     one = build([nn.Parameter(torch.ones(2))], sync_every=1)
     many = build([nn.Parameter(torch.ones(2))], sync_every=3)
-    with pytest.raises(ValueError, match="sync_every=1"):
-        many.load_state_dict(one.state_dict())
+    sgd = torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.5)
+    wrong = many.state_dict()
+    wrong["param_groups"][0]["rho"] = math.nan
+    for state, message in ((one.state_dict(), "as it is here"), (sgd.state_dict(), "as it is here"), (wrong, "rho")):
+        with pytest.raises(ValueError, match=message):
+            many.load_state_dict(state)
     many.step()
-    assert many.param_groups[0]["sync_every"] == 3
+    assert (many.param_groups[0]["sync_every"], many.param_groups[0]["lr"]) == (3, 0.1)
 
 
 def test_a_copy_is_refused_since_it_would_lose_its_communicator(build):

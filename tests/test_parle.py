@@ -2,7 +2,6 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -181,15 +180,47 @@ def test_fault_5_the_outer_step_starts_at_the_anchor_not_at_the_last_iterate(com
     assert parameter.item() != pytest.approx(y - 0.1 * (0 - z))
 
 
-def test_fault_6_what_is_sent_is_not_the_live_weights(comm, start):
-    parameter = nn.Parameter(start)
-    parle = Parle([parameter], comm, lr=0.1, sync_every=1, batches_per_epoch=10)
-    before = parameter.detach().clone()
-    parle._home.message.fill_(6.0)
-    assert torch.equal(parameter, before)
-    assert np.shares_memory(parameter.detach().numpy(), parle._home.weights.numpy())
+class Twin:
+    """A communicator of this rank and one that does the very same. Its reduce, like MPI's, writes into what it got."""
+
+    rank, size = 0, 2
+
+    def __init__(self):
+        self.live, self.during = None, []
+
+    def allgather(self, value):
+        return [value, value]
+
+    def Split(self, color):
+        return type("One", (), dict(rank=0, size=1))
+
+    def Iallreduce(self, in_place, tensor):
+        tensor.mul_(2)
+        self.during.append(self.live.detach().clone())
+        return self.Ibarrier()
+
+    def Ibarrier(self, *_):
+        return type("Done", (), dict(Test=lambda self: True))()
+
+    Ibcast = Ibarrier
+
+
+@pytest.mark.parametrize("sync_every", [1, 3])
+def test_fault_6_the_reduce_does_not_write_into_the_live_weights(start, sync_every):
+    parameter, twin = nn.Parameter(start.clone()), Twin()
+    twin.live = parameter
+    parle = Parle([parameter], twin, lr=0.1, gamma=0, rho=0, sync_every=sync_every, batches_per_epoch=10)
+    reference = nn.Parameter(start.clone())
+    sgd = torch.optim.SGD([reference], lr=0.1, momentum=0.9, nesterov=True, fused=True)
+    for _ in zip(train(parle, parameter, sync_every), train(sgd, reference, sync_every), strict=True):
+        pass
+    assert torch.equal(twin.during[-1], reference)
+    assert torch.allclose(parle.master, parameter.detach())
+    if sync_every == 1:
+        assert torch.equal(parameter, reference)
 
 
 def test_fault_7_n_is_the_number_of_replicas_not_overwritten_by_the_world(comm, start):
+    """The program's side of it: test_parle_mpi.py, test_n_3_starts_three_ranks_and_trains_three_replicas."""
     with pytest.raises(ValueError, match="Invalid replicas value: 3, for 1 ranks"):
         Parle([nn.Parameter(start)], comm, lr=0.1, replicas=3, batches_per_epoch=10)

@@ -18,6 +18,7 @@ START = {
     "event": "start",
     "arguments": {"method": "parle", "batch_size": 128, "epochs": 0.5, "out": "runs/x", "lr_drops": []},
     "dataset": "mnist",
+    "origin": None,
     "replicas": 3,
     "sync_every": 25,
     "parameters": 132220,
@@ -45,7 +46,7 @@ END = {
     "wall_seconds": 66.0,
     "master_error": 0.4567,
     "best_master_error": 0.4321,
-    "sync_seconds": 1.5,
+    "sync_seconds": 4.5,
     "wait_seconds": 3.0,
     "images": 60000,
 }
@@ -101,6 +102,7 @@ def test_every_line_says_what_is_trained_on_what(tell, capsys):
     [
         ({}, "parle: 3 replicas on 6 ranks, 2 threads each, cuda:0, cuda:1"),
         ({}, "132,220 parameters, 60,000 images; 12 rounds of 25 mini-batches of 128, 24 rounds an epoch; in "),
+        (dict(origin="/data"), "60,000 images from /data; 12 rounds"),
         (dict(replicas=1, ranks=1, threads=1, devices=["cpu"]), "parle: 1 replica on 1 rank, 1 thread each, cpu\n"),
     ],
 )
@@ -157,8 +159,7 @@ def test_the_end_shows_a_table_of_errors(tell, capsys):
         ("ensemble", "0.44", "of the replicas' probabilities"),
     ]
     last = out.splitlines()[-1]
-    assert "60.0 s of training, 1,000 images/s; synchronizing 2.50 % of it" in last
-    assert "slowest replica 5.0 %" in last
+    assert "60.0 s of training, 1,000 images/s; 2.50 % of it synchronizing, 5.0 % waiting for the slowest rank" in last
     assert str(tell.folder) in last
 
 
@@ -226,7 +227,9 @@ def test_a_failure_while_saving_leaves_the_old_master(tell, model, monkeypatch):
 def test_surroundings_say_when_what_and_where(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["parle_mpi.py", "-n", "3"])
     found = report.surroundings()
-    assert found.keys() == {"time", "command", "python", "torch", "machine", "revision"}
+    assert found.keys() == {
+        *("time", "command", "python", "torch", "torchvision", "numpy", "mpi4py", "machine", "revision")
+    }
     assert abs(datetime.strptime(found["time"], "%Y-%m-%dT%H:%M:%S%z") - datetime.now(UTC)) < timedelta(minutes=1)
     assert found["command"] == ["parle_mpi.py", "-n", "3"]
     assert (found["python"], found["torch"]) == (platform.python_version(), torch.__version__)
