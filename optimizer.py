@@ -53,20 +53,17 @@ class Replica:
 
     def gather_gradient(self) -> None:
         """Copy the parameters' gradients into `gradient`. None is zero: no rank may skip what another one sends."""
-        gradients, views = [], []
-        for parameter, view, address in zip(self.parameters, self.gradient_views, self.addresses, strict=True):
-            if parameter.data_ptr() != address:
-                raise RuntimeError("A parameter has left the optimizer's vector: build Parle after model.to(...)")
-            gradient = parameter.grad
-            if gradient is None:
-                view.zero_()
-            elif gradient.is_sparse:
-                raise RuntimeError("Parle does not support sparse gradients")
-            else:
-                gradients.append(gradient)
-                views.append(view)
-        if gradients:
-            torch._foreach_copy_(views, gradients)  # one call: half the time of 14, and one kernel on a GPU
+        if [parameter.data_ptr() for parameter in self.parameters] != self.addresses:
+            raise RuntimeError("A parameter has left the optimizer's vector: build Parle after model.to(...)")
+        pairs = [
+            (view, parameter.grad)
+            for view, parameter in zip(self.gradient_views, self.parameters, strict=True)
+            if parameter.grad is not None
+        ]
+        if len(pairs) < len(self.parameters):
+            self.gradient.zero_()
+        if pairs:
+            torch._foreach_copy_(*zip(*pairs, strict=True))  # one call takes half the time of one for each
 
 
 class Part(NamedTuple):

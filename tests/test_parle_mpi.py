@@ -6,7 +6,10 @@ import sys
 import pytest
 import torch
 
+import engine
+import loader
 import models
+import parle_mpi
 from tests.conftest import ROOT
 
 OFFLINE = dict(http_proxy="http://127.0.0.1:9", https_proxy="http://127.0.0.1:9")  # nobody listens there
@@ -141,6 +144,103 @@ def test_without_a_network_it_says_so_and_trains_on_digits(python, tmp_path):
     assert json.loads(log.read_text().splitlines()[0])["dataset"] == "digits"
 
 
+FLAGS = """--alpha 0.5 --outer-step 2 --outer-momentum 0.25 --gamma 0.02 --rho 0.03 --lr 0.05 --momentum 0.75
+    --weight-decay 0.001 --dropout 0.125 -b 64 -L 5 -B 0.5 --lr-drops 0.25 --lr-decay 0.5 --frac 0.75 --augment -s 7
+    --eval-every 3 --amp bf16 -m allcnn --whiten"""
+
+
+def test_every_flag_arrives_where_it_acts(monkeypatch, proc, tmp_path):
+    arrived = {}
+
+    def spy(module, name):
+        real = getattr(module, name)
+
+        def call(*positional, **named):
+            arrived[name] = dict(named, positional=positional)
+            return real(*positional, **named)
+
+        monkeypatch.setattr(module, name, call)
+
+    for module, name in (
+        (loader, "load"),
+        (loader, "Batches"),
+        (models, "build"),
+        (parle_mpi, "Parle"),
+        (engine, "evaluate"),
+    ):
+        spy(module, name)
+    monkeypatch.setattr(
+        engine, "train", lambda *positional, **named: arrived.update(train=named) or (positional[3]() and [])
+    )
+    monkeypatch.setattr(sys, "argv", ["parle_mpi.py", "-n", "1", "-d", "digits", *FLAGS.split()])
+    sys.argv += ["--proc", str(proc), "--out", str(tmp_path / "run")]
+    for name in ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID", "PMIX_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    parle_mpi.main()
+
+    steps = dict(lr=0.05, momentum=0.75, weight_decay=0.001, sync_every=5, replicas=1)
+    coupling = dict(gamma=0.02, rho=0.03, alpha=0.5, outer_step=2, outer_momentum=0.25, batches_per_epoch=17)
+    assert arrived["Parle"].items() >= (steps | coupling).items()
+    assert arrived["Batches"].items() >= dict(batch_size=64, seed=7, frac=0.75, augment=True, part=(0, 1)).items()
+    assert arrived["train"].items() >= dict(epochs=0.5, lr_drops=[0.25], lr_decay=0.5, eval_every=3, amp=True).items()
+    assert arrived["build"]["positional"] == ("allcnn", 1, 8, 10, 0.125)
+    assert arrived["load"]["positional"] == ("digits", None, proc, True)
+    assert arrived["evaluate"]["batch_size"] == 64
+
+
+def test_all_flags_together_train(train):
+    log, _ = train("-n", 2, *FLAGS.replace("allcnn", "lenet").replace("bf16", "off").split())
+    rounds = of(log, "round")
+    assert [line["lr"] for line in rounds] == pytest.approx([0.05] * 4 + [0.025] * (len(rounds) - 4))
+    assert [line["round"] for line in of(log, "eval")] == [3, 6, 8]
+    assert log[0]["arguments"]["seed"] == 7
+
+
+def test_auto_shortens_its_rounds_as_lr_falls(train):
+    log, _ = train("-n", 1, "-L", "auto", "-B", 0.5, "--lr-drops", 0.25)
+    assert log[0]["sync_every"] == "auto"
+    assert log[-1]["images"] == 128 * (10 + 10 + 9 + 2 + 2 + 2)  # round(0.1 / γ_k), then round(0.02 / γ_k)
+
+
+def test_an_exception_in_the_program_ends_every_rank(python, proc, tmp_path):
+    script = tmp_path / "broken.py"
+    script.write_text(f"""
+import os, runpy, sys
+sys.path.insert(0, {str(ROOT)!r})
+import loader
+
+def fail(self):
+    raise RuntimeError("no more batches")
+
+if os.environ["PMI_RANK"] == "1":
+    loader.Batches.__next__ = fail
+runpy.run_path({str(ROOT / "parle_mpi.py")!r}, run_name="__main__")
+""")
+    done = python(script, "-d", "digits", "--proc", proc, "--out", tmp_path / "run", ranks=3)
+    assert done.returncode != 0
+    assert done.stderr.splitlines()[-1] == "rank 1: RuntimeError: no more batches"
+
+
+def test_a_mistake_of_one_rank_alone_is_told_once_and_ends_all(python, proc):
+    command = [ROOT / "parle_mpi.py", "-d", "digits", "--proc", proc, "--device"]
+    done = python(*command, "cpu", ":", "-n", 1, sys.executable, *command, "nonsense", ranks=1)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("parle_mpi.py: error: --device nonsense is not to be had here")
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_ranks_on_gpus_train_as_ranks_on_the_cpu_do(train, tmp_path):
+    losses = []
+    for device in ("cpu", "cuda"):
+        log, _ = train("-n", 2, "-B", 0.16, "-L", 5, "--dropout", 0, "--device", device)
+        losses.append([line["loss"] for line in of(log, "round")])
+        (tmp_path / "run").rename(tmp_path / device)
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+
+
 def test_a_run_is_never_written_over(python, proc, tmp_path):
     (tmp_path / "log.jsonl").write_text("precious")
     done = python(ROOT / "parle_mpi.py", "-n", 1, "-d", "digits", "--proc", proc, "--out", tmp_path)
@@ -150,6 +250,7 @@ def test_a_run_is_never_written_over(python, proc, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1000)
 def test_mnist_reaches_the_error_that_the_readme_names(python, raw, tmp_path):
     command = ("-n", 3, "-B", 0.25, "--data", raw, "--proc", tmp_path / "proc", "--out", tmp_path / "run")
     done = python(ROOT / "parle_mpi.py", *command, timeout=900)
