@@ -195,14 +195,14 @@ def main():
     for (name, n, settings), (dtype, tolerance) in product(CASES, [(torch.float64, 1e-12), (torch.float32, 1e-5)]):
         for replicas in {n or comm.size, 1, comm.size // 2 if comm.size % 2 == 0 else comm.size}:
             if n is None or replicas == n:
-                check(comm, replicas, dtype, tolerance, 60, **settings)
+                check(comm, replicas, dtype, tolerance, 40, **settings)
                 if comm.rank == 0:
                     print(f"{name}: n={replicas} on {comm.size} ranks, {dtype}", flush=True)
     for sub in range(1, comm.size):  # smaller worlds, from the same start of processes
         part = comm.Split(0 if comm.rank < sub else MPI.UNDEFINED)
         if part != MPI.COMM_NULL:
             for _, n, settings in CASES:
-                check(part, n or part.size, torch.float64, 1e-12, 60, **settings)
+                check(part, n or part.size, torch.float64, 1e-12, 40, **settings)
     for batch_size in (48, 50):
         check_data_parallel(comm, MPI.COMM_SELF, batch_size)
     check_same_everywhere(comm)

@@ -46,11 +46,11 @@ def test_every_rank_in_lockstep_with_the_reference(python, ranks):
 
 
 def test_n_3_starts_three_ranks_and_trains_three_replicas(train, tmp_path):
-    log, printed = train("-n", 3, "-B", 0.75)
+    log, printed = train("-n", 3, "-B", 0.42)
     start, end = log[0], log[-1]
     assert (start["event"], start["replicas"], start["ranks"], start["devices"]) == ("start", 3, 3, ["cpu"] * 3)
     rounds = of(log, "round")
-    assert [line["round"] for line in rounds] == list(range(1, 10))
+    assert [line["round"] for line in rounds] == list(range(1, 6))
     assert rounds[-1]["loss"] < rounds[0]["loss"] / 5
     assert rounds[0]["spread"] == 0 < rounds[1]["spread"]
     assert [line["rho"] for line in rounds[:2]] == pytest.approx([0.75, 0.75 * (1 + 1 / 24)])
@@ -58,8 +58,8 @@ def test_n_3_starts_three_ranks_and_trains_three_replicas(train, tmp_path):
     (evaluation,) = of(log, "eval")
     assert len(evaluation["replica_errors"]) == len(evaluation["distances"]) == 3
     assert all(0 < distance < 0.2 for distance in evaluation["distances"])
-    assert evaluation["master_error"] < 6
-    assert end["images"] == 3 * 9 * 25 * 128
+    assert evaluation["master_error"] < 10
+    assert end["images"] == 3 * 5 * 25 * 128
     assert all(line.startswith("lenet on digits  ") for line in printed.splitlines())
 
     model = models.build("lenet", channels=1, size=8, classes=10)
@@ -192,7 +192,7 @@ def test_every_flag_arrives_where_it_acts(monkeypatch, proc, tmp_path):
 def test_all_flags_together_train(train):
     log, _ = train("-n", 2, *FLAGS.replace("allcnn", "lenet").replace("bf16", "off").split())
     rounds = of(log, "round")
-    assert [line["lr"] for line in rounds] == pytest.approx([0.05] * 4 + [0.025] * (len(rounds) - 4))
+    assert [(line["round"], line["lr"]) for line in rounds] == [(3, 0.05), (6, 0.025), (8, 0.025)]
     assert [line["round"] for line in of(log, "eval")] == [3, 6, 8]
     assert log[0]["arguments"]["seed"] == 7
 
