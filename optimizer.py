@@ -143,18 +143,18 @@ class ReplicaOptimizer(torch.optim.Optimizer):
                 )
             self._mean_gradient(replica)
         for group, part in zip(self.param_groups, self._parts, strict=True):
-            alone = group["round_length"] == 1
+            single = group["round_length"] == 1
             descend(
                 part.weights,
                 part.gradient,
                 part.inner_momentum,
-                part.master if alone else part.anchor,
-                pull=group["scoped_rho"] if alone else group["scoped_gamma"],
+                part.master if single else part.anchor,
+                pull=group["scoped_rho"] if single else group["scoped_gamma"],
                 lr=group["lr"],
                 momentum=group["momentum"],
                 weight_decay=group["weight_decay"],
             )
-            if not alone:
+            if not single:
                 part.inner_avg.lerp_(part.weights, 1 - group["alpha"])
             group["batches"] += 1
         if self.batches == self.param_groups[0]["round_length"]:
@@ -182,9 +182,9 @@ class ReplicaOptimizer(torch.optim.Optimizer):
         """
         if self.batches == 0:
             return
-        alone, lr = self.param_groups[0]["round_length"] == 1, self.param_groups[0]["lr"]
+        single, lr = self.param_groups[0]["round_length"] == 1, self.param_groups[0]["lr"]
         for replica in self._replicas.values():
-            replica.gradient.copy_(replica.weights if alone else replica.state["inner_avg"])
+            replica.gradient.copy_(replica.weights if single else replica.state["inner_avg"])
             replica.riders[-1] = lr
         self._mean_messages()
         if not math.isclose(self._home.riders[-1], lr, rel_tol=1e-5, abs_tol=1e-30):
@@ -200,7 +200,7 @@ class ReplicaOptimizer(torch.optim.Optimizer):
                 momentum=group["outer_momentum"],
             )
             mean = part.gradient
-            if not alone:
+            if not single:
                 move_anchor(part.anchor, part.inner_avg, mean, part.outer_momentum, **outer)
                 part.weights.copy_(part.anchor)
                 if at_home:

@@ -115,8 +115,7 @@ class Parle(ReplicaOptimizer):
             None if device == "cpu" else torch.empty_like(message, device="cpu", pin_memory=device == "cuda")
         )
         with torch.no_grad():
-            frozen = [p for group in self.param_groups for p in group["params"] if not p.requires_grad]
-            for tensor in [self._home.weights, *frozen]:
+            for tensor in [self._home.weights, *self._frozen]:
                 host = tensor.cpu().contiguous()
                 ranks.broadcast(comm, host)
                 tensor.copy_(host)
@@ -208,7 +207,10 @@ def run(given: argparse.Namespace, comm: "MPI.Comm") -> None:
         if given.dataset or given.data:
             raise
         if comm.rank == 0:
-            print(f"WARNING: training on digits, scikit-learn's 8 x 8 images, instead of {args.dataset}: {error}")
+            print(
+                f"WARNING: training on digits, scikit-learn's 8 x 8 images, instead of {args.dataset}: {error}",
+                flush=True,
+            )
         given.dataset = "digits"
         args = options.resolve(given, comm.size)
         data = load(args, comm, node)

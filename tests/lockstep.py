@@ -188,6 +188,19 @@ def check_disagreement(comm):
             assert comm.size == 1
 
 
+def check_drift(comm):
+    """Ranks whose lr has come to differ hear of it at the next sync, instead of holding different masters."""
+    optimizer = Parle([nn.Parameter(torch.zeros(5))], comm, lr=0.1, sync_every=2, batches_per_epoch=10)
+    optimizer.step()
+    optimizer.param_groups[0]["lr"] = 0.2 if comm.rank == 0 else 0.1
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        assert "schedule it alike everywhere" in str(error)
+    else:
+        assert comm.size == 1
+
+
 def main():
     from mpi4py import MPI
 
@@ -208,6 +221,7 @@ def main():
     check_same_everywhere(comm)
     check_riders(comm)
     check_disagreement(comm)
+    check_drift(comm)
     if comm.rank == 0:
         print("all equal")
 
