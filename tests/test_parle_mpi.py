@@ -85,16 +85,16 @@ def test_replicas_have_their_own_order(train):
 def test_ranks_have_their_own_dropout(python, proc, tmp_path):
     script = tmp_path / "seeds.py"
     script.write_text(f"""
-import runpy, sys, torch
+import os, pathlib, runpy, sys, torch
 sys.path.insert(0, {str(ROOT)!r})
 import engine
 
-engine.train = lambda *_, **__: print("seed", torch.initial_seed(), flush=True) or []
+engine.train = lambda *_, **__: pathlib.Path(f"seed-{{torch.initial_seed()}}").touch() or []
 runpy.run_path({str(ROOT / "parle_mpi.py")!r}, run_name="__main__")
 """)
-    done = python(script, "-n", 2, "-d", "digits", "--proc", proc, "--out", tmp_path / "run", ranks=4)
+    done = python(script, "-n", 2, "-d", "digits", "--proc", proc, "--out", "run", ranks=4, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert len({line for line in done.stdout.splitlines() if line.startswith("seed ")}) == 4
+    assert len(list(tmp_path.glob("seed-*"))) == 4
 
 
 def test_twelve_ranks_on_two_cores_are_twelve_replicas(train):
