@@ -375,9 +375,9 @@ class Stream(enum.IntEnum):
     SHUFFLE, ORDER, AUGMENTATION, DROPOUT = range(4)
 
 
-def random_seed(seed: int, use: Stream, replica: int = 0, count: int = 0) -> int:
+def random_seed(seed: int, use: Stream, replica: int = 0, *counts: int) -> int:
     """The 64-bit seed of a stream."""
-    return int(np.random.SeedSequence((seed, use, replica, count)).generate_state(1, np.uint64)[0])
+    return int(np.random.SeedSequence((seed, use, replica, *counts)).generate_state(1, np.uint64)[0])
 
 
 class Batches:
@@ -422,7 +422,7 @@ class Batches:
         shuffle = torch.randperm(total, generator=_generator(seed, Stream.SHUFFLE))
         self.share = shuffle[(torch.arange(share) + replica * total // replicas) % total]
         self.data, self.batch_size, self.augment = data, batch_size, augment
-        self.seed, self.replica = seed, replica
+        self.seed, self.replica, self.part = seed, replica, part[0]
         self.rows = slice(part[0] * batch_size // part[1], (part[0] + 1) * batch_size // part[1])
         self.per_epoch = math.ceil(share / batch_size)  # nb
         self.drawn = 0
@@ -442,10 +442,14 @@ class Batches:
                 self._orders[number] = self.share[torch.randperm(share, generator=generator)]
         passes = torch.cat(list(self._orders.values())) if last > first else self._orders[first]
         indices = passes[start - first * share :][: self.batch_size][self.rows]
-        indices = indices.to(self.data.train_labels.device)
+        indices = indices.to(self.data.train_labels.device, non_blocking=True)  # or the host would wait for the device
         images = self._crop(indices) if self.augment else self.data.train_images[indices]
         self.drawn += 1
         return self.data.inputs(images), self.data.train_labels[indices]
+
+    def dropout_seed(self, part: int = 0) -> int:
+        """Of the batch that was drawn last; `part` counts the devices here that share it."""
+        return random_seed(self.seed, Stream.DROPOUT, self.replica, self.drawn, self.part + part)
 
     def _crop(self, indices: Tensor) -> Tensor:
         """Flip, reflect and crop in one gather: nothing is padded, the indices are reflected."""
@@ -456,7 +460,7 @@ class Batches:
         pixels = torch.arange(size)
         rows, columns = pixels + shifts  # (B, H) each
         columns = torch.where(flips, columns.flip(1), columns)
-        rows, columns = (_reflect(axis[self.rows], size).to(device) for axis in (rows, columns))
+        rows, columns = (_reflect(axis[self.rows], size).to(device, non_blocking=True) for axis in (rows, columns))
         return self.data.train_images[indices[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 

@@ -13,7 +13,25 @@ from torch import Tensor, nn
 
 from parle import GAMMA_CAP, PULL_CAP, descend, move_anchor, round_length, scope
 
-RIDERS = 4  # floats that travel behind the weights in a round's message, the last of them lr
+RIDERS = 3  # floats of the caller's that travel behind the weights in a round's message
+
+
+class Part(NamedTuple):
+    """What one group has of its replica's vectors and of the master's: slices, (p,).
+
+    With L = 1 there is no outer momentum, anchor or inner_avg. A device that needs no master has None, and all but
+    the home have no momentum for it.
+    """
+
+    group: int  # its number
+    weights: Tensor
+    gradient: Tensor
+    inner_momentum: Tensor
+    outer_momentum: Tensor | None
+    anchor: Tensor | None
+    inner_avg: Tensor | None
+    master: Tensor | None
+    master_momentum: Tensor | None
 
 
 class Replica:
@@ -23,25 +41,34 @@ class Replica:
     """
 
     def __init__(self, parameters: list[nn.Parameter], has_inner_loop: bool):
-        self.parameters = parameters
+        self.parameters = _trainable(parameters)
+        self.frozen = [parameter for parameter in parameters if not parameter.requires_grad]
         # empty_like has the parameter's own strides, unless it has gaps or overlaps: then dense ones
-        self.strides = [torch.empty_like(parameter).stride() for parameter in parameters]
-        size, like = sum(parameter.numel() for parameter in parameters), parameters[0]
+        self.strides = [torch.empty_like(parameter).stride() for parameter in self.parameters]
+        size, like = sum(parameter.numel() for parameter in self.parameters), self.parameters[0]
         self.weights = torch.empty(size, dtype=like.dtype, device=like.device)
-        self.message = torch.zeros(size + RIDERS, dtype=like.dtype, device=like.device)
-        self.gradient, self.riders = self.message[:size], self.message[size:]
-        for parameter, view in zip(parameters, self.views(self.weights), strict=True):
+        self.riders = torch.zeros(RIDERS, dtype=like.dtype, device=like.device)
+        for parameter, view in zip(self.parameters, self.views(self.weights), strict=True):
             view.copy_(parameter)
             parameter.data = view  # no other way to move a parameter's storage keeps modules and autograd attached
-        self.gradient_views = self.views(self.gradient)
-        self.addresses = [parameter.data_ptr() for parameter in parameters]
+        self.addresses = [parameter.data_ptr() for parameter in self.parameters]
 
         # by the names under which state_dict keeps them, parameter by parameter
         self.state = {"inner_momentum_buffer": torch.zeros_like(self.weights)}
         if has_inner_loop:
             self.state["outer_momentum_buffer"] = torch.zeros_like(self.weights)
-            self.state["anchor"] = self.weights.clone()
-            self.state["inner_avg"] = self.weights.clone()
+            self.state["anchor"] = torch.empty_like(self.weights)
+            self.state["inner_avg"] = torch.empty_like(self.weights)
+        self.parts: list[Part] = []
+
+    @property
+    def device(self) -> torch.device:
+        return self.weights.device
+
+    def use(self, message: Tensor) -> None:
+        """Take turns with the other replicas of this device in `message`, (P + RIDERS + 1,)."""
+        self.message, self.gradient = message, message[: len(self.weights)]
+        self.gradient_views = self.views(self.gradient)
 
     def views(self, vector: Tensor) -> list[Tensor]:
         """`vector` cut into tensors of the parameters' shapes and strides."""
@@ -55,6 +82,8 @@ class Replica:
         """Copy the parameters' gradients into `gradient`. None is zero: no rank may skip what another one sends."""
         if [parameter.data_ptr() for parameter in self.parameters] != self.addresses:
             raise RuntimeError("A parameter has left the optimizer's vector: build Parle after model.to(...)")
+        if any(parameter.grad is not None for parameter in self.frozen):
+            raise RuntimeError("A parameter was frozen when Parle was built and has a gradient now: build a new one")
         pairs = [
             (view, parameter.grad)
             for view, parameter in zip(self.gradient_views, self.parameters, strict=True)
@@ -66,59 +95,95 @@ class Replica:
             torch._foreach_copy_(*zip(*pairs, strict=True))  # one call takes half the time of one for each
 
 
-class Part(NamedTuple):
-    """What one group has of its replica's vectors, and of the home's for the master: slices, (p,). None with L = 1."""
-
-    weights: Tensor
-    gradient: Tensor
-    inner_momentum: Tensor
-    outer_momentum: Tensor | None
-    anchor: Tensor | None
-    inner_avg: Tensor | None
-    master: Tensor
-    master_momentum: Tensor | None
-
-
 class ReplicaOptimizer(torch.optim.Optimizer):
-    """The torch.optim side of Parle: groups, state, one step. parle.py has the equations.
+    """The torch.optim side of Parle: groups, state, one step. parle.py has the equations; here their letters are
 
-    Each group belongs to the replica that its key `replica` names. What counts and what changes from round to round
-    lives in the groups, where every torch tool saves and restores it: `rounds` done, `batches` done in this round, and
-    of this round `round_length`, L_k; `scoped_gamma`, γ_k; `scoped_rho`, c_k.
+        y, x^a, z^a    the parameters themselves, state "anchor" and "inner_avg"
+        u, v           state "inner_momentum_buffer" and "outer_momentum_buffer"
+        x              `master`, (P,): the trainable parameters of a replica, flat
+        γ, ρ, L, s, μ' gamma, rho, sync_every, outer_step, outer_momentum
+
+    A parameter without a gradient counts as one with a zero gradient, so weight decay and momentum still move it; give
+    frozen ones requires_grad=False before. Each group belongs to the replica that its key `replica` names. What counts
+    and what changes from round to round lives in the groups, where every torch tool saves and restores it: `rounds`
+    done, `batches` done in this round, and of this round `round_length`, L_k; `scoped_gamma`, γ_k; `scoped_rho`, c_k.
+
+    Args:
+        params: as for any torch optimizer; those of one replica float32 (or all float64) and on one device.
+        num_replicas: n, those that live elsewhere included.
+        lr: step size of the inner and the outer update.
+        momentum: Nesterov's, of the inner update.
+        weight_decay: L2 penalty, in the inner update alone.
+        sync_every: L, mini-batches per round, or "auto" for max(1, round(lr / γ_k)), with the first group's lr and γ.
+        gamma: initial coefficient of the pull towards the anchor; it grows, up to 1.
+        rho: initial coefficient of the pull towards the mean, per update of a replica; ρ L n grows, up to 10.
+        alpha: what z^a keeps at each mini-batch; 0 makes z^a the last iterate.
+        outer_step: step of the outer update in units of lr. Unused, with alpha and gamma, where L = 1.
+        outer_momentum: Nesterov's, of the outer update; by default as `momentum`.
+        batches_per_epoch: mini-batches in one pass over the data; sets how fast gamma and rho grow.
+
+    Raises:
+        ValueError: an invalid value.
     """
 
-    def __init__(self, params: Iterable[Any], num_replicas: int, **hyperparameters: Any):
-        self.num_replicas = num_replicas
-        self.sync_seconds = 0.0  # spent communicating, waiting for others included
-        counters = dict(rounds=0, batches=0, round_length=0, scoped_gamma=0.0, scoped_rho=0.0)
-        super().__init__(params, hyperparameters | dict(replica=0) | counters)
+    sync_seconds: float  # spent communicating, waiting for others included
 
-        has_inner_loop = self._shared("sync_every") != 1
-        self._shared("batches_per_epoch")
-        trainable: dict[int, list[nn.Parameter]] = {}
-        slices = []
+    def __init__(
+        self,
+        params: Iterable[Any],
+        num_replicas: int,
+        *,
+        lr: float,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        sync_every: int | str = 25,
+        gamma: float = 0.01,
+        rho: float = 0.01,
+        alpha: float = 0.75,
+        outer_step: float = 1.0,
+        outer_momentum: float | None = None,
+        batches_per_epoch: int,
+    ):
+        self.num_replicas = num_replicas
+        rates = dict(lr=lr, momentum=momentum, weight_decay=weight_decay)
+        outer = dict(alpha=alpha, outer_step=outer_step, outer_momentum=outer_momentum)
+        coupling = dict(sync_every=sync_every, gamma=gamma, rho=rho, batches_per_epoch=batches_per_epoch, replica=0)
+        counters = dict(rounds=0, batches=0, round_length=0, scoped_gamma=0.0, scoped_rho=0.0)
+        super().__init__(params, rates | outer | coupling | counters)
+
+        sync_every, _ = self._shared("sync_every"), self._shared("batches_per_epoch")
+        has_inner_loop = sync_every != 1
+        _check_alike(self.param_groups)
+        owned: dict[int, list[nn.Parameter]] = {}
         for group in self.param_groups:
-            parameters = trainable.setdefault(group["replica"], [])
-            start = sum(parameter.numel() for parameter in parameters)
-            parameters += [parameter for parameter in group["params"] if parameter.requires_grad]
-            slices.append(slice(start, sum(parameter.numel() for parameter in parameters)))
-        self._frozen = [p for group in self.param_groups for p in group["params"] if not p.requires_grad]
+            owned.setdefault(group["replica"], []).extend(group["params"])
+        for parameters in owned.values():
+            _check_parameters(_trainable(parameters))
         with torch.no_grad():
-            self._replicas = {a: Replica(_checked(parameters), has_inner_loop) for a, parameters in trainable.items()}
-            self._home = next(iter(self._replicas.values()))  # keeps the master
-            self._home.state["master"] = self._home.weights.clone()
+            self._replicas = {a: Replica(parameters, has_inner_loop) for a, parameters in owned.items()}
+            self._home = next(iter(self._replicas.values()))  # its device keeps the master
+            self._messages: dict[torch.device, Tensor] = {}  # a device's: of P floats, the riders, one of the subclass
+            self._masters: dict[torch.device, Tensor] = {}  # away from home only where rounds may be of one mini-batch
+            for replica in self._replicas.values():
+                if replica.device not in self._messages:
+                    self._messages[replica.device] = replica.weights.new_zeros(len(replica.weights) + RIDERS + 1)
+                    if replica is self._home or sync_every in (1, "auto"):
+                        self._masters[replica.device] = torch.empty_like(replica.weights)
+                replica.use(self._messages[replica.device])
+            self._home.state["master"] = self._masters[self._home.device]
             if has_inner_loop:
                 self._home.state["master_momentum_buffer"] = torch.zeros_like(self._home.weights)
-        self._parts = [self._part(group, part) for group, part in zip(self.param_groups, slices, strict=True)]
+            self._start_alike()
+        self._cut_into_parts()
         self._link_state()
 
     # What a subclass communicates
 
     def _mean_gradient(self, replica: Replica) -> None:
-        """Average `replica.gradient` over the ranks or devices of this replica, in place."""
+        """Average `replica.gradient` over the ranks of this replica, in place."""
 
     def _mean_messages(self) -> None:
-        """Average `message` over all replicas, in place: the one collective of a round."""
+        """Make of `_messages`, each the sum over the replicas of its device, the mean over all: the communication."""
         raise NotImplementedError
 
     # The algorithm
@@ -137,26 +202,23 @@ class ReplicaOptimizer(torch.optim.Optimizer):
             self._begin_round()
         for replica in self._replicas.values():
             replica.gather_gradient()
-            if any(parameter.grad is not None for parameter in self._frozen):
-                raise RuntimeError(
-                    "A parameter was frozen when Parle was built and has a gradient now: build a new one"
-                )
             self._mean_gradient(replica)
-        for group, part in zip(self.param_groups, self._parts, strict=True):
-            single = group["round_length"] == 1
-            descend(
-                part.weights,
-                part.gradient,
-                part.inner_momentum,
-                part.master if single else part.anchor,
-                pull=group["scoped_rho"] if single else group["scoped_gamma"],
-                lr=group["lr"],
-                momentum=group["momentum"],
-                weight_decay=group["weight_decay"],
-            )
-            if not single:
-                part.inner_avg.lerp_(part.weights, 1 - group["alpha"])
-            group["batches"] += 1
+            for part in replica.parts:
+                group = self.param_groups[part.group]
+                single = group["round_length"] == 1
+                descend(
+                    part.weights,
+                    part.gradient,
+                    part.inner_momentum,
+                    part.master if single else part.anchor,
+                    pull=group["scoped_rho"] if single else group["scoped_gamma"],
+                    lr=group["lr"],
+                    momentum=group["momentum"],
+                    weight_decay=group["weight_decay"],
+                )
+                if not single:
+                    part.inner_avg.lerp_(part.weights, 1 - group["alpha"])
+                group["batches"] += 1
         if self.batches == self.param_groups[0]["round_length"]:
             self.sync()
         return loss
@@ -172,44 +234,43 @@ class ReplicaOptimizer(torch.optim.Optimizer):
             for replica in self._replicas.values():
                 replica.state["anchor"].copy_(replica.weights)
                 replica.state["inner_avg"].copy_(replica.weights)
+        elif first["sync_every"] == "auto":  # after a longer round only the home has the master
+            self._share_master()
 
     @torch.no_grad()
     def sync(self) -> None:
-        """End the round: couple the replicas by their mean and move the master. One collective.
+        """End the round: couple the replicas by their mean and move the master. The one communication.
 
         `step()` calls it; call it yourself only to end a round early, as at the end of training, and then on every
         rank. Without a mini-batch since the last one there is nothing to do.
         """
         if self.batches == 0:
             return
-        single, lr = self.param_groups[0]["round_length"] == 1, self.param_groups[0]["lr"]
+        single = self.param_groups[0]["round_length"] == 1
+        for message in self._messages.values():
+            message.zero_()
         for replica in self._replicas.values():
-            replica.gradient.copy_(replica.weights if single else replica.state["inner_avg"])
-            replica.riders[-1] = lr
+            replica.gradient.add_(replica.weights if single else replica.state["inner_avg"])
+            replica.message[-RIDERS - 1 : -1].add_(replica.riders)
         self._mean_messages()
-        if not math.isclose(self._home.riders[-1], lr, rel_tol=1e-5, abs_tol=1e-30):
-            raise RuntimeError(
-                f"lr is {lr} here and {float(self._home.riders[-1])} on average: schedule it alike everywhere"
-            )
-
-        for group, part in zip(self.param_groups, self._parts, strict=True):
-            at_home = self._replicas[group["replica"]] is self._home
-            outer = dict(
-                pull=group["scoped_rho"],
-                lr=group["outer_step"] * group["lr"],
-                momentum=group["outer_momentum"],
-            )
-            mean = part.gradient
-            if not single:
-                move_anchor(part.anchor, part.inner_avg, mean, part.outer_momentum, **outer)
-                part.weights.copy_(part.anchor)
-                if at_home:
-                    move_anchor(part.master, mean, mean, part.master_momentum, **outer)
-            elif at_home:
-                part.master.copy_(mean)
-        for group in self.param_groups:
-            group["rounds"] += 1
-            group["batches"] = 0
+        for replica in self._replicas.values():
+            replica.riders.copy_(replica.message[-RIDERS - 1 : -1])
+            for part in replica.parts:
+                group, mean = self.param_groups[part.group], part.gradient
+                outer = dict(
+                    pull=group["scoped_rho"],
+                    lr=group["outer_step"] * group["lr"],
+                    momentum=group["outer_momentum"],
+                )
+                if single:
+                    part.master.copy_(mean)
+                else:
+                    move_anchor(part.anchor, part.inner_avg, mean, part.outer_momentum, **outer)
+                    part.weights.copy_(part.anchor)
+                    if replica is self._home:
+                        move_anchor(part.master, mean, mean, part.master_momentum, **outer)
+                group["rounds"] += 1
+                group["batches"] = 0
 
     # What a caller reads
 
@@ -231,12 +292,16 @@ class ReplicaOptimizer(torch.optim.Optimizer):
     @property
     def riders(self) -> list[Tensor]:
         """For each replica here three floats, (3,), for the caller's use: a sync leaves their mean over all."""
-        return [replica.riders[:-1] for replica in self._replicas.values()]
+        return [replica.riders for replica in self._replicas.values()]
 
     @torch.no_grad()
     def distances(self) -> list[Tensor]:
-        """For each replica here ‖y − x‖ / ‖x‖, its distance to the master. Between rounds y is the anchor."""
-        return [(replica.weights - self.master).norm() / self.master.norm() for replica in self._replicas.values()]
+        """For each replica here ‖y − x‖ / ‖x‖, its distance to the master, a scalar on the replica's device.
+
+        Between rounds y is the anchor.
+        """
+        masters = ((replica, self.master.to(replica.device)) for replica in self._replicas.values())
+        return [(replica.weights - master).norm() / master.norm() for replica, master in masters]
 
     def copy_master_to(self, target: nn.Module | Iterable[Tensor]) -> None:
         """Copy the master into an evaluation model. Batch-norm statistics are the caller's to recompute.
@@ -273,6 +338,7 @@ class ReplicaOptimizer(torch.optim.Optimizer):
             for name, vector in replica.state.items():
                 for parameter, view in zip(replica.parameters, replica.views(vector), strict=True):
                     view.copy_(self.state[parameter][name])
+        self._share_master()
         self._link_state()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -289,12 +355,33 @@ class ReplicaOptimizer(torch.optim.Optimizer):
 
     # Helpers
 
-    def _part(self, group: dict[str, Any], part: slice) -> Part:
-        replica, home = self._replicas[group["replica"]], self._home
-        own = ("inner_momentum_buffer", "outer_momentum_buffer", "anchor", "inner_avg")
-        sources = [replica.weights, replica.gradient, *(replica.state.get(name) for name in own)]
-        sources += [home.state["master"], home.state.get("master_momentum_buffer")]
-        return Part(*(None if source is None else source[part] for source in sources))
+    def _start_alike(self) -> None:
+        """Give every replica here the first one's parameters, and anchors and masters the same."""
+        for replica in self._replicas.values():
+            if replica is not self._home:
+                replica.weights.copy_(self._home.weights)
+                for parameter, first in zip(replica.frozen, self._home.frozen, strict=True):
+                    parameter.copy_(first)
+            for name in {"anchor", "inner_avg"} & replica.state.keys():
+                replica.state[name].copy_(replica.weights)
+        self.master.copy_(self._home.weights)
+        self._share_master()
+
+    def _share_master(self) -> None:
+        for device, master in self._masters.items():
+            if device != self._home.device:
+                master.copy_(self.master)
+
+    def _cut_into_parts(self) -> None:
+        for replica in self._replicas.values():
+            groups = [i for i, group in enumerate(self.param_groups) if self._replicas[group["replica"]] is replica]
+            sizes = [sum(p.numel() for p in _trainable(self.param_groups[i]["params"])) for i in groups]
+            own = ("inner_momentum_buffer", "outer_momentum_buffer", "anchor", "inner_avg")
+            momentum = self._home.state.get("master_momentum_buffer") if replica is self._home else None
+            vectors = [replica.weights, replica.gradient, *(replica.state.get(name) for name in own)]
+            vectors += [self._masters.get(replica.device), momentum]
+            columns = [[None] * len(groups) if vector is None else vector.split(sizes) for vector in vectors]
+            replica.parts = list(map(Part, groups, *columns))
 
     def _link_state(self) -> None:
         """Show the flat vectors, parameter by parameter, as `self.state`."""
@@ -329,12 +416,12 @@ class ReplicaOptimizer(torch.optim.Optimizer):
             parameter.copy_(values.get(source, source))
 
 
-def _checked(parameters: list[nn.Parameter]) -> list[nn.Parameter]:
-    """The trainable parameters of one replica, fit for one flat vector.
+def _trainable(parameters: list[nn.Parameter]) -> list[nn.Parameter]:
+    return [parameter for parameter in parameters if parameter.requires_grad]
 
-    Raises:
-        ValueError: they are not.
-    """
+
+def _check_parameters(parameters: list[nn.Parameter]) -> None:
+    """Raises: ValueError, for trainable parameters of one replica that do not fit one flat vector."""
     if not parameters:
         raise ValueError("Parle got no parameter that requires a gradient")
     if len(set(parameters)) < len(parameters):
@@ -346,7 +433,19 @@ def _checked(parameters: list[nn.Parameter]) -> list[nn.Parameter]:
     kinds = {(parameter.dtype, parameter.device) for parameter in parameters}
     if len(kinds) > 1 or parameters[0].dtype not in (torch.float32, torch.float64):
         raise ValueError(f"The parameters of a replica must be float32 (or all float64) on one device, not {kinds}")
-    return parameters
+
+
+def _check_alike(groups: list[dict[str, Any]]) -> None:
+    """Raises: ValueError, where replicas differ in more than the device and the values of their parameters."""
+    kinds: dict[int, list[Any]] = {}
+    for group in groups:
+        tensors = [(parameter.shape, parameter.dtype, parameter.requires_grad) for parameter in group["params"]]
+        settings = {name: value for name, value in group.items() if name not in ("params", "param_names", "replica")}
+        kinds.setdefault(group["replica"], []).append((tensors, settings))
+    first, *others = kinds
+    for replica in others:
+        if kinds[replica] != kinds[first]:
+            raise ValueError(f"Replica {replica} and replica {first} differ in shapes, dtypes or settings")
 
 
 def _check_hyperparameters(group: dict[str, Any]) -> None:

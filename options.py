@@ -180,22 +180,27 @@ def check(args: argparse.Namespace, size: int | None) -> None:
         )
 
 
-def device(name: str, index: int) -> torch.device:
-    """The device of a node's `index`-th rank: a numbered one is shared, others dealt round. Raises: Mistake."""
+def devices(name: str) -> list[torch.device]:
+    """All devices of this machine that `name` means: a numbered one is itself alone. Raises: Mistake."""
     try:
         if name == "auto":
             accelerator = torch.accelerator.current_accelerator(check_available=True)
             name = "cpu" if accelerator is None else accelerator.type
         found = torch.device(name)
-        if found.type == "meta":
-            raise RuntimeError("it computes nothing")
-        if found.index is None and found.type != "cpu":
-            count = torch.get_device_module(found).device_count()
-            if not count:
-                raise RuntimeError("there is none")
-            found = torch.device(found.type, index % count)
-        torch.empty(1, device=found)
+        if found.type == "cpu":
+            return [torch.device("cpu")]
+        count = torch.get_device_module(found).device_count()
+        if (found.index or 0) >= count:
+            raise RuntimeError(f"there are {count}" if count else "there is none")
+        return [torch.device(found.type, index) for index in range(count) if found.index in (None, index)]
     except (RuntimeError, AssertionError, AttributeError, ImportError) as error:
         reason = str(error).partition(".")[0]
         raise Mistake(f"--device {name} is not to be had here ({reason}): use --device cpu") from error
-    return found
+
+
+def name(device: torch.device) -> str:
+    """As people know it: with what an accelerator's maker calls it, where torch can tell."""
+    module = torch.get_device_module(device)
+    if not hasattr(module, "get_device_name"):
+        return str(device)
+    return f"{device} ({module.get_device_name(device)})"

@@ -48,10 +48,10 @@ class Report:
 
     def _start(self, event: dict[str, Any]) -> None:
         self.start, arguments = event, event["arguments"]
-        self.say(
-            f"{arguments['method']}: {_count(event['replicas'], 'replica')} on {_count(event['ranks'], 'rank')}, "
-            f"{_count(event['threads'], 'thread')} each, {', '.join(sorted(set(event['devices'])))}"
-        )
+        threads = _count(event["threads"], "thread")
+        spread = f"on {_count(event['ranks'], 'rank')}, {threads} each" if "ranks" in event else f"here, {threads}"
+        devices = ", ".join(sorted(set(event["devices"])))
+        self.say(f"{arguments['method']}: {_count(event['replicas'], 'replica')} {spread}, {devices}")
         origin = f" from {event['origin']}" if event["origin"] else ""
         self.say(
             f"{event['parameters']:,} parameters, {event['images']:,} images{origin}; {event['rounds']} rounds of "
@@ -101,10 +101,11 @@ class Report:
         for name, error, note in rows:
             self.say(f"  {name:12}{error:6.2f} %   {note}")
         seconds, waiting = event["seconds"], event["wait_seconds"]
+        idle = f", {100 * waiting / seconds:.1f} % waiting for the slowest rank" if "ranks" in self.start else ""
         self.say(
             f"{seconds:.1f} s of training, {event['images'] / seconds:,.0f} images/s; "
-            f"{100 * (event['sync_seconds'] - waiting) / seconds:.2f} % of it synchronizing, "
-            f"{100 * waiting / seconds:.1f} % waiting for the slowest rank; log and master in {self.folder}"
+            f"{100 * (event['sync_seconds'] - waiting) / seconds:.2f} % of it synchronizing{idle}; "
+            f"log and master in {self.folder}"
         )
 
     def save_master(self, model: torch.nn.Module) -> None:
@@ -131,7 +132,7 @@ def surroundings() -> dict[str, Any]:
         "command": sys.argv,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        **{name: importlib.metadata.version(name) for name in ("torchvision", "numpy", "mpi4py")},
+        **{name: importlib.metadata.version(name) for name in ("torchvision", "numpy")},
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "revision": revision,
     }

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import engine
 import loader
-from optimizer import ReplicaOptimizer
+import parle_gpu
 from parle_mpi import Parle
 
 SGD = dict(lr=0.1, sync_every=1, gamma=0.0, rho=0.0)
@@ -26,18 +26,10 @@ EVAL = {
 END = {"event", "seconds", "master_error", "best_master_error", "sync_seconds", "images"}
 
 
-class Together(ReplicaOptimizer):
-    """Replicas that all live here."""
-
-    def __init__(self, params, num_replicas, **changes):
-        settings = dict(lr=0.1, momentum=0.9, weight_decay=0.0, sync_every=5, gamma=0.01, rho=0.01, alpha=0.75)
-        settings |= dict(outer_step=1.0, outer_momentum=None, batches_per_epoch=5)
-        super().__init__(params, num_replicas, **settings | changes)
-
-    def _mean_messages(self):
-        mean = torch.stack([replica.message for replica in self._replicas.values()]).mean(0)
-        for replica in self._replicas.values():
-            replica.message.copy_(mean)
+def together(*models, **settings):
+    """The optimizer of replicas that all live here."""
+    settings = dict(lr=0.1, sync_every=5, batches_per_epoch=5) | settings
+    return parle_gpu.Parle([model.parameters() for model in models], **settings)
 
 
 def recalibrate(model, data, batch_size, team=engine.ALONE):
@@ -202,7 +194,7 @@ def spread_replicas(n):
     """An optimizer and its n replicas, each at some distance from their master."""
     models = [network()]
     models += [deepcopy(models[0]) for _ in range(1, n)]
-    optimizer = Together([dict(params=list(model.parameters()), replica=a) for a, model in enumerate(models)], n)
+    optimizer = together(*models)
     for a, model in enumerate(models):
         perturb(model, a)
     return optimizer, models
@@ -259,7 +251,7 @@ def test_evaluation_shared_by_three_ranks_of_one_replica_gives_the_same():
     optimizers = []
     for _ in range(3):
         model = deepcopy(replica)
-        optimizers.append(Together(model.parameters(), 1))
+        optimizers.append(together(model))
         optimizers[-1].master.copy_(alone.master)
     results = shared(
         3,
@@ -275,12 +267,13 @@ def test_evaluation_shared_by_three_ranks_of_one_replica_gives_the_same():
 
 def test_evaluation_by_three_ranks_of_three_replicas_gives_the_same():
     data = dataset(test=31)
-    together, replicas = spread_replicas(3)
-    expected = engine.evaluate(together, network(), data, batch_size=8, replicas=[0, 1, 2])
+    one, replicas = spread_replicas(3)
+    expected = engine.evaluate(one, network(), data, batch_size=8, replicas=[0, 1, 2])
 
-    optimizers = [Together(deepcopy(replica).parameters(), 3) for replica in replicas]
+    optimizers = [together(deepcopy(replica)) for replica in replicas]
     for optimizer in optimizers:
-        optimizer.master.copy_(together.master)
+        optimizer.num_replicas = 3
+        optimizer.master.copy_(one.master)
     results = shared(
         3,
         lambda world: engine.evaluate(
@@ -459,8 +452,7 @@ def train_together(n, sync_every, epochs, evaluate=None):
     data, models = dataset(), [mlp()]
     models += [deepcopy(models[0]) for _ in range(1, n)]
     batches = [loader.Batches(data, batch_size=8, seed=1, replica=a, replicas=n) for a in range(n)]
-    groups = [dict(params=list(model.parameters()), replica=a) for a, model in enumerate(models)]
-    optimizer = Together(groups, n, sync_every=sync_every)
+    optimizer = together(*models, sync_every=sync_every)
     evaluate = evaluate or (lambda: {"master_error": 50.0})
     events = engine.train(models, batches, optimizer, evaluate, epochs=epochs, lr_drops=[], lr_decay=0.2)
     told = [(event, torch.stack(optimizer.distances()).square().mean().sqrt().item()) for event in events]

@@ -275,32 +275,28 @@ def test_two_images_a_rank_are_enough(line, size):
     assert parse(line, size).batch_size == int(line.split()[-1])
 
 
-def find(name, index=0):
-    return options.device(name, index)
-
-
-@pytest.mark.parametrize("name", ["nonsense", "cuda:99", "cpu:x"])
+@pytest.mark.parametrize("name", ["nonsense", "cuda:99", "cpu:x", "meta"])
 def test_a_device_that_is_not_here_is_told_in_one_line(name, capsys):
-    assert f"--device {name} " in complaint(capsys, find, name)
+    assert f"--device {name} " in complaint(capsys, options.devices, name)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_cuda_where_there_is_none_is_told_in_one_line(capsys):
-    assert complaint(capsys, find, "cuda").endswith("use --device cpu\n")
+    assert complaint(capsys, options.devices, "cuda").endswith("use --device cpu\n")
 
 
 @pytest.mark.parametrize("name", ["cpu", "auto"])
 def test_without_an_accelerator_the_device_is_the_cpu(name, monkeypatch):
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
-    assert find(name, 5) == torch.device("cpu")
+    assert options.devices(name) == [torch.device("cpu")]
 
 
-@pytest.mark.parametrize(("name", "indices"), [("auto", [0, 1, 0]), ("cuda", [0, 1, 0]), ("cuda:1", [1, 1, 1])])
-def test_ranks_of_a_node_are_dealt_its_accelerators(name, indices, monkeypatch):
+@pytest.mark.parametrize(("name", "indices"), [("auto", [0, 1]), ("cuda", [0, 1]), ("cuda:1", [1])])
+def test_a_device_with_a_number_is_itself_and_one_without_all_there_are(name, indices, monkeypatch, capsys):
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
     monkeypatch.setattr(torch, "get_device_module", lambda device: SimpleNamespace(device_count=lambda: 2))
-    monkeypatch.setattr(torch, "empty", lambda size, device: None)
-    assert [find(name, rank) for rank in range(3)] == [torch.device("cuda", index) for index in indices]
+    assert options.devices(name) == [torch.device("cuda", index) for index in indices]
+    assert complaint(capsys, options.devices, "cuda:2").endswith("(there are 2): use --device cpu\n")
 
 
 def test_help_names_every_flag(capsys):

@@ -82,21 +82,6 @@ def test_replicas_have_their_own_order(train):
     assert min(of(log, "eval")[-1]["distances"]) > 1e-3
 
 
-def test_ranks_have_their_own_dropout(python, proc, tmp_path):
-    script = tmp_path / "seeds.py"
-    script.write_text(f"""
-import os, pathlib, runpy, sys, torch
-sys.path.insert(0, {str(ROOT)!r})
-import engine
-
-engine.train = lambda *_, **__: pathlib.Path(f"seed-{{torch.initial_seed()}}").touch() or []
-runpy.run_path({str(ROOT / "parle_mpi.py")!r}, run_name="__main__")
-""")
-    done = python(script, "-n", 2, "-d", "digits", "--proc", proc, "--out", "run", ranks=4, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert len(list(tmp_path.glob("seed-*"))) == 4
-
-
 def test_twelve_ranks_on_two_cores_are_twelve_replicas(train):
     log, _ = train("-B", 0.08, "-L", 2, ranks=12)
     assert log[0]["replicas"] == log[0]["ranks"] == len(of(log, "eval")[0]["replica_errors"]) == 12

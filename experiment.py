@@ -1,0 +1,150 @@
+"""One experiment, as the command line says: its data, its replicas, its events. Knows nothing of who communicates."""
+
+import argparse
+import contextlib
+import functools
+import itertools
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import engine
+import loader
+import models
+import options
+from optimizer import ReplicaOptimizer
+from report import Report, surroundings
+
+
+def load(
+    given: argparse.Namespace, size: int | None, read: Callable[[argparse.Namespace], loader.Dataset], first: bool
+) -> tuple[argparse.Namespace, loader.Dataset]:
+    """The arguments resolved for `size` ranks, and the data that `read` gives for them.
+
+    They are digits where nobody asked for a data set and the usual one cannot be downloaded; the `first` rank says so.
+    """
+    args = options.resolve(given, size)
+    try:
+        return args, read(args)
+    except loader.Unreachable as error:
+        if given.dataset or given.data:
+            raise
+        if first:
+            print(
+                f"WARNING: training on digits, scikit-learn's 8 x 8 images, instead of {args.dataset}: {error}",
+                flush=True,
+            )
+    args = options.resolve(argparse.Namespace(**vars(given) | dict(dataset="digits")), size)
+    return args, read(args)
+
+
+def model(args: argparse.Namespace, data: loader.Dataset) -> nn.Module:
+    """The network as every replica starts with it, where the data is."""
+    torch.manual_seed(args.seed)
+    return models.build(args.model, data.channels, data.size, data.classes, args.dropout).to(data.train_labels.device)
+
+
+def batches(
+    args: argparse.Namespace, data: loader.Dataset, replica: int, part: tuple[int, int] = (0, 1)
+) -> loader.Batches:
+    """Those of one replica, or of a part of it."""
+    return loader.Batches(
+        data,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        replica=replica,
+        replicas=args.replicas,
+        frac=args.frac,
+        augment=args.augment,
+        part=part,
+    )
+
+
+def hyperparameters(args: argparse.Namespace, batches_per_epoch: int) -> dict[str, Any]:
+    """What both Parle classes take."""
+    names = ("lr", "momentum", "weight_decay", "sync_every", "gamma", "rho", "alpha", "outer_step", "outer_momentum")
+    return {name: getattr(args, name) for name in names} | dict(batches_per_epoch=batches_per_epoch)
+
+
+def open_report(args: argparse.Namespace) -> Report:
+    """In --out or a new folder below runs/. Raises: Mistake."""
+    label = f"{args.model} on {args.dataset}"
+    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{args.model}-{args.dataset}"
+    try:
+        if args.out is not None:
+            return Report(args.out, label)
+        for suffix in ("", *(f"-{i}" for i in range(2, 100))):  # runs may start in the same second
+            with contextlib.suppress(FileExistsError):
+                return Report(Path("runs") / f"{name}{suffix}", label)
+        raise FileExistsError(f"runs/{name}")
+    except OSError as error:
+        raise options.Mistake(f"--out: {error}; name a new folder") from error
+
+
+def run(
+    args: argparse.Namespace,
+    data: loader.Dataset,
+    optimizer: ReplicaOptimizer,
+    replicas: dict[int, tuple[nn.Module, loader.Batches]],
+    report: Report | None,
+    *,
+    team: engine.Team = engine.ALONE,
+    world: engine.Team = engine.ALONE,
+    **where: Any,
+) -> None:
+    """Train and evaluate the replicas that live here, by number, and give every event to `report`, on the first rank.
+
+    Args:
+        data: on the device where the master is tested.
+        team, world: who shares one replica, and all there are.
+        where: what the log's first line says of the devices and of who communicates.
+    """
+    networks, sources = zip(*replicas.values(), strict=True)
+    evaluation_model = model(args, data)
+    start = {
+        "event": "start",
+        "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
+        "dataset": args.dataset,
+        "origin": data.origin,
+        "replicas": args.replicas,
+        "sync_every": args.sync_every,
+        "parameters": sum(parameter.numel() for parameter in evaluation_model.parameters()),
+        "images": len(data.train_labels),
+        "batches_per_epoch": sources[0].per_epoch,
+        "rounds": engine.count_rounds(args.epochs, sources[0].per_epoch),
+        "threads": torch.get_num_threads(),
+        **where,
+        **surroundings(),
+    }
+    evaluate = functools.partial(
+        engine.evaluate,
+        optimizer,
+        evaluation_model,
+        data,
+        batch_size=args.batch_size,
+        replicas=list(replicas),
+        team=team,
+        world=world,
+    )
+    events = engine.train(
+        networks,
+        sources,
+        optimizer,
+        evaluate,
+        epochs=args.epochs,
+        lr_drops=args.lr_drops,
+        lr_decay=args.lr_decay,
+        eval_every=args.eval_every,
+        amp=args.amp == "bf16",
+        team=team,
+        world=world,
+    )
+    for event in itertools.chain([start], events):
+        if report:
+            if event["event"] == "eval":
+                report.save_master(evaluation_model)
+            report(event)
