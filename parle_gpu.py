@@ -138,9 +138,9 @@ def run(given: argparse.Namespace) -> None:
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
-        weights, batch = (size / 2**30 for size in memory(args, data))
+        vectors, batch = (size / 2**30 for size in memory(args, data))
         raise options.Mistake(
-            f"out of memory: a replica of {args.model} takes {weights:.2f} GiB and about {batch:.2f} GiB for a "
+            f"out of memory: a replica of {args.model} takes {vectors:.2f} GiB and about {batch:.2f} GiB for a "
             f"mini-batch of {args.batch_size}: use a smaller -b, a smaller -n or --amp bf16"
         ) from error
 
@@ -188,7 +188,8 @@ def memory(args: argparse.Namespace, data: loader.Dataset) -> tuple[int, int]:
 
     Nothing is computed: the second is counted on torch's meta device, without the workspace that kernels use.
     """
-    model = models.build(args.model, data.channels, data.size, data.classes, args.dropout).to("meta")
+    with torch.device("meta"):
+        model = models.build(args.model, data.channels, data.size, data.classes, args.dropout)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     known = {tensor.untyped_storage()._cdata for tensor in model.state_dict().values()}
     kept = {}  # by storage, and so kept alive: a freed one's address would come again
