@@ -1,6 +1,7 @@
 """Train and evaluate. Knows replicas and their optimizer; knows neither MPI nor the name of a data set."""
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -15,15 +16,20 @@ from optimizer import ReplicaOptimizer
 RECALIBRATION_BATCHES = 100  # enough: with 12,800 images a mean is known to 1 % of a standard deviation
 EVALUATION_BATCH = 256
 LOG_EVERY = 25  # mini-batches: one line a round, or every few rounds where those are shorter
-LOSS, WRONG, SPREAD = range(3)  # what the optimizer's riders carry: two sums since the last line, and a square
+# What the optimizer's riders carry: two sums since the last line, a square, and whether somebody asked to save or stop
+LOSS, WRONG, SPREAD, SAVE, STOP = range(5)
 
 
 class Team(NamedTuple):
-    """Those who share a piece of work: which one this is, how many there are, and how they add up a tensor in place."""
+    """Those who share a piece of work: which one this is, how many there are, and how they exchange.
+
+    `add` sums a tensor over all, in place; `gather` gives the small objects of all.
+    """
 
     index: int = 0
     size: int = 1
     add: Callable[[Tensor], None] = lambda tensor: None
+    gather: Callable[[Any], list[Any]] = lambda value: [value]
 
     def part(self, total: int) -> slice:
         """This one's part of `total` rows."""
@@ -31,6 +37,27 @@ class Team(NamedTuple):
 
 
 ALONE = Team()
+
+
+@dataclasses.dataclass
+class Progress:
+    """How far a run has come, besides what its optimizer counts. A checkpoint holds it."""
+
+    batches: int = 0  # mini-batches of each replica
+    images: int = 0  # of all replicas
+    since: int = 0  # mini-batches since the last line
+    seconds: float = 0.0  # of training, evaluation excluded
+    seconds_logged: float = 0.0  # at the last line
+    sync_seconds: float = 0.0
+    wait_seconds: float = 0.0
+    master_error: float | None = None  # when it was tested last
+    best_master_error: float | None = None
+
+
+class Asked:
+    """What somebody outside asks of a run: to `save` a checkpoint, or to save and `stop`."""
+
+    save = stop = False
 
 
 def count_rounds(epochs: float, batches_per_epoch: int) -> int:
@@ -48,31 +75,43 @@ def train(
     lr_drops: list[float],
     lr_decay: float,
     eval_every: int | None = None,
+    checkpoint_every: int | None = None,
+    save: Callable[[Progress], None] = lambda progress: None,
+    progress: Progress | None = None,
+    asked: Asked | None = None,
     amp: bool = False,
     team: Team = ALONE,
     world: Team = ALONE,
 ) -> Iterator[dict[str, Any]]:
     """Train the replicas that live here, and tell of it: yields the log's `round`, `eval` and `end` events.
 
+    Where somebody asks it to stop it does so after the mini-batch, or after the round where others must do the same,
+    and yields no `end`.
+
     Args:
         models, batches: of each replica here, in the order of the optimizer's.
         evaluate: gives the `eval` event's figures; called at every epoch's end, every `eval_every` rounds and last.
         epochs, lr_drops: in epochs of nb rounds each.
+        save: keeps a checkpoint; called at every epoch's end, every `checkpoint_every` rounds and when asked to.
+        progress: of a run to go on with, whose optimizer has been restored.
         team, world: who shares one replica's mini-batches, and all there are.
     """
     nb, batch_size = batches[0].per_epoch, batches[0].batch_size
     rounds = count_rounds(epochs, nb)
     drops = [round(drop * nb) for drop in lr_drops]
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, drops, lr_decay)
+    scheduler.last_epoch = optimizer.rounds
+    progress, asked = progress or Progress(), asked or Asked()
+    for source in batches:
+        source.drawn = progress.batches
     precision = torch.autocast(devices(models[0])[0].type, torch.bfloat16) if amp else contextlib.nullcontext()
     for model in models:
         model.train()
 
     began = mark = time.perf_counter()
-    seconds, best = 0.0, float("inf")
-    since, seconds_logged = 0, 0.0  # mini-batches since, and seconds at, the last line
-    syncs = []  # seconds of communication of each line
-    total, images_per_step = 0, batch_size * optimizer.num_replicas
+    syncs: list[float] = []  # seconds of communication of each line since the last checkpoint
+    synced = optimizer.sync_seconds
+    images_per_step = batch_size * optimizer.num_replicas
     while optimizer.rounds < rounds:
         optimizer.zero_grad()
         for model, source, riders in zip(models, batches, optimizer.riders, strict=True):
@@ -86,53 +125,69 @@ def train(
             loss.backward()
             riders[LOSS] += loss.detach()
             riders[WRONG] += (logits.detach().argmax(1) != targets).sum() * (team.size / batch_size)
+            riders[SAVE], riders[STOP] = float(asked.save), float(asked.stop)
         optimizer.step()
-        since, total = since + 1, total + 1
-        if optimizer.batches:
+        progress.batches, progress.since = progress.batches + 1, progress.since + 1
+        progress.images += images_per_step
+        ended, done = optimizer.batches == 0, optimizer.rounds
+        if not ended and (world.size > 1 or not (asked.save or asked.stop)):
             continue
 
-        done, lr = optimizer.rounds, optimizer.param_groups[0]["lr"]
-        scheduler.step()
-        evaluates = done % nb == 0 or done == rounds or (eval_every is not None and done % eval_every == 0)
-        if since >= LOG_EVERY or evaluates:
-            loss_sum, wrong, squared_spread = optimizer.riders[0].tolist()  # waits for the device
-            now = time.perf_counter()
-            seconds, mark = seconds + now - mark, now
-            syncs.append(optimizer.sync_seconds - sum(syncs))
+        saves, stops = asked.save, asked.stop
+        if world.size > 1:  # what any rank was asked, and all now know
+            saves, stops = (optimizer.riders[0][SAVE:] > 0).tolist()
+        ends_epoch = ended and (done % nb == 0 or done == rounds)
+        evaluates = ended and (ends_epoch or (eval_every is not None and done % eval_every == 0))
+        saves |= stops or ends_epoch or (ended and checkpoint_every is not None and done % checkpoint_every == 0)
+        lr = optimizer.param_groups[0]["lr"]
+        if ended:
+            scheduler.step()
+        if evaluates or (ended and progress.since >= LOG_EVERY):
+            loss_sum, wrong, squared_spread = optimizer.riders[0][:SAVE].tolist()  # waits for the device
+            progress.seconds, mark = progress.seconds + time.perf_counter() - mark, time.perf_counter()
+            syncs.append(optimizer.sync_seconds - synced)
+            synced = optimizer.sync_seconds
             yield {
                 "event": "round",
                 "round": done,
                 "epoch": done / nb,
-                "seconds": seconds,
-                "loss": loss_sum / since,
-                "error": 100 * wrong / since,
+                "seconds": progress.seconds,
+                "loss": loss_sum / progress.since,
+                "error": 100 * wrong / progress.since,
                 "lr": lr,
                 "gamma": optimizer.param_groups[0]["scoped_gamma"],
                 "rho": optimizer.param_groups[0]["scoped_rho"],
                 "spread": squared_spread**0.5,
                 "sync_seconds": syncs[-1],
-                "images_per_second": since * images_per_step / (seconds - seconds_logged),
+                "images_per_second": progress.since * images_per_step / (progress.seconds - progress.seconds_logged),
             }
-            since, seconds_logged = 0, seconds
+            progress.since, progress.seconds_logged = 0, progress.seconds
             for riders, distance in zip(optimizer.riders, optimizer.distances(), strict=True):
                 riders.zero_()
                 riders[SPREAD] = distance**2
         if evaluates:
             result = evaluate()
-            best = min(best, result["master_error"])
-            yield {"event": "eval", "round": done, "epoch": done / nb, "seconds": seconds, **result}
+            error, best = result["master_error"], progress.best_master_error
+            progress.master_error, progress.best_master_error = error, error if best is None else min(best, error)
+            yield {"event": "eval", "round": done, "epoch": done / nb, "seconds": progress.seconds, **result}
             mark = time.perf_counter()
+        if saves:
+            progress.seconds += time.perf_counter() - mark
+            _count_syncs(progress, syncs, world)
+            save(progress)
+            asked.save, mark = False, time.perf_counter()
+        if stops:
+            return
 
-    sync_seconds, wait_seconds = _sync_cost(syncs, world)
     yield {
         "event": "end",
-        "seconds": seconds,
+        "seconds": progress.seconds,
         "wall_seconds": time.perf_counter() - began,
-        "master_error": result["master_error"],
-        "best_master_error": best,
-        "sync_seconds": sync_seconds,
-        "wait_seconds": wait_seconds,
-        "images": total * images_per_step,
+        "master_error": progress.master_error,
+        "best_master_error": progress.best_master_error,
+        "sync_seconds": progress.sync_seconds,
+        "wait_seconds": progress.wait_seconds,
+        "images": progress.images,
     }
 
 
@@ -151,8 +206,8 @@ def seed(device: torch.device, number: int) -> None:
             torch.get_device_module(device).manual_seed(number)
 
 
-def _sync_cost(seconds: list[float], world: Team) -> tuple[float, float]:
-    """Seconds of communication, the mean over the ranks, and how many of them they waited for each other.
+def _count_syncs(progress: Progress, seconds: list[float], world: Team) -> None:
+    """Add what each line's communication took, the mean over the ranks, and how much of it they waited for each other.
 
     The one that comes last to a sync waits for nobody, so what it spends there is what a sync costs.
     """
@@ -160,7 +215,9 @@ def _sync_cost(seconds: list[float], world: Team) -> tuple[float, float]:
     table[world.index] = torch.tensor(seconds, dtype=torch.float64)
     world.add(table)
     total = float(table.sum()) / world.size
-    return total, total - float(table.amin(0).sum())
+    progress.sync_seconds += total
+    progress.wait_seconds += total - float(table.amin(0).sum())
+    seconds.clear()
 
 
 def evaluate(

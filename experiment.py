@@ -2,17 +2,21 @@
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import itertools
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+import checkpoint
 import engine
+import interrupts
 import loader
 import models
 import options
@@ -70,13 +74,46 @@ def hyperparameters(args: argparse.Namespace, batches_per_epoch: int) -> dict[st
     return {name: getattr(args, name) for name in names} | dict(batches_per_epoch=batches_per_epoch)
 
 
-def open_report(args: argparse.Namespace) -> Report:
+class Resumed(NamedTuple):
+    """The checkpoint that a run goes on from."""
+
+    path: Path
+    manifest: dict[str, Any]
+    changes: dict[str, tuple[Any, Any]]  # arguments that are not what they were: what they were and what they are
+
+
+MACHINE = {"data", "proc", "out", "device", "gpus_per_replica", "checkpoint_every", "eval_every", "resume"}
+
+
+def find_checkpoint(args: argparse.Namespace) -> Resumed | None:
+    """What --resume names, its newest good one if that is a folder of several. Raises: Mistake."""
+    if args.resume is None:
+        return None
+    try:
+        paths = [args.resume] if (args.resume / checkpoint.MANIFEST).exists() else checkpoint.found(args.resume)
+        path, manifest, complaints = checkpoint.newest(paths)
+    except checkpoint.CheckpointError as error:
+        raise options.Mistake(f"--resume: {error}") from error
+    for complaint in complaints:
+        print(f"WARNING: {complaint}; taking the one before", flush=True)
+    was, now = manifest["arguments"], json.loads(json.dumps(_plain(args)))
+    changes = {name: (was[name], now[name]) for name in was if name not in MACHINE and was[name] != now.get(name)}
+    for name in {"model", "dataset", "whiten", "method"} & changes.keys():
+        raise options.Mistake(f"--resume: {path} has {name} {was[name]}, not {now[name]}")
+    return Resumed(path, manifest, changes)
+
+
+def _plain(args: argparse.Namespace) -> dict[str, Any]:
+    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+
+
+def open_report(args: argparse.Namespace, resumed: Resumed | None) -> Report:
     """In --out or a new folder below runs/. Raises: Mistake."""
     label = f"{args.model} on {args.dataset}"
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-{args.model}-{args.dataset}"
     try:
         if args.out is not None:
-            return Report(args.out, label)
+            return Report(args.out, label, resumed and resumed.manifest["log_bytes"])
         for suffix in ("", *(f"-{i}" for i in range(2, 100))):  # runs may start in the same second
             with contextlib.suppress(FileExistsError):
                 return Report(Path("runs") / f"{name}{suffix}", label)
@@ -91,14 +128,19 @@ def run(
     optimizer: ReplicaOptimizer,
     replicas: dict[int, tuple[nn.Module, loader.Batches]],
     report: Report | None,
+    resumed: Resumed | None,
+    command: str,
     *,
     team: engine.Team = engine.ALONE,
     world: engine.Team = engine.ALONE,
     **where: Any,
-) -> None:
+) -> bool:
     """Train and evaluate the replicas that live here, by number, and give every event to `report`, on the first rank.
 
+    Returns whether the run has come to its end. If it has not, it was asked to stop.
+
     Args:
+        command: what starts this program again with as many replicas, but for its arguments.
         data: on the device where the master is tested.
         team, world: who shares one replica, and all there are.
         where: what the log's first line says of the devices and of who communicates.
@@ -106,8 +148,8 @@ def run(
     networks, sources = zip(*replicas.values(), strict=True)
     evaluation_model = model(args, data)
     start = {
-        "event": "start",
-        "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
+        "event": "resume" if resumed else "start",
+        "arguments": _plain(args),
         "dataset": args.dataset,
         "origin": data.origin,
         "replicas": args.replicas,
@@ -120,6 +162,23 @@ def run(
         **where,
         **surroundings(),
     }
+    progress = engine.Progress()
+    if resumed:
+        checkpoint.load(resumed.path, resumed.manifest, optimizer, list(replicas))
+        progress = engine.Progress(**resumed.manifest["progress"])
+        start |= dict(round=optimizer.rounds, checkpoint=str(resumed.path), changes=resumed.changes)
+    folder = world.gather(report and report.folder)[0]
+
+    def save(progress: engine.Progress) -> None:
+        facts = dict(arguments=_plain(args), progress=dataclasses.asdict(progress))
+        if report:
+            facts["log_bytes"] = report.log_bytes
+        try:
+            checkpoint.save(folder / checkpoint.FOLDER, optimizer, list(replicas), facts, team, world)
+        except OSError as error:
+            if report:
+                report({"event": "checkpoint", "round": optimizer.rounds, "error": str(error)})
+
     evaluate = functools.partial(
         engine.evaluate,
         optimizer,
@@ -130,21 +189,29 @@ def run(
         team=team,
         world=world,
     )
-    events = engine.train(
-        networks,
-        sources,
-        optimizer,
-        evaluate,
-        epochs=args.epochs,
-        lr_drops=args.lr_drops,
-        lr_decay=args.lr_decay,
-        eval_every=args.eval_every,
-        amp=args.amp == "bf16",
-        team=team,
-        world=world,
-    )
-    for event in itertools.chain([start], events):
-        if report:
-            if event["event"] == "eval":
-                report.save_master(evaluation_model)
-            report(event)
+    with interrupts.heard() as asked:
+        events = engine.train(
+            networks,
+            sources,
+            optimizer,
+            evaluate,
+            epochs=args.epochs,
+            lr_drops=args.lr_drops,
+            lr_decay=args.lr_decay,
+            eval_every=args.eval_every,
+            checkpoint_every=args.checkpoint_every,
+            save=save,
+            progress=progress,
+            asked=asked,
+            amp=args.amp == "bf16",
+            team=team,
+            world=world,
+        )
+        for event in itertools.chain([start], events):
+            if report:
+                if event["event"] == "eval":
+                    report.save_master(evaluation_model)
+                report(event)
+    if event["event"] != "end" and report:
+        report({"event": "stop", "round": optimizer.rounds, "command": f"{command} --resume {folder}"})
+    return event["event"] == "end"

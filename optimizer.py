@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from parle import GAMMA_CAP, PULL_CAP, descend, move_anchor, round_length, scope
 
-RIDERS = 3  # floats of the caller's that travel behind the weights in a round's message
+RIDERS = 5  # floats of the caller's that travel behind the weights in a round's message
 
 
 class Part(NamedTuple):
@@ -272,6 +272,36 @@ class ReplicaOptimizer(torch.optim.Optimizer):
                 group["rounds"] += 1
                 group["batches"] = 0
 
+    # What a checkpoint holds
+
+    @property
+    def vectors(self) -> list[dict[str, Tensor]]:
+        """For each replica here its flat vectors by name, and its riders: themselves, not copies."""
+        own = ("inner_momentum_buffer", "outer_momentum_buffer", "anchor", "inner_avg")
+        return [
+            dict(weights=replica.weights, riders=replica.riders)
+            | {name: replica.state[name] for name in own if name in replica.state}
+            for replica in self._replicas.values()
+        ]
+
+    @property
+    def shared(self) -> dict[str, Tensor]:
+        """The master and its momentum, themselves."""
+        names = ("master", "master_momentum_buffer")
+        return {name: self._home.state[name] for name in names if name in self._home.state}
+
+    @property
+    def counters(self) -> dict[str, float]:
+        """What counts and what changes from round to round. Set it after `vectors` and `shared`."""
+        names = ("rounds", "batches", "round_length", "scoped_gamma", "scoped_rho", "lr")
+        return {name: self.param_groups[0][name] for name in names}
+
+    @counters.setter
+    def counters(self, values: dict[str, float]) -> None:
+        for group in self.param_groups:
+            group.update(values)
+        self._share_master()
+
     # What a caller reads
 
     @property
@@ -291,7 +321,7 @@ class ReplicaOptimizer(torch.optim.Optimizer):
 
     @property
     def riders(self) -> list[Tensor]:
-        """For each replica here three floats, (3,), for the caller's use: a sync leaves their mean over all."""
+        """For each replica here five floats, (5,), for the caller's use: a sync leaves their mean over all."""
         return [replica.riders for replica in self._replicas.values()]
 
     @torch.no_grad()

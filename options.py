@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import torch
 
+import checkpoint
 import ranks
 from loader import SOURCES
 from models import COMMON, RECIPES
@@ -129,9 +130,45 @@ def parser(prog: str, description: str) -> Parser:
     add = parser.add_argument_group("the run").add_argument
     add("--out", type=Path, metavar="DIR", help="its folder (runs/TIME-MODEL-DATASET)")
     add("--eval-every", type=COUNT, metavar="N", help="rounds between evaluations, besides every epoch's end")
+    add("--checkpoint-every", type=COUNT, metavar="N", help="rounds between checkpoints, besides every epoch's end")
+    add(
+        "--resume",
+        type=Path,
+        nargs="?",
+        const=True,
+        metavar="DIR",
+        help="go on from a run's folder or a checkpoint",
+    )
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, … (%(default)s)")
     add("--amp", type=_one_of(("off", "bf16")), default="off", metavar="NAME", help="off or bf16 (%(default)s)")
     return parser
+
+
+def parse(parser: Parser) -> argparse.Namespace:
+    """The command line. A run that is resumed has the arguments that it had, but for those given anew.
+
+    `resume` becomes the checkpoint that was named, or the folder of a run's checkpoints. Raises: Mistake.
+    """
+    args = parser.parse_args()
+    if args.resume is None:
+        return args
+    folder = args.out if args.resume is True else args.resume
+    if folder is None:
+        raise Mistake("--resume needs the folder of the run: --resume DIR")
+    named = (folder / checkpoint.MANIFEST).exists()
+    try:
+        paths = [folder] if named else checkpoint.found(folder / checkpoint.FOLDER)
+        _, manifest, _ = checkpoint.newest(paths, files=False)
+    except checkpoint.CheckpointError as error:
+        raise Mistake(f"--resume {folder}: {error}") from error
+    run = folder.parent.parent if named else folder
+    arguments = manifest["arguments"] | dict(out=str(run))
+    if ranks.launched() is not None:
+        del arguments["replicas"]  # as many as there are ranks now, unless -n says otherwise
+    parser.set_defaults(**arguments)
+    args = parser.parse_args()
+    args.resume = folder if named else run / checkpoint.FOLDER
+    return args
 
 
 def resolve(args: argparse.Namespace, size: int | None) -> argparse.Namespace:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import experiment
+import interrupts
 import loader
 import models
 import options
@@ -119,14 +120,15 @@ def main() -> None:
     add = parser.add_argument_group("the devices").add_argument
     add("--gpus-per-replica", type=options.COUNT, metavar="N", help="that share its batches (all there are, over -n)")
     try:
-        run(parser.parse_args())
+        status = 0 if run(options.parse(parser)) else interrupts.STOPPED
     except (options.Mistake, loader.DataError) as mistake:
         options.tell(parser.prog, mistake)
-        sys.exit(2)
+        status = 2
+    sys.exit(status)
 
 
-def run(given: argparse.Namespace) -> None:
-    """Train as the arguments say."""
+def run(given: argparse.Namespace) -> bool:
+    """Train as the arguments say. Returns whether the run has come to its end."""
     if (ranks.launched() or (0, 1))[1] != 1:
         raise options.Mistake("this is one process for all replicas: start it without a launcher, or parle_mpi.py")
     args = options.resolve(given, None)
@@ -134,7 +136,7 @@ def run(given: argparse.Namespace) -> None:
     places = spread(options.devices(args.device), args)
     args, data = experiment.load(given, None, read, True)
     try:
-        train(args, data, places)
+        return train(args, data, places)
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
@@ -162,7 +164,7 @@ def read(args: argparse.Namespace) -> loader.Dataset:
     return loader.load(args.dataset, args.data, args.proc, args.whiten)
 
 
-def train(args: argparse.Namespace, data: loader.Dataset, places: list[list[torch.device]]) -> None:
+def train(args: argparse.Namespace, data: loader.Dataset, places: list[list[torch.device]]) -> bool:
     copies = {device: data.to(device) for device in dict.fromkeys(devices[0] for devices in places)}
     replicas = {}
     for number, devices in enumerate(places):
@@ -173,12 +175,15 @@ def train(args: argparse.Namespace, data: loader.Dataset, places: list[list[torc
         replicas[number] = model, experiment.batches(args, own, number)
     settings = experiment.hyperparameters(args, replicas[0][1].per_epoch)
     optimizer = Parle([model.parameters() for model, _ in replicas.values()], **settings)
-    experiment.run(
+    resumed = experiment.find_checkpoint(args)
+    return experiment.run(
         args,
         copies[places[0][0]],
         optimizer,
         replicas,
-        experiment.open_report(args),
+        experiment.open_report(args, resumed),
+        resumed,
+        "python parle_gpu.py",
         devices=[" + ".join(map(options.name, devices)) for devices in places],
     )
 

@@ -9,6 +9,7 @@ import argparse
 import functools
 import importlib.metadata
 import math
+import os
 import sys
 import time
 from collections.abc import Iterable
@@ -19,6 +20,7 @@ from torch import Tensor
 
 import engine
 import experiment
+import interrupts
 import loader
 import options
 import ranks
@@ -107,17 +109,19 @@ def main() -> None:
     comm = None
     try:
         if ranks.launched() is None:
-            args = options.resolve(parser.parse_args(), None)
+            args = options.resolve(options.parse(parser), None)
             options.check(args, None)
             start(args.replicas)
         comm = world()
-        run(ranks.together(comm, parser.parse_args, True, options.Mistake), comm)
+        done = run(ranks.together(comm, functools.partial(options.parse, parser), True, options.Mistake), comm)
+        status = 0 if done else interrupts.STOPPED
     except (options.Mistake, ranks.Disagreement, loader.DataError) as mistake:
         options.tell(parser.prog, mistake)
-        if comm is not None:
-            ranks.gather(comm, None)  # every rank has the same to say, and none ends before the first has said it
-            sys.modules["mpi4py.MPI"].Finalize()
-        sys.exit(2)
+        status = 2
+    if status and comm is not None:
+        ranks.gather(comm, None)  # every rank has the same to say, and none ends before the first has said it
+        sys.modules["mpi4py.MPI"].Finalize()
+    sys.exit(status)
 
 
 def start(replicas: int) -> None:
@@ -143,8 +147,8 @@ def world() -> "MPI.Comm":
     return comm
 
 
-def run(given: argparse.Namespace, comm: "MPI.Comm") -> None:
-    """Train as the arguments say."""
+def run(given: argparse.Namespace, comm: "MPI.Comm") -> bool:
+    """Train as the arguments say. Returns whether the run has come to its end."""
     own = {"data", "proc", "out", "device"}  # what may differ between machines
     ranks.check_same(comm, {name: value for name, value in vars(given).items() if name not in own})
     node = ranks.node(comm)
@@ -165,14 +169,22 @@ def run(given: argparse.Namespace, comm: "MPI.Comm") -> None:
     model, batches = experiment.model(args, data), experiment.batches(args, data, replica, (part, ranks_per_replica))
     settings = experiment.hyperparameters(args, batches.per_epoch)
     optimizer = Parle(model.parameters(), comm, replicas=args.replicas, **settings)
-    experiment.run(
+    resumed = ranks.together(comm, functools.partial(experiment.find_checkpoint, args), comm.rank == 0, options.Mistake)
+    resumed = ranks.gather(comm, resumed)[0]
+    open_report = functools.partial(experiment.open_report, args, resumed)
+    program = "python parle_mpi.py"
+    return experiment.run(
         args,
         data,
         optimizer,
         {replica: (model, batches)},
-        ranks.together(comm, functools.partial(experiment.open_report, args), comm.rank == 0, options.Mistake),
+        ranks.together(comm, open_report, comm.rank == 0, options.Mistake),
+        resumed,
+        program if ranks.STARTED in os.environ or comm.size == 1 else f"mpiexec -n {comm.size} {program}",
         team=engine.Team(part, ranks_per_replica, functools.partial(ranks.add, optimizer.team)),
-        world=engine.Team(comm.rank, comm.size, functools.partial(ranks.add, comm)),
+        world=engine.Team(
+            comm.rank, comm.size, functools.partial(ranks.add, comm), functools.partial(ranks.gather, comm)
+        ),
         ranks=comm.size,
         devices=ranks.gather(comm, options.name(device)),
         mpi=ranks.library(),

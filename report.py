@@ -22,15 +22,20 @@ LINE_EVERY = 5.0  # seconds between lines on rounds
 class Report:
     """Takes a run's events one by one: each becomes a line of `folder`/log.jsonl and, for a person, of the screen.
 
+    A run that is resumed goes on after the first `log_bytes` of its log: what came later is done again.
+
     Raises:
         OSError: the folder cannot be written.
     """
 
-    def __init__(self, folder: Path, label: str):
+    def __init__(self, folder: Path, label: str, log_bytes: int | None = None):
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.label = folder, label
         self.log = folder / "log.jsonl"
-        self.log.touch(exist_ok=False)
+        if log_bytes is not None and self.log.exists():
+            os.truncate(self.log, min(log_bytes, self.log_bytes))
+        else:
+            self.log.touch(exist_ok=False)
         self.bar: tqdm | None = None
         self.spoken = -LINE_EVERY
         self.start: dict[str, Any] = {}
@@ -40,6 +45,10 @@ class Report:
         with open(self.log, "a") as file:
             file.write(json.dumps(_finite(event), allow_nan=False) + "\n")
         getattr(self, f"_{event['event']}")(event)
+
+    @property
+    def log_bytes(self) -> int:
+        return self.log.stat().st_size
 
     def say(self, text: str) -> None:
         """A line on the screen, with what is trained on what in front."""
@@ -63,6 +72,21 @@ class Report:
             self.bar = tqdm(
                 total=event["rounds"], desc=self.label, unit="round", ncols=int(columns) if columns else None
             )
+
+    def _resume(self, event: dict[str, Any]) -> None:
+        self._start(event)
+        changes = "".join(f"; {name} is {now}, was {was}" for name, (was, now) in event["changes"].items())
+        self.say(f"resumed in round {event['round'] + 1} from {event['checkpoint']}{changes}")
+        if self.bar is not None:
+            self.bar.update(event["round"])
+
+    def _checkpoint(self, event: dict[str, Any]) -> None:
+        self.say(f"WARNING: no checkpoint of round {event['round']}: {event['error']}")
+
+    def _stop(self, event: dict[str, Any]) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        self.say(f"stopped in round {event['round'] + 1}; go on with: {event['command']}")
 
     def _round(self, event: dict[str, Any]) -> None:
         done, total = event["round"], self.start["rounds"]

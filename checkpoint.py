@@ -1,0 +1,181 @@
+"""Checkpoints: a folder with a file for each replica, one for what they share, and a manifest with their sums.
+
+It is written under another name and renamed when it is whole and on the disk; the last two are kept.
+"""
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine import Team
+from optimizer import ReplicaOptimizer
+
+FORMAT = 1  # of what is in a checkpoint; raise it when that changes
+FOLDER = "checkpoints"  # in a run's own
+KEPT = 2
+MANIFEST, SHARED = "manifest.json", "shared.pt"
+
+
+class CheckpointError(Exception):
+    """A checkpoint cannot be read or written. The message names it and says what to do."""
+
+
+def save(
+    folder: Path, optimizer: ReplicaOptimizer, replicas: list[int], facts: dict[str, Any], team: Team, world: Team
+) -> Path:
+    """Write `folder`/ROUND-BATCH. Every rank calls it; the first of each replica's ranks writes that replica.
+
+    Args:
+        replicas: numbers of those that live here.
+        facts: what else the manifest is to hold; the first rank's is kept.
+
+    Raises:
+        OSError: on every rank, where one could not write. What was saved before is left alone.
+    """
+    path = folder / f"{optimizer.rounds:08}-{optimizer.batches:04}"
+    temporary = folder / f".{path.name}"
+    sums, failure = {}, None
+    try:
+        temporary.mkdir(parents=True, exist_ok=True)
+        if team.index == 0:
+            for number, vectors in zip(replicas, optimizer.vectors, strict=True):
+                sums[_replica(number)] = _write(temporary / _replica(number), vectors)
+        if world.index == 0:
+            sums[SHARED] = _write(temporary / SHARED, optimizer.shared)
+    except OSError as error:
+        failure = error
+    answers = world.gather((sums, failure))
+    try:
+        for _, failure in answers:
+            if failure is not None:
+                raise failure
+        if world.index == 0:
+            files = {name: value for sums, _ in answers for name, value in sums.items()}
+            counters = optimizer.counters
+            manifest = dict(format=FORMAT, files=files, replicas=optimizer.num_replicas, counters=counters, **facts)
+            manifest["sum"] = _sum_of(manifest)
+            _write_text(temporary / MANIFEST, json.dumps(manifest, indent=1))
+            if path.exists():  # the same moment of a run that was resumed before it
+                shutil.rmtree(path)
+            os.rename(temporary, path)
+            for old in found(folder)[KEPT:]:
+                shutil.rmtree(old, ignore_errors=True)
+    finally:
+        if world.index == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return path
+
+
+def found(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, newest first."""
+    return sorted((path.parent for path in folder.glob(f"[0-9]*/{MANIFEST}")), reverse=True)
+
+
+def newest(paths: list[Path], files: bool = True) -> tuple[Path, dict[str, Any], list[str]]:
+    """The first good one of `paths`, its manifest, and what is wrong with those before. Raises: CheckpointError."""
+    complaints = []
+    for path in paths:
+        try:
+            return path, read_manifest(path, files), complaints
+        except CheckpointError as error:
+            complaints.append(str(error))
+    raise CheckpointError("; ".join(complaints) or "there is no checkpoint")
+
+
+def read_manifest(path: Path, files: bool = True) -> dict[str, Any]:
+    """A checkpoint's manifest, once it and all its `files` have been found to be what was written.
+
+    Raises:
+        CheckpointError: they are not.
+    """
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        if manifest.pop("sum") != _sum_of(manifest):
+            raise ValueError(f"{MANIFEST} is not what was written")
+        if manifest["format"] != FORMAT:
+            raise ValueError(f"it has format {manifest['format']}, this program reads {FORMAT}")
+        for name, expected in manifest["files"].items() if files else ():
+            if _sum(path / name) != expected:
+                raise ValueError(f"{name} is not what was written")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is damaged or no checkpoint: {error}") from error
+    return manifest
+
+
+def load(path: Path, manifest: dict[str, Any], optimizer: ReplicaOptimizer, replicas: list[int]) -> None:
+    """Put a checkpoint into an optimizer, of as many replicas or of another number of them.
+
+    New replicas start at the master. Without some of them the master is the mean of the others.
+
+    Raises:
+        CheckpointError: it is of another network, or cannot be read.
+    """
+    then, now = manifest["replicas"], optimizer.num_replicas
+    shared = _read(path / SHARED)
+    if now < then:
+        source = "anchor" if manifest["counters"]["batches"] else "weights"
+        kept = [_read(path / _replica(number)) for number in range(now)]
+        shared["master"] = torch.stack([vectors[source] for vectors in kept]).mean(0)
+        if "master_momentum_buffer" in shared:
+            shared["master_momentum_buffer"] = torch.stack([v["outer_momentum_buffer"] for v in kept]).mean(0)
+    elif now > then and "master_momentum_buffer" in shared:  # the new ones have none
+        shared["master_momentum_buffer"] *= then / now
+    fresh = dict.fromkeys(("weights", "anchor", "inner_avg"), shared["master"])
+    with torch.no_grad():
+        for number, vectors in zip(replicas, optimizer.vectors, strict=True):
+            saved = _read(path / _replica(number)) if number < then else None
+            for name, vector in vectors.items():
+                value = fresh.get(name, torch.zeros(())) if saved is None else saved.get(name)
+                _put(path, name, value, vector, saved is None)
+        for name, vector in optimizer.shared.items():
+            _put(path, name, shared.get(name), vector, False)
+        optimizer.counters = manifest["counters"]
+
+
+def _put(path: Path, name: str, value: Tensor | None, vector: Tensor, spread: bool) -> None:
+    if value is None or (value.shape != vector.shape and not spread) or value.dtype != vector.dtype:
+        raise CheckpointError(f"{path} is of another network or method ({name} does not fit)")
+    vector.copy_(value)
+
+
+def _replica(number: int) -> str:
+    return f"replica-{number}.pt"
+
+
+def _write(path: Path, content: dict[str, Tensor]) -> str:
+    """Gives the file's sum, taken from what was written, which read_manifest compares with what is there later."""
+    with open(path, "wb") as file:
+        torch.save({name: tensor.cpu() for name, tensor in content.items()}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    return _sum(path)
+
+
+def _write_text(path: Path, text: str) -> None:
+    with open(path, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{path} is damaged ({' '.join(str(error).split())[:200]})") from error
+
+
+def _sum_of(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _sum(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
