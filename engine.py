@@ -83,7 +83,7 @@ def train(
     team: Team = ALONE,
     world: Team = ALONE,
 ) -> Iterator[dict[str, Any]]:
-    """Train the replicas that live here, and tell of it: yields the log's `round`, `eval` and `end` events.
+    """Train the replicas that live here, and tell of it: yields the log's `round`, `lost`, `eval` and `end` events.
 
     Where somebody asks it to stop it does so after the mini-batch, or after the round where others must do the same,
     and yields no `end`.
@@ -133,6 +133,8 @@ def train(
         if not ended and (world.size > 1 or not (asked.save or asked.stop)):
             continue
 
+        if ended and optimizer.lost:
+            yield {"event": "lost", "round": done, "replicas": optimizer.lost}
         saves, stops = asked.save, asked.stop
         if world.size > 1:  # what any rank was asked, and all now know
             saves, stops = (optimizer.riders[0][SAVE:] > 0).tolist()

@@ -16,6 +16,7 @@ from torch import nn
 
 import checkpoint
 import engine
+import faults
 import interrupts
 import loader
 import models
@@ -83,6 +84,7 @@ class Resumed(NamedTuple):
 
 
 MACHINE = {"data", "proc", "out", "device", "gpus_per_replica", "checkpoint_every", "eval_every", "resume"}
+MACHINE |= {"on_nan", "timeout"}
 
 
 def find_checkpoint(args: argparse.Namespace) -> Resumed | None:
@@ -162,6 +164,7 @@ def run(
         **where,
         **surroundings(),
     }
+    faults.inject(optimizer, list(replicas))
     progress = engine.Progress()
     if resumed:
         checkpoint.load(resumed.path, resumed.manifest, optimizer, list(replicas))
@@ -212,6 +215,8 @@ def run(
                 if event["event"] == "eval":
                     report.save_master(evaluation_model)
                 report(event)
+            if event["event"] == "lost" and args.on_nan == "stop":
+                raise FloatingPointError(f"NaN or infinity in replicas {event['replicas']} in round {event['round']}")
     if event["event"] != "end" and report:
         report({"event": "stop", "round": optimizer.rounds, "command": f"{command} --resume {folder}"})
     return event["event"] == "end"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from parle import GAMMA_CAP, PULL_CAP, descend, move_anchor, round_length, scope
 
 RIDERS = 5  # floats of the caller's that travel behind the weights in a round's message
+TAIL = RIDERS + 2  # and the share of the replicas that are sound, and a float of the subclass's
 
 
 class Part(NamedTuple):
@@ -66,7 +67,7 @@ class Replica:
         return self.weights.device
 
     def use(self, message: Tensor) -> None:
-        """Take turns with the other replicas of this device in `message`, (P + RIDERS + 1,)."""
+        """Take turns with the other replicas of this device in `message`, (P + TAIL,)."""
         self.message, self.gradient = message, message[: len(self.weights)]
         self.gradient_views = self.views(self.gradient)
 
@@ -162,11 +163,11 @@ class ReplicaOptimizer(torch.optim.Optimizer):
         with torch.no_grad():
             self._replicas = {a: Replica(parameters, has_inner_loop) for a, parameters in owned.items()}
             self._home = next(iter(self._replicas.values()))  # its device keeps the master
-            self._messages: dict[torch.device, Tensor] = {}  # a device's: of P floats, the riders, one of the subclass
+            self._messages: dict[torch.device, Tensor] = {}  # a device's: of P floats and TAIL more
             self._masters: dict[torch.device, Tensor] = {}  # away from home only where rounds may be of one mini-batch
             for replica in self._replicas.values():
                 if replica.device not in self._messages:
-                    self._messages[replica.device] = replica.weights.new_zeros(len(replica.weights) + RIDERS + 1)
+                    self._messages[replica.device] = replica.weights.new_zeros(len(replica.weights) + TAIL)
                     if replica is self._home or sync_every in (1, "auto"):
                         self._masters[replica.device] = torch.empty_like(replica.weights)
                 replica.use(self._messages[replica.device])
@@ -174,6 +175,7 @@ class ReplicaOptimizer(torch.optim.Optimizer):
             if has_inner_loop:
                 self._home.state["master_momentum_buffer"] = torch.zeros_like(self._home.weights)
             self._start_alike()
+        self.lost: list[int] = []
         self._cut_into_parts()
         self._link_state()
 
@@ -185,6 +187,10 @@ class ReplicaOptimizer(torch.optim.Optimizer):
     def _mean_messages(self) -> None:
         """Make of `_messages`, each the sum over the replicas of its device, the mean over all: the communication."""
         raise NotImplementedError
+
+    def _everywhere(self, numbers: list[int]) -> list[int]:
+        """Those of every rank together."""
+        return numbers
 
     # The algorithm
 
@@ -243,18 +249,36 @@ class ReplicaOptimizer(torch.optim.Optimizer):
 
         `step()` calls it; call it yourself only to end a round early, as at the end of training, and then on every
         rank. Without a mini-batch since the last one there is nothing to do.
+
+        A replica that is not finite has no part in the mean. It restarts from the master and is named in `lost`.
+
+        Raises:
+            FloatingPointError: no replica is finite.
         """
         if self.batches == 0:
             return
         single = self.param_groups[0]["round_length"] == 1
         for message in self._messages.values():
             message.zero_()
-        for replica in self._replicas.values():
-            replica.gradient.add_(replica.weights if single else replica.state["inner_avg"])
-            replica.message[-RIDERS - 1 : -1].add_(replica.riders)
+        lost = []
+        for number, replica in self._replicas.items():
+            average = replica.weights if single else replica.state["inner_avg"]
+            if not average.sum().isfinite():  # a NaN or an infinity anywhere; no other test reads it only once
+                lost.append(number)
+                continue
+            replica.gradient.add_(average)
+            replica.message[-TAIL:-2].add_(replica.riders)
+            replica.message[-2] += 1
         self._mean_messages()
+        sound = float(self._home.message[-2])
+        self.lost = [] if sound == 1 else self._everywhere(lost)
+        if not sound:
+            raise FloatingPointError(f"no replica is finite any more after round {self.rounds + 1}: try a lower lr")
+        if self.lost:
+            for message in self._messages.values():
+                message[:-1].div_(sound)  # the mean over those that are
         for replica in self._replicas.values():
-            replica.riders.copy_(replica.message[-RIDERS - 1 : -1])
+            replica.riders.copy_(replica.message[-TAIL:-2])
             for part in replica.parts:
                 group, mean = self.param_groups[part.group], part.gradient
                 outer = dict(
@@ -271,6 +295,16 @@ class ReplicaOptimizer(torch.optim.Optimizer):
                         move_anchor(part.master, mean, mean, part.master_momentum, **outer)
                 group["rounds"] += 1
                 group["batches"] = 0
+        for number in lost:
+            self._restart(self._replicas[number])
+
+    def _restart(self, replica: Replica) -> None:
+        """From the master, without momentum: what it has is not finite."""
+        for vector in replica.state.values():
+            if vector is not self.master and vector is not self._home.state.get("master_momentum_buffer"):
+                vector.zero_()
+        for vector in (replica.weights, *(replica.state[n] for n in ("anchor", "inner_avg") if n in replica.state)):
+            vector.copy_(self.master)
 
     # What a checkpoint holds
 

@@ -139,6 +139,14 @@ def parser(prog: str, description: str) -> Parser:
         metavar="DIR",
         help="go on from a run's folder or a checkpoint",
     )
+    add(
+        "--on-nan",
+        type=_one_of(("restart", "stop")),
+        default="restart",
+        metavar="NAME",
+        help="restart the replica, or stop",
+    )
+    add("--timeout", type=POSITIVE, default=1800.0, metavar="S", help="seconds to wait for other ranks (%(default)g)")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, … (%(default)s)")
     add("--amp", type=_one_of(("off", "bf16")), default="off", metavar="NAME", help="off or bf16 (%(default)s)")
     return parser

@@ -121,9 +121,9 @@ def main() -> None:
     add("--gpus-per-replica", type=options.COUNT, metavar="N", help="that share its batches (all there are, over -n)")
     try:
         status = 0 if run(options.parse(parser)) else interrupts.STOPPED
-    except (options.Mistake, loader.DataError) as mistake:
-        options.tell(parser.prog, mistake)
-        status = 2
+    except (options.Mistake, loader.DataError, FloatingPointError) as error:
+        options.tell(parser.prog, error)
+        status = 1 if isinstance(error, FloatingPointError) else 2
     sys.exit(status)
 
 

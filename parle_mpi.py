@@ -24,7 +24,7 @@ import interrupts
 import loader
 import options
 import ranks
-from optimizer import RIDERS, Replica, ReplicaOptimizer
+from optimizer import TAIL, Replica, ReplicaOptimizer
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -83,9 +83,13 @@ class Parle(ReplicaOptimizer):
         message, lr = self._home.message, self.param_groups[0]["lr"]
         message[-1] = lr
         # the ranks of one replica hold the same z^a, so the mean over all ranks is the mean over the replicas
-        self._mean(self.comm, message if self.num_replicas > 1 else message[-RIDERS - 1 :])
+        self._mean(self.comm, message if self.num_replicas > 1 else message[-TAIL:])
         if not math.isclose(message[-1], lr, rel_tol=1e-5, abs_tol=1e-30):
             raise RuntimeError(f"lr is {lr} here and {float(message[-1])} on average: schedule it alike everywhere")
+
+    def _everywhere(self, numbers: list[int]) -> list[int]:
+        mine = [self.comm.rank // self.team.size] if numbers else []  # here the only replica is number 0
+        return sorted({number for numbers in ranks.gather(self.comm, mine) for number in numbers})
 
     def _mean(self, comm: "MPI.Comm", vector: Tensor) -> None:
         if comm.size == 1:
@@ -93,12 +97,15 @@ class Parle(ReplicaOptimizer):
         if self._staging is not None:
             torch.accelerator.synchronize(vector.device)  # what is still computing is not time spent communicating
         start = time.perf_counter()
-        if self._staging is None:
-            ranks.add(comm, vector)
-        else:
+        host = vector
+        if self._staging is not None:
             host = self._staging[: len(vector)]
             host.copy_(vector)  # returns when it is there, so MPI reads what was computed
+        try:
             ranks.add(comm, host)
+        except ranks.Hang as hang:
+            raise ranks.Hang(f"in round {self.rounds + 1}, {hang}") from None
+        if host is not vector:
             vector.copy_(host)
         vector.div_(comm.size)
         self.sync_seconds += time.perf_counter() - start
@@ -115,9 +122,9 @@ def main() -> None:
         comm = world()
         done = run(ranks.together(comm, functools.partial(options.parse, parser), True, options.Mistake), comm)
         status = 0 if done else interrupts.STOPPED
-    except (options.Mistake, ranks.Disagreement, loader.DataError) as mistake:
-        options.tell(parser.prog, mistake)
-        status = 2
+    except (options.Mistake, ranks.Disagreement, loader.DataError, FloatingPointError) as error:
+        options.tell(parser.prog, error)
+        status = 1 if isinstance(error, FloatingPointError) else 2
     if status and comm is not None:
         ranks.gather(comm, None)  # every rank has the same to say, and none ends before the first has said it
         sys.modules["mpi4py.MPI"].Finalize()
@@ -151,6 +158,7 @@ def run(given: argparse.Namespace, comm: "MPI.Comm") -> bool:
     """Train as the arguments say. Returns whether the run has come to its end."""
     own = {"data", "proc", "out", "device"}  # what may differ between machines
     ranks.check_same(comm, {name: value for name, value in vars(given).items() if name not in own})
+    ranks.patience = given.timeout
     node = ranks.node(comm)
     torch.set_num_threads(ranks.threads(node))
 

@@ -1,5 +1,6 @@
 """Ranks: start them, find them, wait for them, and end them together. Importing this starts no MPI."""
 
+import math
 import os
 import shutil
 import sys
@@ -87,15 +88,49 @@ def run(main: Callable[[], None]) -> None:
         mpi.COMM_WORLD.Abort(code)
 
 
+class Hang(RuntimeError):
+    """Some rank has not come where this one waits for it."""
+
+
+patience = math.inf  # seconds that `wait` waits; the same for every rank
+HANG = 4711  # tag of the message by which a rank out of patience tells the others that wait that it does, too
+
+
 def wait(request: "MPI.Request") -> None:
     """Wait for `request`, asleep most of the time: MPI's own wait keeps a core busy that another rank could use.
 
     The first tries only yield: a message of a few MB is there within a millisecond. Later ones cost 5 % of a core;
     a longer sleep would delay the messages in several stages that MPI only moves on inside such a call.
+
+    Raises:
+        Hang: after `patience`, or when another rank is out of it.
     """
     started = time.perf_counter()
     while not request.Test():
-        time.sleep(0 if time.perf_counter() - started < 1e-3 else 2e-4)
+        waited = time.perf_counter() - started
+        time.sleep(0 if waited < 1e-3 else 2e-4)
+        if waited > 1 and patience < math.inf and (waited > patience or _world().Iprobe(tag=HANG)):
+            missing = ", ".join(f"rank {rank}" for rank in _missing()) or "ranks that wait elsewhere"
+            raise Hang(f"waited {waited:.0f} s for {missing}")
+
+
+def _world() -> "MPI.Comm":
+    from mpi4py import MPI
+
+    return MPI.COMM_WORLD
+
+
+def _missing() -> list[int]:
+    """The ranks that do not wait: those from which no message of a waiting one comes within a second."""
+    world = _world()
+    others = set(range(world.size)) - {world.rank}
+    notices = [world.isend(None, dest=rank, tag=HANG) for rank in others]  # never completed: the end is near
+    until = time.perf_counter() + 1
+    while others and time.perf_counter() < until:
+        others -= {rank for rank in others if world.iprobe(source=rank, tag=HANG)}
+        time.sleep(1e-3)
+    del notices
+    return sorted(others)
 
 
 def add(comm: "MPI.Comm", tensor: "Tensor") -> None:

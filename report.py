@@ -80,6 +80,10 @@ class Report:
         if self.bar is not None:
             self.bar.update(event["round"])
 
+    def _lost(self, event: dict[str, Any]) -> None:
+        names = ", ".join(f"replica {number}" for number in event["replicas"])
+        self.say(f"WARNING: NaN or infinity in {names} in round {event['round']}: restarted from the master")
+
     def _checkpoint(self, event: dict[str, Any]) -> None:
         self.say(f"WARNING: no checkpoint of round {event['round']}: {event['error']}")
 
