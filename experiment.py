@@ -7,7 +7,7 @@ import functools
 import itertools
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ import checkpoint
 import engine
 import faults
 import interrupts
+import launch
 import loader
 import models
 import options
@@ -124,6 +125,17 @@ def open_report(args: argparse.Namespace, resumed: Resumed | None) -> Report:
         raise options.Mistake(f"--out: {error}; name a new folder") from error
 
 
+@contextlib.contextmanager
+def _told_how_to_resume(folder: Path, resume: str) -> Iterator[None]:
+    """What goes wrong within is noted with how to go on, once there is a checkpoint."""
+    try:
+        yield
+    except Exception as error:
+        if checkpoint.found(folder / checkpoint.FOLDER):
+            error.add_note(f"go on with: {resume}")
+        raise
+
+
 def run(
     args: argparse.Namespace,
     data: loader.Dataset,
@@ -171,6 +183,7 @@ def run(
         progress = engine.Progress(**resumed.manifest["progress"])
         start |= dict(round=optimizer.rounds, checkpoint=str(resumed.path), changes=resumed.changes)
     folder = world.gather(report and report.folder)[0]
+    resume = f"{command} --resume {folder}"
 
     def save(progress: engine.Progress) -> None:
         facts = dict(arguments=_plain(args), progress=dataclasses.asdict(progress))
@@ -178,6 +191,7 @@ def run(
             facts["log_bytes"] = report.log_bytes
         try:
             checkpoint.save(folder / checkpoint.FOLDER, optimizer, list(replicas), facts, team, world)
+            launch.leave("resume", resume)
         except OSError as error:
             if report:
                 report({"event": "checkpoint", "round": optimizer.rounds, "error": str(error)})
@@ -192,7 +206,7 @@ def run(
         team=team,
         world=world,
     )
-    with interrupts.heard() as asked:
+    with interrupts.heard() as asked, _told_how_to_resume(folder, resume):
         events = engine.train(
             networks,
             sources,
@@ -218,5 +232,5 @@ def run(
             if event["event"] == "lost" and args.on_nan == "stop":
                 raise FloatingPointError(f"NaN or infinity in replicas {event['replicas']} in round {event['round']}")
     if event["event"] != "end" and report:
-        report({"event": "stop", "round": optimizer.rounds, "command": f"{command} --resume {folder}"})
+        report({"event": "stop", "round": optimizer.rounds, "command": resume})
     return event["event"] == "end"

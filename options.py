@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import torch
 
 import checkpoint
+import launch
 import ranks
 from loader import SOURCES
 from models import COMMON, RECIPES
@@ -24,12 +25,12 @@ class Mistake(Exception):
 def tell(prog: str, mistake: Exception) -> None:
     """One line, from the first rank."""
     if _is_first_rank():
-        sys.stderr.write(f"{prog}: error: {' '.join(str(mistake).split())}\n")
+        sys.stderr.write(f"{prog}: error: {ranks.reason(mistake)}\n")
         sys.stderr.flush()
 
 
 def _is_first_rank() -> bool:
-    rank, _ = ranks.launched() or (0, None)
+    rank, _ = launch.launched() or (0, None)
     return rank == 0
 
 
@@ -171,7 +172,7 @@ def parse(parser: Parser) -> argparse.Namespace:
         raise Mistake(f"--resume {folder}: {error}") from error
     run = folder.parent.parent if named else folder
     arguments = manifest["arguments"] | dict(out=str(run))
-    if ranks.launched() is not None:
+    if launch.launched() is not None:
         del arguments["replicas"]  # as many as there are ranks now, unless -n says otherwise
     parser.set_defaults(**arguments)
     args = parser.parse_args()

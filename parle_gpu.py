@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 import experiment
 import interrupts
+import launch
 import loader
 import models
 import options
-import ranks
 from optimizer import ReplicaOptimizer
 
 
@@ -129,7 +129,7 @@ def main() -> None:
 
 def run(given: argparse.Namespace) -> bool:
     """Train as the arguments say. Returns whether the run has come to its end."""
-    if (ranks.launched() or (0, 1))[1] != 1:
+    if (launch.launched() or (0, 1))[1] != 1:
         raise options.Mistake("this is one process for all replicas: start it without a launcher, or parle_mpi.py")
     args = options.resolve(given, None)
     options.check(args, None)

@@ -21,6 +21,7 @@ from torch import Tensor
 import engine
 import experiment
 import interrupts
+import launch
 import loader
 import options
 import ranks
@@ -115,10 +116,12 @@ def main() -> None:
     parser = options.parser("parle_mpi.py", "Parle over MPI: replicas on ranks, coupled by one allreduce a round.")
     comm = None
     try:
-        if ranks.launched() is None:
+        if launch.launched() is None:
             args = options.resolve(options.parse(parser), None)
             options.check(args, None)
-            start(args.replicas)
+            status = start(args.replicas)
+            if status is not None:
+                sys.exit(status)
         comm = world()
         done = run(ranks.together(comm, functools.partial(options.parse, parser), True, options.Mistake), comm)
         status = 0 if done else interrupts.STOPPED
@@ -131,9 +134,9 @@ def main() -> None:
     sys.exit(status)
 
 
-def start(replicas: int) -> None:
+def start(replicas: int) -> int | None:
     try:
-        ranks.start(replicas)
+        return launch.start(replicas)
     except OSError as error:
         raise options.Mistake(str(error)) from error
 
@@ -145,7 +148,7 @@ def world() -> "MPI.Comm":
     except (ImportError, RuntimeError) as error:
         raise options.Mistake(f"mpi4py finds no MPI library ({error}): pip install mpich") from error
     comm = MPI.COMM_WORLD
-    _, size = ranks.launched() or (0, None)
+    _, size = launch.launched() or (0, None)
     if size not in (None, comm.size):
         raise options.Mistake(
             f"the launcher started {size} ranks but {MPI.get_vendor()[0]}, the MPI of mpi4py, sees {comm.size}: "
@@ -188,7 +191,7 @@ def run(given: argparse.Namespace, comm: "MPI.Comm") -> bool:
         {replica: (model, batches)},
         ranks.together(comm, open_report, comm.rank == 0, options.Mistake),
         resumed,
-        program if ranks.STARTED in os.environ or comm.size == 1 else f"mpiexec -n {comm.size} {program}",
+        program if launch.STARTED in os.environ or comm.size == 1 else f"mpiexec -n {comm.size} {program}",
         team=engine.Team(part, ranks_per_replica, functools.partial(ranks.add, optimizer.team)),
         world=engine.Team(
             comm.rank, comm.size, functools.partial(ranks.add, comm), functools.partial(ranks.gather, comm)

@@ -1,64 +1,18 @@
-"""Ranks: start them, find them, wait for them, and end them together. Importing this starts no MPI."""
+"""Ranks: wait for them, act together, end together. Importing this starts no MPI."""
 
 import math
 import os
-import shutil
 import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import launch
 
 if TYPE_CHECKING:
     from mpi4py import MPI
     from torch import Tensor
-
-# Where the ranks that a launcher starts find their number and how many there are; PMIx does not tell the latter
-LAUNCHERS = {
-    "Open MPI": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
-    "MPICH or Intel MPI": ("PMI_RANK", "PMI_SIZE"),
-    "Slurm": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
-    "PMIx": ("PMIX_RANK", None),
-}
-STARTED = "PARLE_STARTED"  # set for the ranks that this program starts
-TERMINAL = "PARLE_TERMINAL"  # and where that is done from a terminal: its width, since their own output is a pipe
-
-
-def launched(environment: Mapping[str, str] = os.environ) -> tuple[int, int | None] | None:
-    """Rank and number of ranks (None: not told) where a launcher started this process, else None."""
-    for rank, size in LAUNCHERS.values():
-        if rank in environment and (size is None or size in environment):
-            ranks = None if size is None else int(environment[size])
-            # a step of one task may be a shell (srun --pty bash), and what is typed there is not launched
-            if environment.get("SLURM_STEP_NUM_TASKS") != "1" or ranks not in (1, None):
-                return int(environment[rank]), ranks
-    return None
-
-
-def start(count: int) -> None:
-    """Run this very command again as `count` ranks, in this process's place. Returns where one rank is enough.
-
-    Raises:
-        OSError: no mpiexec, or one whose ranks do not know that they were launched.
-    """
-    if count == 1:
-        return
-    if STARTED in os.environ:
-        raise OSError("this mpiexec does not tell its ranks their number: start them with the launcher of your MPI")
-    beside = Path(sys.executable).with_name("mpiexec")  # the wheel's, also where the environment is not activated
-    mpiexec = str(beside) if beside.exists() else shutil.which("mpiexec")
-    if mpiexec is None:
-        raise FileNotFoundError("no mpiexec beside this Python or on the PATH: pip install mpich")
-    if sys.stderr.isatty():
-        os.environ[TERMINAL] = str(shutil.get_terminal_size().columns)
-    # Open MPI refuses more ranks than cores, and root, unless told; other launchers do not read these
-    os.environ.setdefault("PRTE_MCA_rmaps_default_mapping_policy", ":oversubscribe")
-    os.environ.setdefault("OMPI_ALLOW_RUN_AS_ROOT", "1")
-    os.environ.setdefault("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")
-    os.environ[STARTED] = "1"
-    sys.stdout.flush()
-    os.execv(mpiexec, [mpiexec, "-n", str(count), sys.executable, *sys.argv])
 
 
 def run(main: Callable[[], None]) -> None:
@@ -66,6 +20,7 @@ def run(main: Callable[[], None]) -> None:
 
     Without this an exception ends one rank and the others wait for it for ever.
     """
+    launch.leave("rank", str(os.getpid()))
     try:
         main()
     except BaseException as error:
@@ -78,14 +33,18 @@ def run(main: Callable[[], None]) -> None:
                 raise
             code = error.code if isinstance(error.code, int) else 1
         else:
-            reason = " ".join(str(error).split())
-            text = f"rank {mpi.COMM_WORLD.rank}: {type(error).__name__}: {reason}\n"
+            text = f"rank {mpi.COMM_WORLD.rank}: {type(error).__name__}: {reason(error)}\n"
             sys.stderr.write(traceback.format_exc() + text)
         sys.stdout.flush()
         sys.stderr.flush()
         time.sleep(0.1)  # or mpiexec may end before it has passed that on
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # MPI_Abort would print a last line of its own
         mpi.COMM_WORLD.Abort(code)
+
+
+def reason(error: BaseException) -> str:
+    """What `error` says and what has been noted on it, in one line."""
+    return "; ".join(" ".join(text.split()) for text in (str(error), *getattr(error, "__notes__", ())))
 
 
 class Hang(RuntimeError):

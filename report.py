@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-import ranks
+import launch
 
 LINE_EVERY = 5.0  # seconds between lines on rounds
 
@@ -67,7 +67,7 @@ class Report:
             f"{event['sync_every']} mini-batches of {arguments['batch_size']}, {event['batches_per_epoch']} rounds an "
             f"epoch; in {self.folder}"
         )
-        columns = os.environ.get(ranks.TERMINAL)
+        columns = os.environ.get(launch.TERMINAL)
         if columns or sys.stderr.isatty():
             self.bar = tqdm(
                 total=event["rounds"], desc=self.label, unit="round", ncols=int(columns) if columns else None
