@@ -152,7 +152,10 @@ def _replica(number: int) -> str:
 def _write(path: Path, content: dict[str, Tensor]) -> str:
     """Gives the file's sum, taken from what was written, which read_manifest compares with what is there later."""
     with open(path, "wb") as file:
-        torch.save({name: tensor.cpu() for name, tensor in content.items()}, file)
+        try:
+            torch.save({name: tensor.cpu() for name, tensor in content.items()}, file)
+        except RuntimeError as error:  # torch's, for a full disk
+            raise OSError(f"{path} could not be written ({error})") from error
         file.flush()
         os.fsync(file.fileno())
     return _sum(path)

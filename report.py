@@ -42,8 +42,13 @@ class Report:
         self.last_eval: dict[str, Any] = {}
 
     def __call__(self, event: dict[str, Any]) -> None:
-        with open(self.log, "a") as file:
-            file.write(json.dumps(_finite(event), allow_nan=False) + "\n")
+        size = self.log_bytes
+        try:
+            with open(self.log, "a") as file:
+                file.write(json.dumps(_finite(event), allow_nan=False) + "\n")
+        except OSError as error:
+            os.truncate(self.log, size)  # whole lines or none
+            self.say(f"WARNING: a line is missing from {self.log}: {error}")
         getattr(self, f"_{event['event']}")(event)
 
     @property
@@ -139,11 +144,16 @@ class Report:
     def save_master(self, model: torch.nn.Module) -> None:
         """The master as a plain state dict, in one piece or not at all."""
         path = self.folder / "master.pt"
-        with open(path.with_suffix(".tmp"), "wb") as file:
-            torch.save({name: value.cpu() for name, value in model.state_dict().items()}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(path.with_suffix(".tmp"), path)
+        temporary = path.with_suffix(".tmp")
+        try:
+            with open(temporary, "wb") as file:
+                torch.save({name: value.cpu() for name, value in model.state_dict().items()}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except (OSError, RuntimeError) as error:  # torch has a RuntimeError for a full disk
+            temporary.unlink(missing_ok=True)
+            self.say(f"WARNING: {path} is not the newest master: {error}")
 
 
 def surroundings() -> dict[str, Any]:
