@@ -332,7 +332,7 @@ class ReplicaOptimizer(torch.optim.Optimizer):
         )
         if own != theirs:
             raise ValueError(
-                "This is no state_dict of Parle with as many parameters and sync_every as it is here: 1, auto or neither"
+                "No state_dict of Parle with as many parameters and sync_every as it is here: 1, auto or neither"
             )
         for group in state_dict["param_groups"]:
             _check_hyperparameters(group)
