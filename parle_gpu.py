@@ -82,8 +82,8 @@ class Parle(ReplicaOptimizer):
 class Stopwatch:
     """Seconds that pass within `with stopwatch:`, on the CPU by the clock, elsewhere in the device's current stream.
 
-    There they include waiting for other devices. The host waits for the end of the last time when `seconds` is read, and
-    when the next time begins: a round later.
+    There they include waiting for other devices. The host waits for the last of them to end when `seconds` is read and
+    when the next one begins, a round later.
     """
 
     def __init__(self, device: torch.device):
