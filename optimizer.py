@@ -44,8 +44,7 @@ class Replica:
     def __init__(self, parameters: list[nn.Parameter], has_inner_loop: bool):
         self.parameters = _trainable(parameters)
         self.frozen = [parameter for parameter in parameters if not parameter.requires_grad]
-        # empty_like has the parameter's own strides, unless it has gaps or overlaps: then dense ones
-        self.strides = [torch.empty_like(parameter).stride() for parameter in self.parameters]
+        self.strides = [_dense_strides(parameter) for parameter in self.parameters]
         size, like = sum(parameter.numel() for parameter in self.parameters), self.parameters[0]
         self.weights = torch.empty(size, dtype=like.dtype, device=like.device)
         self.riders = torch.zeros(RIDERS, dtype=like.dtype, device=like.device)
@@ -389,11 +388,15 @@ class ReplicaOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from `state_dict`, in mid-round too, once the model's own has been loaded. The tensors are copied."""
         own, theirs = (
-            [set(names) for _, names in sorted(state["state"].items())] for state in (self.state_dict(), state_dict)
+            [
+                *(set(names) for _, names in sorted(state["state"].items())),
+                *(group.get("sync_every") == "auto" for group in state["param_groups"]),
+            ]
+            for state in (self.state_dict(), state_dict)
         )
         if own != theirs:
             raise ValueError(
-                "This is no state_dict of Parle with as many parameters and as it is here, sync_every 1 or not"
+                "No state_dict of Parle with as many parameters and sync_every as it is here: 1, auto or neither"
             )
         for group in state_dict["param_groups"]:
             _check_hyperparameters(group)
@@ -484,6 +487,11 @@ def _trainable(parameters: list[nn.Parameter]) -> list[nn.Parameter]:
     return [parameter for parameter in parameters if parameter.requires_grad]
 
 
+def _dense_strides(parameter: Tensor) -> tuple[int, ...]:
+    """The parameter's own, unless it has gaps or overlaps."""
+    return torch.empty_like(parameter, device="meta").stride()
+
+
 def _check_parameters(parameters: list[nn.Parameter]) -> None:
     """Raises: ValueError, for trainable parameters of one replica that do not fit one flat vector."""
     if not parameters:
@@ -503,13 +511,13 @@ def _check_alike(groups: list[dict[str, Any]]) -> None:
     """Raises: ValueError, where replicas differ in more than the device and the values of their parameters."""
     kinds: dict[int, list[Any]] = {}
     for group in groups:
-        tensors = [(parameter.shape, parameter.dtype, parameter.requires_grad) for parameter in group["params"]]
+        tensors = [(p.shape, _dense_strides(p), p.dtype, p.requires_grad) for p in group["params"]]
         settings = {name: value for name, value in group.items() if name not in ("params", "param_names", "replica")}
         kinds.setdefault(group["replica"], []).append((tensors, settings))
     first, *others = kinds
     for replica in others:
         if kinds[replica] != kinds[first]:
-            raise ValueError(f"Replica {replica} and replica {first} differ in shapes, dtypes or settings")
+            raise ValueError(f"Replica {replica} and replica {first} differ in shapes, strides, dtypes or settings")
 
 
 def _check_hyperparameters(group: dict[str, Any]) -> None:

@@ -50,8 +50,9 @@ class Parle(ReplicaOptimizer):
     def __init__(self, replicas: Iterable[Iterable[Any]], **hyperparameters: Any):
         replicas, groups = list(replicas), []
         for number, parameters in enumerate(replicas):
-            if isinstance(parameters, Tensor | dict):
-                raise TypeError("Give a list with the parameters of each replica, Parle([model.parameters()], …)")
+            named = isinstance(parameters, tuple) and isinstance(parameters[0], str)
+            if named or isinstance(parameters, Tensor | nn.Module | dict | str):
+                raise TypeError("Give a list with the parameters of each replica: Parle([model.parameters()], …)")
             given = list(parameters)
             own = given if given and isinstance(given[0], dict) else [dict(params=given)]
             groups += [group | dict(replica=number) for group in own]
@@ -82,7 +83,8 @@ class Parle(ReplicaOptimizer):
 class Stopwatch:
     """Seconds that pass within `with stopwatch:`, on the CPU by the clock, elsewhere in the device's current stream.
 
-    There they include waiting for other devices; the host waits only when `seconds` is read.
+    There they include waiting for other devices. The host waits for the last of them to end when `seconds` is read and
+    when the next one begins, a round later.
     """
 
     def __init__(self, device: torch.device):

@@ -61,7 +61,7 @@ class Parle(ReplicaOptimizer):
         super().__init__(params, replicas, **hyperparameters)
         settings = [{name: value for name, value in group.items() if name != "params"} for group in self.param_groups]
         shapes = [tuple(parameter.shape) for parameter in self._home.parameters]
-        ranks.check_same(comm, dict(replicas=replicas, parameters=shapes, groups=settings))
+        ranks.check_same(comm, dict(replicas=replicas, parameters=shapes, strides=self._home.strides, groups=settings))
         self.comm = comm
         self.team = comm.Split(comm.rank // (comm.size // replicas))  # the ranks of this replica
         # MPI from wheels cannot read a GPU's memory: messages are staged in the host's, pinned for CUDA's copies

@@ -1,6 +1,5 @@
-"""Run under mpiexec: every rank steps its replicas beside the float64 reference and compares every buffer.
-
-mpiexec -n 3 python tests/lockstep.py
+"""Steps an optimizer beside the float64 reference and compares every buffer. Under mpiexec, every rank does so with its
+replica: mpiexec -n 3 python tests/lockstep.py
 """
 
 import copy
@@ -24,6 +23,8 @@ from tests.reference import Reference
 
 SHAPES = [(4, 3), (5,), (2, 3, 2, 2), ()]
 P = sum(int(np.prod(shape)) for shape in SHAPES)
+STEPS = 40
+PRECISIONS = [(torch.float64, 1e-12), (torch.float32, 1e-5)]
 CASES = [
     # method           n     settings
     ("parle", None, dict(sync_every=5, gamma0=0.1, rho0=0.02)),
@@ -68,64 +69,86 @@ def shaped(vector):
 
 def flat(tensors):
     """In the order of the parameters, each read row by row, whatever its strides."""
-    return np.concatenate([tensor.detach().numpy().reshape(-1) for tensor in tensors])
+    return np.concatenate([tensor.numpy(force=True).reshape(-1) for tensor in tensors])
 
 
-def check(comm, replicas, dtype, tolerance, steps, *, sync_every, gamma0, rho0, s=1.0, outer_momentum=None):
+def lockstep(build, here, replicas, team, dtype, tolerance, *, sync_every, gamma0, rho0, s=1.0, outer_momentum=None):
+    """Yields after each mini-batch, with every buffer compared, the optimizer and whether a round ended.
+
+    `build` makes the optimizer, of the parameters of each replica of this process and of settings. `here` lists these
+    replicas: each one's number, its part in the team that averages its gradients, and its device.
+    """
     rho0 = 1 / replicas if rho0 == "1/n" else rho0
     x0 = np.random.default_rng(1).normal(size=P).astype(np.float32)
     settings = dict(lr=0.1, momentum=0.9, weight_decay=0.01, alpha=0.75)
     reference = Reference(
         x0, replicas, sync_every, nb=4, gamma0=gamma0, rho0=rho0, s=s, outer_momentum=outer_momentum, **settings
     )
-    parameters = [nn.Parameter(torch.tensor(values, dtype=dtype)) for values in shaped(x0)]
-    parameters[2] = nn.Parameter(parameters[2].detach().to(memory_format=torch.channels_last))
-    counted = Counted(comm)
-    optimizer = Parle(
+    parameters = []
+    for number, part, device in here:
+        start = x0 if number == part == 0 else x0 + 1  # all are to start as the first
+        tensors = [torch.tensor(values, dtype=dtype).to(device) for values in shaped(start)]
+        tensors[2] = tensors[2].to(memory_format=torch.channels_last)
+        parameters.append([nn.Parameter(tensor) for tensor in tensors])
+    optimizer = build(
         parameters,
-        counted,
         sync_every=sync_every,
         gamma=gamma0,
         rho=rho0,
         outer_step=s,
         outer_momentum=outer_momentum,
         batches_per_epoch=4,
-        replicas=replicas,
         **settings,
     )
     h, b = curvatures(replicas)
-    team = comm.size // replicas
-    a, part = divmod(comm.rank, team)
     noise = np.random.default_rng(3)
-    counted.sizes.clear()
-    for step in range(steps):
+    for step in range(STEPS):
         noises = noise.normal(size=(replicas, team, P))
-        reference.lr = optimizer.param_groups[0]["lr"] = 0.1 if step < steps // 2 else 0.02
+        reference.lr = 0.02 if 20 <= step < 24 else 0.1  # L = auto falls to 1 and rises again
+        for group in optimizer.param_groups:
+            group["lr"] = reference.lr
         gradients = h * (reference.y - b) + noises.mean(1)
-        ours = h[a] * (flat(parameters) - b[a]) + noises[a, part]
-        for parameter, values in zip(parameters, shaped(ours), strict=True):
-            parameter.grad = torch.tensor(values, dtype=dtype)
-        before = flat([parameter.grad for parameter in parameters])
+        for (a, part, _), own in zip(here, parameters, strict=True):
+            ours = h[a] * (flat(own) - b[a]) + noises[a, part]
+            for parameter, values in zip(own, shaped(ours), strict=True):
+                parameter.grad = torch.tensor(values, dtype=dtype, device=parameter.device)
+        before = [flat([parameter.grad for parameter in own]) for own in parameters]
         rounds = optimizer.rounds
         reference.step(gradients)
         optimizer.step()
 
-        assert (flat([parameter.grad for parameter in parameters]) == before).all(), "p.grad was changed"
         assert (optimizer.rounds, optimizer.batches) == (reference.k, reference.i)
-        ended = optimizer.rounds > rounds
+        for (a, _, _), own, gradient in zip(here, parameters, before, strict=True):
+            assert (flat([parameter.grad for parameter in own]) == gradient).all(), "p.grad was changed"
+            expected = {"y": reference.y[a], "inner_momentum_buffer": reference.u[a]}
+            if sync_every != 1 and outer_momentum != 0:  # without momentum the buffers are not used
+                expected["outer_momentum_buffer"] = reference.v[a]
+                if reference.L_k > 1:
+                    expected["anchor"], expected["inner_avg"] = reference.xa[a], reference.z[a]
+            if own is parameters[0]:
+                expected["master"] = reference.x
+                if "outer_momentum_buffer" in expected:
+                    expected["master_momentum_buffer"] = reference.v.mean(0)
+            for name, wanted in expected.items():
+                got = flat(own if name == "y" else [optimizer.state[parameter][name] for parameter in own])
+                error = np.abs(got - wanted).max() / np.abs(wanted).max().clip(1e-3)
+                assert error < tolerance, f"{name} of replica {a} is off by {error:.1e} after {step + 1} mini-batches"
+        yield optimizer, optimizer.rounds > rounds
+
+
+def check(comm, replicas, dtype, tolerance, **settings):
+    counted, team = Counted(comm), comm.size // replicas
+
+    def build(parameters, **settings):
+        optimizer = Parle(*parameters, counted, replicas=replicas, **settings)
+        counted.sizes.clear()
+        return optimizer
+
+    here = [(*divmod(comm.rank, team), "cpu")]
+    for _, ended in lockstep(build, here, replicas, team, dtype, tolerance, **settings):
         message = [P + 4 if replicas > 1 else 4]  # one replica is its own mean
         assert counted.sizes == (message if ended and comm.size > 1 else []), counted.sizes
         counted.sizes.clear()
-        expected = {"y": reference.y[a], "inner_momentum_buffer": reference.u[a], "master": reference.x}
-        if sync_every != 1 and outer_momentum != 0:  # without momentum the buffers are not used
-            expected["outer_momentum_buffer"] = reference.v[a]
-            expected["master_momentum_buffer"] = reference.v.mean(0)
-            if reference.L_k > 1:
-                expected["anchor"], expected["inner_avg"] = reference.xa[a], reference.z[a]
-        for name, wanted in expected.items():
-            got = flat(parameters if name == "y" else [optimizer.state[parameter][name] for parameter in parameters])
-            error = np.abs(got - wanted).max() / np.abs(wanted).max().clip(1e-3)
-            assert error < tolerance, f"{name} is off by {error:.1e} after {step + 1} mini-batches"
 
 
 def check_data_parallel(comm, alone, batch_size):
@@ -179,9 +202,13 @@ def check_riders(comm):
 
 
 def check_disagreement(comm):
-    for settings, size in ((dict(lr=0.1 + comm.rank), 5), (dict(lr=0.1), 5 + comm.rank)):
+    for tensor, settings in (
+        (torch.zeros(5), dict(lr=0.1 + comm.rank)),
+        (torch.zeros(5 + comm.rank), dict(lr=0.1)),
+        (torch.zeros(4, 3) if comm.rank == 0 else torch.zeros(3, 4).t(), dict(lr=0.1)),
+    ):
         try:
-            Parle([nn.Parameter(torch.zeros(size))], comm, batches_per_epoch=10, **settings)
+            Parle([nn.Parameter(tensor)], comm, batches_per_epoch=10, **settings)
         except ValueError as error:
             assert "rank 0" in str(error)
         else:
@@ -205,17 +232,17 @@ def main():
     from mpi4py import MPI
 
     comm = MPI.COMM_WORLD
-    for (name, n, settings), (dtype, tolerance) in product(CASES, [(torch.float64, 1e-12), (torch.float32, 1e-5)]):
+    for (name, n, settings), (dtype, tolerance) in product(CASES, PRECISIONS):
         for replicas in {n or comm.size, 1, comm.size // 2 if comm.size % 2 == 0 else comm.size}:
             if n is None or replicas == n:
-                check(comm, replicas, dtype, tolerance, 40, **settings)
+                check(comm, replicas, dtype, tolerance, **settings)
                 if comm.rank == 0:
                     print(f"{name}: n={replicas} on {comm.size} ranks, {dtype}", flush=True)
     for sub in range(1, comm.size):  # smaller worlds, from the same start of processes
         part = comm.Split(0 if comm.rank < sub else MPI.UNDEFINED)
         if part != MPI.COMM_NULL:
             for _, n, settings in CASES:
-                check(part, n or part.size, torch.float64, 1e-12, 40, **settings)
+                check(part, n or part.size, torch.float64, 1e-12, **settings)
     for batch_size in (48, 50):
         check_data_parallel(comm, MPI.COMM_SELF, batch_size)
     check_same_everywhere(comm)

@@ -8,13 +8,22 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from parle_mpi import Parle
+import parle_gpu
+import parle_mpi
+
+
+@pytest.fixture(params=["mpi", "gpu"])
+def parle(request, comm):
+    """Either class, with the parameters of one replica."""
+    if request.param == "mpi":
+        return lambda parameters, **settings: parle_mpi.Parle(parameters, comm, **settings)
+    return lambda parameters, **settings: parle_gpu.Parle([parameters], **settings)
 
 
 @pytest.fixture
-def build(comm):
+def build(parle):
     def build(parameters, **settings):
-        return Parle(parameters, comm, **(dict(lr=0.1, sync_every=3, batches_per_epoch=4) | settings))
+        return parle(parameters, **(dict(lr=0.1, sync_every=3, batches_per_epoch=4) | settings))
 
     return build
 
@@ -48,12 +57,17 @@ def weights(model):
         *((name, math.inf) for name in ("lr", "weight_decay", "gamma", "rho", "outer_step")),
         *((name, value) for name in ("momentum", "alpha", "outer_momentum") for value in (-0.1, 1, math.nan)),
         *((name, value) for name in ("sync_every", "batches_per_epoch") for value in (0, -3, 2.5, "often", None)),
-        *(("replicas", value) for value in (0, -1, 2, 1.0)),
     ],
 )
 def test_an_invalid_value_is_named(build, name, value):
     with pytest.raises(ValueError, match=f"Invalid {name} value: {value}"):
         build([nn.Parameter(torch.zeros(2))], **{name: value})
+
+
+@pytest.mark.parametrize("value", [0, -1, 2, 1.0])
+def test_an_invalid_number_of_replicas_is_named(comm, value):
+    with pytest.raises(ValueError, match=f"Invalid replicas value: {value}"):
+        parle_mpi.Parle([nn.Parameter(torch.zeros(2))], comm, lr=0.1, batches_per_epoch=4, replicas=value)
 
 
 def test_an_invalid_value_in_a_group_is_named(build):
@@ -66,15 +80,16 @@ def test_auto_needs_a_gamma(build):
         build([nn.Parameter(torch.zeros(2))], sync_every="auto", gamma=0)
 
 
-def test_lr_and_batches_per_epoch_are_required(comm):
-    with pytest.raises(TypeError, match="batches_per_epoch"):
-        Parle([nn.Parameter(torch.zeros(2))], comm, lr=0.1)
+def test_lr_and_batches_per_epoch_are_required(parle):
+    for name, given in (("batches_per_epoch", dict(lr=0.1)), ("lr", dict(batches_per_epoch=4))):
+        with pytest.raises(TypeError, match=f"argument: '{name}'"):
+            parle([nn.Parameter(torch.zeros(2))], **given)
 
 
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
-        ([], "empty parameter list"),
+        ([], "empty parameter list|no parameter that requires a gradient"),
         ([nn.Parameter(torch.zeros(2), requires_grad=False)], "no parameter that requires a gradient"),
         ([nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2).double())], "must be float32"),
         ([nn.Parameter(torch.zeros(2).bfloat16())], "must be float32"),
@@ -310,19 +325,22 @@ def test_state_dict_is_copied_not_aliased(build):
 
 
 def test_state_dict_of_another_kind_is_refused_and_changes_nothing(build):
-    one = build([nn.Parameter(torch.ones(2))], sync_every=1)
-    many = build([nn.Parameter(torch.ones(2))], sync_every=3)
+    one, many, auto = (build([nn.Parameter(torch.ones(2))], sync_every=L) for L in (1, 3, "auto"))
     sgd = torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.5)
     wrong = many.state_dict()
     wrong["param_groups"][0]["rho"] = math.nan
-    for state, message in ((one.state_dict(), "as it is here"), (sgd.state_dict(), "as it is here"), (wrong, "rho")):
-        with pytest.raises(ValueError, match=message):
-            many.load_state_dict(state)
+    for other in (one, auto, sgd):
+        with pytest.raises(ValueError, match="as it is here"):
+            many.load_state_dict(other.state_dict())
+    with pytest.raises(ValueError, match="as it is here"):
+        auto.load_state_dict(many.state_dict())
+    with pytest.raises(ValueError, match="Invalid rho"):
+        many.load_state_dict(wrong)
     many.step()
     assert (many.param_groups[0]["sync_every"], many.param_groups[0]["lr"]) == (3, 0.1)
 
 
-def test_a_copy_is_refused_since_it_would_lose_its_communicator(build):
+def test_a_copy_is_refused_since_it_would_lose_its_vectors(build):
     optimizer = build([nn.Parameter(torch.ones(2))])
     with pytest.raises(TypeError, match="state_dict"):
         copy.deepcopy(optimizer)

@@ -1,0 +1,450 @@
+"""The class for one host: replicas of one process, over devices that the CPU pretends to be and over real GPUs."""
+
+import gc
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import engine
+import loader
+import models
+from optimizer import RIDERS, Replica
+from parle_gpu import Parle, Stopwatch
+from tests.devices import Devices, device_of
+from tests.lockstep import CASES, PRECISIONS, P, lockstep
+from tests.test_optimizer import batch, network, weights
+
+SETTINGS = dict(lr=0.1, sync_every=3, batches_per_epoch=4)
+GPUS = [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
+needs_gpus = pytest.mark.skipif(not GPUS, reason="no CUDA device")
+
+
+@pytest.fixture
+def devices(monkeypatch):
+    monkeypatch.setattr(Replica, "device", property(lambda replica: device_of(replica.weights)))
+    with Devices() as devices:
+        yield devices
+
+
+def places(replicas, count):
+    """Of each replica, dealt round."""
+    return [torch.device("cpu", replica % count) for replica in range(replicas)]
+
+
+def networks(devices):
+    """One on each."""
+    return [network().to(device) for device in devices]
+
+
+def train(replicas, optimizer, steps):
+    """Each on mini-batches of its own."""
+    for step in steps:
+        optimizer.zero_grad()
+        for number, model in enumerate(replicas):
+            inputs, targets = (tensor.to(next(model.parameters()).device) for tensor in batch(1000 * number + step))
+            F.cross_entropy(model(inputs), targets).backward()
+        optimizer.step()
+
+
+def of(replicas, **settings):
+    return Parle([model.parameters() for model in replicas], **(SETTINGS | settings))
+
+
+def test_pretended_devices_do_not_mix():
+    with Devices() as devices:
+        here, there = torch.ones(3).to("cpu:0"), torch.ones(3).to("cpu:1")
+        fresh, scalar = torch.ones(3), torch.tensor(2.0)
+        derived = (here[1:] * scalar + fresh[1:]).sum()
+        there.mul_(scalar)
+        for mixture in (
+            lambda: here + there,
+            lambda: here.add_(there[0]),
+            lambda: there * derived,
+            lambda: there + fresh,
+            lambda: here.lerp_(there, 0.5),
+            lambda: torch.cat([here, there]),
+            lambda: torch._foreach_copy_([here], [there]),
+        ):
+            with pytest.raises(RuntimeError, match="has tensors on cpu:0 and cpu:1"):
+                mixture()
+        assert devices.copies == []
+        here[1:].copy_(there[:2])
+        moved = here.to("cpu:1").to("cpu:1")
+        assert devices.copies == [(device_of(there), device_of(here), 2), (device_of(here), device_of(there), 3)]
+        assert device_of(moved + there) == torch.device("cpu:1")
+        assert here.tolist() == moved.tolist() == [1, 2, 2]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)
+@pytest.mark.parametrize(("replicas", "count"), [(n, d) for n in (1, 2, 3, 5) for d in (1, 2, 3) if d <= n])
+def test_replicas_over_devices_in_lockstep_with_the_reference(devices, replicas, count, dtype, tolerance):
+    here = [(number, 0, place) for number, place in enumerate(places(replicas, count))]
+    home, *others = places(count, count)
+    sync = [(other, home, P + 4) for other in others] + [(home, other, P + 4) for other in others]
+    share = [(home, other, P) for other in others]
+
+    def build(parameters, **settings):
+        optimizer = Parle(parameters, **settings)
+        devices.copies.clear()
+        return optimizer
+
+    for _, n, settings in CASES:
+        if n in (None, replicas):
+            for optimizer, ended in lockstep(build, here, replicas, 1, dtype, tolerance, **settings):
+                shared = settings["sync_every"] == "auto" and optimizer.param_groups[0]["round_length"] == 1
+                assert devices.copies == (share if shared else []) + (sync if ended else [])
+                devices.copies.clear()
+
+
+def test_all_replicas_start_as_the_first_and_the_master_is_kept_on_its_device(devices):
+    replicas = networks([torch.device(place) for place in ("cpu:1", "cpu:0", "cpu:1")])
+    for model in replicas:
+        model[0].weight.requires_grad_(False)
+    first = weights(replicas[0]).tolist()
+    optimizer = of(replicas)
+    assert [weights(model).tolist() for model in replicas] == [first] * 3
+    assert optimizer.master.tolist() == first[replicas[0][0].weight.numel() :]
+    assert device_of(optimizer.master) == torch.device("cpu:1")
+    for model in replicas:
+        for parameter in list(model.parameters())[1:]:
+            state = optimizer.state[parameter]
+            assert {device_of(value) for value in state.values()} == {device_of(parameter)}
+            assert state["anchor"].tolist() == state["inner_avg"].tolist() == parameter.tolist()
+
+
+@pytest.mark.parametrize("sync_every", [1, 3, "auto"])
+@pytest.mark.parametrize("at", [0, 1, 4])
+def test_state_dict_of_three_replicas_resumes_in_mid_round_bit_for_bit(devices, tmp_path, sync_every, at):
+    def start():
+        torch.manual_seed(1)
+        replicas = networks(places(3, 2))
+        return replicas, of(replicas, sync_every=sync_every, gamma=0.06)  # auto: first 2, then 1
+
+    replicas, optimizer = start()
+    train(replicas, optimizer, range(at))
+    torch.save([[model.state_dict() for model in replicas], optimizer.state_dict()], tmp_path / "saved")
+    others, resumed = start()
+    train(others, resumed, range(50, 52))  # what is resumed need not be fresh
+    states, state = torch.load(tmp_path / "saved", weights_only=True)
+    for model, values in zip(others, states, strict=True):
+        model.load_state_dict(values)
+    resumed.load_state_dict(state)
+    assert all(master.tolist() == optimizer.master.tolist() for master in resumed._masters.values())
+    for step in range(at, at + 8):
+        for networks_here, one in ((replicas, optimizer), (others, resumed)):
+            train(networks_here, one, [step])
+        assert [weights(model).tolist() for model in replicas] == [weights(model).tolist() for model in others]
+        assert optimizer.master.tolist() == resumed.master.tolist()
+    ours, theirs = (
+        [value.tolist() for values in one.state_dict()["state"].values() for value in values.values()]
+        for one in (optimizer, resumed)
+    )
+    assert ours == theirs
+
+
+def test_state_dict_of_other_replicas_is_refused(devices):
+    two, three = (of(networks(places(count, 2))) for count in (2, 3))
+    with pytest.raises(ValueError, match="as many parameters"):
+        three.load_state_dict(two.state_dict())
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda weight, bias: [nn.Parameter(weight.detach().reshape(3, 2)), bias],
+        lambda weight, bias: [weight],
+        lambda weight, bias: [bias, weight],
+        lambda weight, bias: [],
+        lambda weight, bias: [nn.Parameter(weight.detach().double()), nn.Parameter(bias.detach().double())],
+        lambda weight, bias: [weight, bias.requires_grad_(False)],
+        lambda weight, bias: [dict(params=[weight, bias], lr=0.2)],
+        lambda weight, bias: [dict(params=[weight, bias], rho=0.2)],
+        lambda weight, bias: [dict(params=[weight]), dict(params=[bias])],
+        lambda weight, bias: [nn.Parameter(weight.detach().t().contiguous().t()), bias],
+    ],
+    ids=["shapes", "fewer", "order", "none", "dtype", "frozen", "lr", "rho", "groups", "strides"],
+)
+def test_replicas_that_differ_are_refused(other):
+    alike = [nn.Linear(3, 2).parameters() for _ in range(2)]
+    with pytest.raises(ValueError, match="Replica 2 and replica 0 differ"):
+        Parle([*alike, other(*nn.Linear(3, 2).parameters())], **SETTINGS)
+
+
+def test_replicas_that_differ_in_a_later_group_are_refused():
+    layers = [nn.Linear(3, 2) for _ in range(2)]
+    groups = [
+        [dict(params=[layer.weight]), dict(params=[layer.bias], lr=lr)]
+        for layer, lr in zip(layers, (1, 2), strict=True)
+    ]
+    with pytest.raises(ValueError, match="Replica 1 and replica 0 differ"):
+        Parle(groups, **SETTINGS)
+
+
+def test_a_network_twice_is_not_two_replicas():
+    model = network()
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        of([model, model])
+
+
+def test_no_replica_at_all_is_refused():
+    with pytest.raises(ValueError, match="empty"):
+        Parle([], **SETTINGS)
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        lambda model: model.parameters(),
+        lambda model: list(model.parameters()),
+        lambda model: [dict(params=model.parameters())],
+        lambda model: dict(params=model.parameters()),
+        lambda model: model.named_parameters(),
+        lambda model: [model, network()],
+    ],
+    ids=["parameters", "list", "groups", "group", "named", "models"],
+)
+def test_what_is_no_list_of_parameters_is_told_what_to_type(mistake):
+    with pytest.raises(TypeError, match=r"Parle\(\[model\.parameters\(\)\]"):
+        Parle(mistake(network()), **SETTINGS)
+
+
+@pytest.mark.parametrize("sync_every", [1, 3])
+def test_groups_of_every_replica_have_their_own_settings(devices, sync_every):
+    tensors = [torch.randn(3), torch.randn(2)]
+    settings = [
+        dict(lr=0.1, weight_decay=0.1),
+        dict(lr=0.02, momentum=0.5, gamma=0.2, rho=0.05, alpha=0.5, outer_step=2.0, outer_momentum=0.3),
+    ]
+    together, apart = ([[nn.Parameter(t.to(place)) for t in tensors] for place in places(3, 2)] for _ in range(2))
+    one = Parle(
+        [[dict(params=[p], **group) for p, group in zip(own, settings, strict=True)] for own in together],
+        **SETTINGS | dict(sync_every=sync_every),
+    )
+    two = [
+        Parle([[own[i]] for own in apart], **SETTINGS | dict(sync_every=sync_every) | group)
+        for i, group in enumerate(settings)
+    ]
+    for step in range(8):
+        for number, parameters in enumerate(zip(together, apart, strict=True)):
+            for parameter in (*parameters[0], *parameters[1]):
+                parameter.grad = torch.full_like(parameter, number + step - 2.0)
+        for optimizer in (one, *two):
+            optimizer.step()
+        assert [[p.tolist() for p in own] for own in together] == [[p.tolist() for p in own] for own in apart]
+    assert one.master.tolist() == two[0].master.tolist() + two[1].master.tolist()
+    assert one.master.tolist()[0] != tensors[0][0]
+
+
+def test_master_and_replicas_are_copied_by_name(devices):
+    replicas = networks(places(3, 2))
+
+    def groups(model):
+        named = list(model.named_parameters())
+        return [dict(params=[(n, p) for n, p in named if (p.ndim > 1) == large]) for large in (True, False)]
+
+    optimizer = Parle([groups(model) for model in replicas], **SETTINGS)
+    target = network()
+    train(replicas, optimizer, range(3))
+    optimizer.copy_master_to(target)
+    mean = torch.tensor([weights(model).tolist() for model in replicas]).mean(0)
+    assert weights(target).tolist() == pytest.approx(mean.tolist(), rel=1e-5, abs=1e-7)
+    train(replicas, optimizer, [3])
+    before = [weights(model).tolist() for model in replicas]
+    assert before[0] != before[1] != before[2] != before[0]
+    for number in range(3):
+        optimizer.copy_replica_to(target, number)
+        assert weights(target).tolist() == before[number]
+    optimizer.copy_replica_to(target)
+    assert weights(target).tolist() == before[0]
+    assert [weights(model).tolist() for model in replicas] == before
+
+
+def test_distances_are_to_the_master_relative_to_its_length(devices):
+    replicas = networks(places(3, 2))
+    optimizer = of(replicas)
+    assert [float(distance) for distance in optimizer.distances()] == [0, 0, 0]
+    train(replicas, optimizer, range(4))
+    target = network()
+    optimizer.copy_master_to(target)
+    master = torch.tensor(weights(target).tolist())
+    for model, distance in zip(replicas, optimizer.distances(), strict=True):
+        assert device_of(distance) == device_of(model[0].weight)
+        difference = torch.tensor(weights(model).tolist()) - master
+        assert float(distance) == pytest.approx(float(difference.norm() / master.norm()), rel=1e-5)
+
+
+@pytest.mark.parametrize("sync_every", [1, 2])
+def test_riders_are_the_callers_until_a_sync_leaves_their_mean(devices, sync_every):
+    replicas = networks(places(3, 2))
+    optimizer = of(replicas, sync_every=sync_every)
+    for number, riders in enumerate(optimizer.riders):
+        riders += torch.tensor([1.0, 3 * number, number**2])
+    for _ in range(sync_every):
+        assert [riders.tolist() for riders in optimizer.riders] == [[1, 0, 0], [1, 3, 1], [1, 6, 4]]
+        optimizer.step()
+    for _ in range(2 * sync_every):
+        assert [riders.tolist() for riders in optimizer.riders] == [pytest.approx([1, 3, 5 / 3])] * 3
+        optimizer.step()
+
+
+def test_no_gradient_in_one_replica_is_a_zero_gradient_there():
+    trained = []
+    for gradient in (None, torch.zeros(2)):
+        replicas = [[nn.Parameter(torch.ones(2)) for _ in range(2)] for _ in range(3)]
+        optimizer = Parle(replicas, **SETTINGS, weight_decay=0.1)
+        for _ in range(4):
+            for parameter in (*replicas[0], *replicas[1], *replicas[2]):
+                parameter.grad = torch.ones(2)
+            replicas[1][0].grad = gradient
+            optimizer.step()
+        trained.append([parameter.tolist() for own in replicas for parameter in own])
+    assert trained[0] == trained[1]
+    assert trained[0][2] != trained[0][3]
+
+
+@pytest.mark.parametrize("replica", [0, 1, 2])
+def test_an_lr_that_has_come_to_differ_is_an_error_at_the_next_sync(devices, replica):
+    replicas = networks(places(3, 2))
+    optimizer = of(replicas)
+    optimizer.param_groups[replica]["lr"] = 0.2
+    train(replicas, optimizer, range(2))
+    with pytest.raises(RuntimeError, match="schedule it alike"):
+        train(replicas, optimizer, [2])
+
+
+def test_a_scheduler_drives_every_replica(devices):
+    replicas = networks(places(3, 2))
+    optimizer = of(replicas)
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [2, 4], 0.5)
+    for step in range(6):
+        train(replicas, optimizer, [step])
+        scheduler.step()
+    assert [group["lr"] for group in optimizer.param_groups] == [0.025] * 3
+
+
+@pytest.mark.parametrize(("replicas", "count"), [(1, 1), (5, 3)])
+@pytest.mark.parametrize("sync_every", [1, 3, "auto"])
+def test_memory_is_what_the_readme_says(devices, replicas, count, sync_every):
+    def storages():
+        gc.collect()
+        found = [thing.untyped_storage() for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+        return {storage.data_ptr(): storage.nbytes() // 4 for storage in found}
+
+    known = storages()
+    parameters = [nn.Parameter(torch.ones(1000).to(place)) for place in places(replicas, count)]
+    optimizer = Parle([[parameter] for parameter in parameters], **SETTINGS | dict(sync_every=sync_every, gamma=0.06))
+    for _ in range(7):
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.zero_grad()
+    del parameter
+    vectors = {
+        1: 2 * replicas + count,  # weights, momentum; master
+        3: 5 * replicas + 2,  # weights, two momenta, anchor, inner average; master and its momentum
+        "auto": 5 * replicas + count + 1,
+    }[sync_every]
+    added = Counter(size for address, size in storages().items() if address not in known)
+    assert added == {1000: vectors, 1000 + RIDERS + 1: count, RIDERS: replicas}
+
+
+def test_sync_seconds_grow_with_every_sync_and_only_then(devices):
+    replicas = networks(places(3, 2))
+    optimizer = of(replicas, sync_every=2)
+    seconds = [optimizer.sync_seconds]
+    for step in range(5):
+        train(replicas, optimizer, [step])
+        seconds.append(optimizer.sync_seconds)
+    assert 0 == seconds[0] == seconds[1] < seconds[2] == seconds[3] < seconds[4] == seconds[5] < 1
+
+
+class Event:
+    """What a GPU's stream marks, after so many seconds."""
+
+    def __init__(self, seconds):
+        self.milliseconds, self.over = 1000 * seconds, False
+
+    def synchronize(self):
+        self.over = True
+
+    def elapsed_time(self, later):
+        assert later.over
+        return later.milliseconds - self.milliseconds
+
+
+@pytest.mark.parametrize(("device", "mark"), [("cpu", float), ("cuda", Event)])
+def test_the_stopwatch_adds_up(monkeypatch, device, mark):
+    marks = map(mark, [1, 3, 10, 14, 20, 25])
+    monkeypatch.setattr(Stopwatch, "_mark", lambda self: next(marks))
+    stopwatch = Stopwatch(torch.device(device))
+    assert stopwatch.seconds == 0
+    for total in (2, 6, 11):
+        with stopwatch:
+            pass
+        assert stopwatch.seconds == stopwatch.seconds == total
+
+
+@pytest.mark.cuda
+@needs_gpus
+@pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)
+def test_replicas_over_gpus_in_lockstep_with_the_reference(dtype, tolerance):
+    here = [(number, 0, GPUS[number % len(GPUS)]) for number in range(3)]
+    for _, n, settings in CASES:
+        if n is None:
+            for _ in lockstep(Parle, here, 3, 1, dtype, tolerance, **settings):
+                pass
+
+
+@pytest.mark.cuda
+@needs_gpus
+def test_replicas_over_gpus_train_as_on_the_cpu():
+    trained = []
+    for where in ([torch.device("cpu")], GPUS):
+        torch.manual_seed(1)
+        replicas = [nn.Sequential(nn.Flatten(), nn.Linear(32, 9), nn.Tanh(), nn.Linear(9, 3)) for _ in range(3)]
+        replicas = [model.to(where[number % len(where)]) for number, model in enumerate(replicas)]
+        optimizer = of(replicas)
+        train(replicas, optimizer, range(10))
+        trained.append(torch.stack([weights(model).cpu() for model in replicas]))
+        trained.append(optimizer.master.cpu())
+    torch.testing.assert_close(trained[2], trained[0], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(trained[3], trained[1], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.cuda
+@needs_gpus
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+@pytest.mark.parametrize("sync_every", [1, 5])
+def test_mini_batches_on_a_gpu_never_make_the_host_wait(tmp_path, sync_every):
+    data = loader.load("digits", proc=tmp_path).to(GPUS[0])
+    replicas = [models.build("lenet", channels=1, size=8, classes=10).to(GPUS[0]) for _ in range(2)]
+    batches = [loader.Batches(data, batch_size=32, seed=1, replica=a, replicas=2, augment=True) for a in range(2)]
+    optimizer = of(replicas, sync_every=sync_every)
+
+    def watch(*_):  # from the second mini-batch on, and no longer once train reads what the riders carried
+        torch.cuda.set_sync_debug_mode("default" if optimizer.rounds == 3 else "error")
+
+    optimizer.register_step_post_hook(watch)
+    settings = dict(epochs=3 / batches[0].per_epoch, lr_drops=[], lr_decay=1)
+    try:
+        events = list(engine.train(replicas, batches, optimizer, lambda: dict(master_error=0.0), **settings))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert events[0]["round"] == 3
+    assert events[0]["sync_seconds"] > 0
+
+
+@pytest.mark.cuda
+@needs_gpus
+def test_sync_seconds_of_gpus_grow_with_every_sync():
+    replicas = [network().to(GPUS[number % len(GPUS)]) for number in range(3)]
+    optimizer = of(replicas, sync_every=2)
+    seconds = [optimizer.sync_seconds]
+    for step in range(4):
+        train(replicas, optimizer, [step])
+        seconds.append(optimizer.sync_seconds)
+    assert 0 == seconds[0] == seconds[1] < seconds[2] == seconds[3] < seconds[4]
