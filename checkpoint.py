@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from optimizer import ReplicaOptimizer
 FORMAT = 1  # of what is in a checkpoint; raise it when that changes
 FOLDER = "checkpoints"  # in a run's own
 KEPT = 2
+PARTS = dict(files=dict, arguments=dict, progress=dict, counters=dict, replicas=int, log_bytes=int)
 MANIFEST, SHARED = "manifest.json", "shared.pt"
 
 
@@ -101,10 +103,15 @@ def read_manifest(path: Path, files: bool = True) -> dict[str, Any]:
             raise ValueError(f"{MANIFEST} is not what was written")
         if manifest["format"] != FORMAT:
             raise ValueError(f"it has format {manifest['format']}, this program reads {FORMAT}")
+        for name, kind in PARTS.items():
+            if not isinstance(manifest[name], kind):
+                raise ValueError(f"its {name} are not what this program writes")
+        if not {"rounds", "batches"} <= manifest["counters"].keys() or manifest["log_bytes"] < 0:
+            raise ValueError("its counters are not what this program writes")
         for name, expected in manifest["files"].items() if files else ():
             if _sum(path / name) != expected:
                 raise ValueError(f"{name} is not what was written")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged or no checkpoint: {error}") from error
     return manifest
 
@@ -170,7 +177,11 @@ def _write_text(path: Path, text: str) -> None:
 
 def _read(path: Path) -> dict[str, Tensor]:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # torch warns of what it then refuses
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+            raise ValueError("it holds no tensors by name")
+        return content
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"{path} is damaged ({' '.join(str(error).split())[:200]})") from error
 

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -93,7 +94,7 @@ def find_checkpoint(args: argparse.Namespace) -> Resumed | None:
     if args.resume is None:
         return None
     try:
-        paths = [args.resume] if (args.resume / checkpoint.MANIFEST).exists() else checkpoint.found(args.resume)
+        paths = [args.resume] if os.path.exists(args.resume / checkpoint.MANIFEST) else checkpoint.found(args.resume)
         path, manifest, complaints = checkpoint.newest(paths)
     except checkpoint.CheckpointError as error:
         raise options.Mistake(f"--resume: {error}") from error
@@ -106,6 +107,22 @@ def find_checkpoint(args: argparse.Namespace) -> Resumed | None:
     return Resumed(path, manifest, changes)
 
 
+def restore(
+    args: argparse.Namespace, resumed: Resumed | None, optimizer: ReplicaOptimizer, replicas: list[int], per_epoch: int
+) -> None:
+    """Put the checkpoint into the optimizer, before anything of the run's folder is touched. Raises: Mistake."""
+    if resumed is None:
+        return
+    try:
+        checkpoint.load(resumed.path, resumed.manifest, optimizer, replicas)
+    except checkpoint.CheckpointError as error:
+        raise options.Mistake(f"--resume: {error}") from error
+    if optimizer.rounds >= engine.count_rounds(args.epochs, per_epoch):
+        raise options.Mistake(
+            f"--resume: {resumed.path} is the end of its run: -B with more than {args.epochs:g} goes on"
+        )
+
+
 def _plain(args: argparse.Namespace) -> dict[str, Any]:
     return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
 
@@ -116,7 +133,8 @@ def open_report(args: argparse.Namespace, resumed: Resumed | None) -> Report:
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-{args.model}-{args.dataset}"
     try:
         if args.out is not None:
-            return Report(args.out, label, resumed and resumed.manifest["log_bytes"])
+            own = resumed is not None and resumed.path.parent.parent.resolve() == args.out.resolve()
+            return Report(args.out, label, resumed.manifest["log_bytes"] if own else None)
         for suffix in ("", *(f"-{i}" for i in range(2, 100))):  # runs may start in the same second
             with contextlib.suppress(FileExistsError):
                 return Report(Path("runs") / f"{name}{suffix}", label)
@@ -179,7 +197,6 @@ def run(
     faults.inject(optimizer, list(replicas))
     progress = engine.Progress()
     if resumed:
-        checkpoint.load(resumed.path, resumed.manifest, optimizer, list(replicas))
         progress = engine.Progress(**resumed.manifest["progress"])
         start |= dict(round=optimizer.rounds, checkpoint=str(resumed.path), changes=resumed.changes)
     folder = world.gather(report and report.folder)[0]

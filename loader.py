@@ -146,7 +146,7 @@ def _torchvision_datasets() -> Any:
 
 def _fetch(kind: str, paths: list[Path], download: bool, fetch: Callable[[], Any]) -> None:
     """Download where a file is missing and that is allowed. Raises: DataError, Unreachable."""
-    missing = [path for path in paths if not path.is_file()]
+    missing = [path for path in paths if not os.path.isfile(path)]
     if not missing:
         return
     if not download:
@@ -176,7 +176,11 @@ def _check_sums(sums: dict[Path, str]) -> None:
     from torchvision.datasets.utils import check_integrity
 
     for path, md5 in sums.items():
-        if not check_integrity(path, md5):
+        try:
+            sound = check_integrity(path, md5)
+        except OSError as error:
+            raise DataError(f"{path} cannot be read ({error}): replace it, or delete it to download it") from error
+        if not sound:
             raise DataError(f"{path} is damaged (its MD5 sum is not {md5}): replace it, or delete it to download it")
 
 
@@ -196,7 +200,7 @@ def load(name: str, raw: Path | None = None, proc: Path = Path("proc"), whiten: 
         DataError: the data is missing or damaged, or `proc` cannot be written.
         Unreachable: the same, because it could not be downloaded.
     """
-    if raw is not None and not raw.is_dir():
+    if raw is not None and not os.path.isdir(raw):
         raise DataError(f"--data {raw}: there is no such folder")
     origin = None if raw is None or name == "digits" else str(raw.resolve())
     folder = proc / (f"{name}-whitened" if whiten else name)
@@ -232,8 +236,10 @@ def _read_meta(folder: Path) -> dict[str, Any]:
             raise ValueError("meta.json holds no object")
     except (FileNotFoundError, NotADirectoryError):
         raise
-    except (OSError, ValueError) as error:
-        raise DataError(f"{folder} is damaged ({error}): delete it and it is built anew") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(
+            f"{folder} is damaged ({error}): delete it and it is built anew, or name another folder with --proc"
+        ) from error
     return meta
 
 
@@ -243,6 +249,8 @@ def _check_arrays(name: str, train: Arrays, test: Arrays, classes: int) -> None:
             raise DataError(f"The {part} set of {name} has {len(images)} images and {len(labels)} labels")
         if labels.min() < 0 or labels.max() >= classes:
             raise DataError(f"The {part} set of {name} has a label outside 0 to {classes - 1}")
+    if train[0].ndim != 4 or train[0].shape[1] != train[0].shape[2] or not train[0].shape[1]:
+        raise DataError(f"The images of {name} are {train[0].shape[1:]}: only square ones can be used")
     if train[0].shape[1:] != test[0].shape[1:]:
         raise DataError(f"The images of {name} are {train[0].shape[1:]} for training and {test[0].shape[1:]} for test")
 
@@ -295,7 +303,8 @@ def _put(temporary: Path, folder: Path, origin: str | None) -> None:
 
 def _save(path: Path, array: np.ndarray) -> None:
     with open(path, "wb") as file:
-        np.save(file, array)
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+        file.write(np.ascontiguousarray(array).data)  # np.save's own writing loses the error of the last few bytes
         _flush(file)
 
 
@@ -309,13 +318,14 @@ def _open(name: str, folder: Path) -> Dataset:
     meta = _read_meta(folder)
     try:
         arrays = {
-            f"{part}_{content}": torch.from_numpy(np.load(folder / f"{part}_{content}.npy", mmap_mode="c"))
+            f"{part}_{content}": np.lib.format.open_memmap(folder / f"{part}_{content}.npy", mode="c")
             for part in ("train", "test")
             for content in ("images", "labels")
         }
+        _check_cache(name, arrays, meta)
         return Dataset(
             name=name,
-            **arrays,
+            **{part: torch.from_numpy(array) for part, array in arrays.items()},
             mean=torch.tensor(meta["mean"], dtype=torch.float32),
             std=torch.tensor(meta["std"], dtype=torch.float32),
             classes=meta["classes"],
@@ -323,8 +333,28 @@ def _open(name: str, folder: Path) -> Dataset:
         )
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
-        raise DataError(f"{folder} is damaged ({error}): delete it and it is built anew") from error
+    except Exception as error:  # whatever numpy and torch make of what is no array and no number
+        raise DataError(
+            f"{folder} is damaged ({' '.join(str(error).split())}): delete it and it is built anew"
+        ) from error
+
+
+def _check_cache(name: str, arrays: dict[str, np.ndarray], meta: dict[str, Any]) -> None:
+    """Raises: ValueError, DataError."""
+    for part, array in arrays.items():
+        kinds, dimensions = (("uint8", "float32"), 4) if part.endswith("images") else (("int64",), 1)
+        if array.dtype.name not in kinds or array.ndim != dimensions:
+            raise ValueError(f"{part}.npy holds {array.dtype} of {array.ndim} dimensions")
+    if meta["classes"] != SOURCES[name].classes or not isinstance(meta["classes"], int):
+        raise ValueError(f"meta.json has {meta['classes']} classes")
+    if not isinstance(meta["origin"], str | None):
+        raise ValueError(f"meta.json has origin {meta['origin']}")
+    train, test = ((arrays[f"{part}_images"], arrays[f"{part}_labels"]) for part in ("train", "test"))
+    _check_arrays(name, train, test, meta["classes"])
+    mean, std = np.array(meta["mean"], dtype=np.float64), np.array(meta["std"], dtype=np.float64)
+    fits = mean.shape == std.shape == train[0].shape[3:]
+    if not (fits and np.isfinite([mean, std]).all() and (std > 0).all()):
+        raise ValueError("meta.json has a mean or std that is none")
 
 
 def _chunks(images: np.ndarray, *shape: int) -> Iterator[Tensor]:
@@ -415,7 +445,7 @@ class Batches:
         total = len(data.train_labels)
         share = round(frac * total)
         if batch_size > share:
-            fits = f"-b {share} or less" if share >= 2 else f"--frac {2 / total:.1g} or more"
+            fits = f"-b {share} or less" if share >= 2 else f"--frac {math.ceil(2e6 / total) / 1e6:g} or more"
             raise DataError(f"A batch of {batch_size} is more than the {share} images of a replica: {fits}")
         if augment and data.size <= 4:
             raise DataError(f"Images of {data.size} pixels cannot be cropped from 4 of reflection: --no-augment")

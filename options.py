@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import math
+import os
 import sys
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -76,12 +77,20 @@ def _one_of(names: Collection[str]) -> Callable[[str], str]:
 
 
 SEED = _number(int, lambda value: 0 <= value < 2**63, "a whole number of at least 0, such as 42")
+REPLICAS = _number(int, lambda value: 1 <= value <= 10_000, "a whole number of at least 1 and up to 10000, such as 3")
 COUNT = _number(int, lambda value: value >= 1, "a whole number of at least 1, such as 3")
 BATCH = _number(int, lambda value: value >= 2, "a whole number of at least 2 (batch norm needs two), such as 128")
 COEFFICIENT = _number(float, lambda value: 0 <= value < math.inf, "a number of at least 0, such as 0.01")
 POSITIVE = _number(float, lambda value: 0 < value < math.inf, "a number above 0, such as 0.25")
+EPOCHS = _number(float, lambda value: 0 < value <= 1e9, "a number above 0 and up to 1e9, such as 0.25")
 DECAY = _number(float, lambda value: 0 <= value < 1, "a number of at least 0 and below 1, such as 0.75")
 SHARE = _number(float, lambda value: 0 < value <= 1, "a number above 0 and up to 1, such as 0.5")
+
+
+def _folder(text: str) -> Path:
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError("a folder needs a name, such as . for this one")
+    return Path(text)
 
 
 LENGTH = _number(
@@ -102,7 +111,7 @@ def parser(prog: str, description: str) -> Parser:
     add("-s", "--seed", type=SEED, default=42, metavar="N", help="of weights, data order and dropout (%(default)s)")
 
     add = parser.add_argument_group("the algorithm").add_argument
-    add("-n", "--replicas", type=COUNT, metavar="N", help="replicas (a launcher's number of ranks, else 3)")
+    add("-n", "--replicas", type=REPLICAS, metavar="N", help="replicas (a launcher's number of ranks, else 3)")
     add("--method", type=_one_of(PRESETS), default="parle", metavar="NAME", help=f"{methods} (%(default)s)")
     add("-L", "--sync-every", type=LENGTH, metavar="L", help=f"mini-batches a round, or auto ({parle['sync_every']})")
     add("--gamma", type=COEFFICIENT, metavar="X", help=f"pull towards the anchor, 0 is none ({parle['gamma']})")
@@ -113,9 +122,9 @@ def parser(prog: str, description: str) -> Parser:
 
     add = parser.add_argument_group("the recipe").add_argument
     add("-b", "--batch-size", type=BATCH, metavar="N", help=f"of each replica ({COMMON['batch_size']})")
-    add("-B", "--epochs", type=POSITIVE, metavar="X", help="of L passes over the data each (the model's)")
+    add("-B", "--epochs", type=EPOCHS, metavar="X", help="of L passes over the data each (the model's)")
     add("--lr", type=COEFFICIENT, metavar="X", help=f"of the inner and the outer step ({COMMON['lr']})")
-    add("--lr-drops", type=POSITIVE, nargs="*", metavar="X", help="epochs at which lr drops (the model's)")
+    add("--lr-drops", type=EPOCHS, nargs="*", metavar="X", help="epochs at which lr drops (the model's)")
     add("--lr-decay", type=POSITIVE, metavar="X", help=f"factor of lr at a drop ({COMMON['lr_decay']})")
     add("--momentum", type=DECAY, metavar="X", help=f"Nesterov's ({COMMON['momentum']})")
     add("--weight-decay", type=COEFFICIENT, metavar="X", help="in the inner step alone (the model's)")
@@ -125,16 +134,16 @@ def parser(prog: str, description: str) -> Parser:
     add("--augment", action=argparse.BooleanOptionalAction, help="flip and crop at random (for CIFAR)")
     add("--whiten", action="store_true", help="contrast normalisation and ZCA instead of mean and std")
     add("--frac", type=SHARE, default=1.0, metavar="X", help="of the data, what each replica sees (%(default)s)")
-    add("--data", type=Path, metavar="DIR", help="raw data, as torchvision lays it out (downloaded to PROC/raw)")
-    add("--proc", type=Path, default=Path("proc"), metavar="DIR", help="pre-processed data (%(default)s)")
+    add("--data", type=_folder, metavar="DIR", help="raw data, as torchvision lays it out (downloaded to PROC/raw)")
+    add("--proc", type=_folder, default=Path("proc"), metavar="DIR", help="pre-processed data (%(default)s)")
 
     add = parser.add_argument_group("the run").add_argument
-    add("--out", type=Path, metavar="DIR", help="its folder (runs/TIME-MODEL-DATASET)")
+    add("--out", type=_folder, metavar="DIR", help="its folder (runs/TIME-MODEL-DATASET)")
     add("--eval-every", type=COUNT, metavar="N", help="rounds between evaluations, besides every epoch's end")
     add("--checkpoint-every", type=COUNT, metavar="N", help="rounds between checkpoints, besides every epoch's end")
     add(
         "--resume",
-        type=Path,
+        type=_folder,
         nargs="?",
         const=True,
         metavar="DIR",
@@ -164,11 +173,11 @@ def parse(parser: Parser) -> argparse.Namespace:
     folder = args.out if args.resume is True else args.resume
     if folder is None:
         raise Mistake("--resume needs the folder of the run: --resume DIR")
-    named = (folder / checkpoint.MANIFEST).exists()
+    named = os.path.exists(folder / checkpoint.MANIFEST)
     try:
         paths = [folder] if named else checkpoint.found(folder / checkpoint.FOLDER)
         _, manifest, _ = checkpoint.newest(paths, files=False)
-    except checkpoint.CheckpointError as error:
+    except (checkpoint.CheckpointError, OSError) as error:
         raise Mistake(f"--resume {folder}: {error}") from error
     run = folder.parent.parent if named else folder
     arguments = manifest["arguments"] | dict(out=str(run))
@@ -176,6 +185,9 @@ def parse(parser: Parser) -> argparse.Namespace:
         del arguments["replicas"]  # as many as there are ranks now, unless -n says otherwise
     parser.set_defaults(**arguments)
     args = parser.parse_args()
+    for name in ("model", "dataset", "whiten", "method"):
+        if getattr(args, name) != arguments[name]:
+            raise Mistake(f"--resume: {run} has {name} {arguments[name]}, not {getattr(args, name)}")
     args.resume = folder if named else run / checkpoint.FOLDER
     return args
 
@@ -209,7 +221,7 @@ def check(args: argparse.Namespace, size: int | None) -> None:
     """What `resolve` gave, as a whole, on `size` ranks. Raises: Mistake."""
     if args.sync_every == "auto" and not args.gamma:
         raise Mistake("-L auto needs a pull towards the anchor: --gamma 0.01")
-    if args.data is not None and not args.data.is_dir():
+    if args.data is not None and not os.path.isdir(args.data):
         raise Mistake(f"--data {args.data}: there is no such folder")
     if size is None:
         return

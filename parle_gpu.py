@@ -154,7 +154,8 @@ def spread(devices: list[torch.device], args: argparse.Namespace) -> list[list[t
     width = args.gpus_per_replica or max(1, len(devices) // args.replicas)
     if width > len(devices):
         raise options.Mistake(f"--gpus-per-replica {width} is more than there are: use {len(devices)} or less")
-    if min(map(len, torch.empty(args.batch_size).chunk(width))) < 2:
+    part = -(-args.batch_size // width)  # as torch.chunk divides it; the last one has what is left
+    if (args.batch_size - 1) % part + 1 < 2:
         raise options.Mistake(
             f"-b {args.batch_size} leaves less than 2 images for one of {width} GPUs of a replica: use -b {2 * width}"
         )
@@ -178,6 +179,7 @@ def train(args: argparse.Namespace, data: loader.Dataset, places: list[list[torc
     settings = experiment.hyperparameters(args, replicas[0][1].per_epoch)
     optimizer = Parle([model.parameters() for model, _ in replicas.values()], **settings)
     resumed = experiment.find_checkpoint(args)
+    experiment.restore(args, resumed, optimizer, list(replicas), replicas[0][1].per_epoch)
     return experiment.run(
         args,
         copies[places[0][0]],

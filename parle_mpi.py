@@ -182,6 +182,8 @@ def run(given: argparse.Namespace, comm: "MPI.Comm") -> bool:
     optimizer = Parle(model.parameters(), comm, replicas=args.replicas, **settings)
     resumed = ranks.together(comm, functools.partial(experiment.find_checkpoint, args), comm.rank == 0, options.Mistake)
     resumed = ranks.gather(comm, resumed)[0]
+    restore = functools.partial(experiment.restore, args, resumed, optimizer, [replica], batches.per_epoch)
+    ranks.together(comm, restore, True, options.Mistake)
     open_report = functools.partial(experiment.open_report, args, resumed)
     program = "python parle_mpi.py"
     return experiment.run(

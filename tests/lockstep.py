@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import engine
 import loader
 import ranks
+from optimizer import TAIL
 from parle_mpi import Parle
 from tests.reference import Reference
 
@@ -146,7 +147,7 @@ def check(comm, replicas, dtype, tolerance, **settings):
 
     here = [(*divmod(comm.rank, team), "cpu")]
     for _, ended in lockstep(build, here, replicas, team, dtype, tolerance, **settings):
-        message = [P + 4 if replicas > 1 else 4]  # one replica is its own mean
+        message = [P + TAIL if replicas > 1 else TAIL]  # one replica is its own mean
         assert counted.sizes == (message if ended and comm.size > 1 else []), counted.sizes
         counted.sizes.clear()
 
@@ -196,9 +197,9 @@ def check_riders(comm):
     optimizer = Parle([nn.Parameter(torch.randn(5))], comm, lr=0.1, sync_every=2, batches_per_epoch=10)
     optimizer.riders[0][1] = comm.rank
     optimizer.step()
-    assert optimizer.riders[0].tolist() == [0, comm.rank, 0]
+    assert optimizer.riders[0].tolist() == [0, comm.rank, 0, 0, 0]
     optimizer.step()
-    assert optimizer.riders[0].tolist() == [0, (comm.size - 1) / 2, 0]
+    assert optimizer.riders[0].tolist() == [0, (comm.size - 1) / 2, 0, 0, 0]
 
 
 def check_disagreement(comm):

@@ -382,7 +382,7 @@ def test_the_time_of_evaluation_is_not_counted_as_training(comm):
         return {"master_error": 50.0}
 
     *_, last, _, end = train(*start(comm), evaluate)
-    assert end["seconds"] == last["seconds"] <= end["wall_seconds"] - 0.3
+    assert last["seconds"] <= end["seconds"] <= end["wall_seconds"] - 0.3
 
 
 def test_at_most_one_line_is_logged_in_25_mini_batches(comm):
@@ -523,7 +523,7 @@ def test_with_amp_the_network_computes_in_bfloat16_and_its_weights_stay_float32(
 
 def test_the_cost_of_synchronizing_is_told_apart_from_waiting_for_others():
     seconds = [[1.0, 0.1, 0.5], [0.2, 2.0, 0.5]]
-    costs = shared(2, lambda world: engine._sync_cost(seconds[world.index], world))
-    for sync_seconds, wait_seconds in costs:
-        assert sync_seconds == pytest.approx((1.6 + 2.7) / 2)
-        assert wait_seconds == pytest.approx((0.8 + 1.9) / 2)
+    progress = [engine.Progress(), engine.Progress(sync_seconds=1.0, wait_seconds=2.0)]
+    shared(2, lambda world: engine._count_syncs(progress[world.index], seconds[world.index], world))
+    assert [one.sync_seconds for one in progress] == pytest.approx([(1.6 + 2.7) / 2, (1.6 + 2.7) / 2 + 1])
+    assert [one.wait_seconds for one in progress] == pytest.approx([(0.8 + 1.9) / 2, (0.8 + 1.9) / 2 + 2])

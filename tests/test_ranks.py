@@ -1,11 +1,8 @@
-import os
 import re
-import stat
 import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from unittest import mock
 
 import pytest
 import torch
@@ -30,125 +27,6 @@ def script(tmp_path):
 def test_importing_it_starts_no_mpi(python, script):
     done = python(script("print({'mpi4py', 'torch'} & set(sys.modules))"), timeout=15)
     assert (done.stdout, done.stderr) == ("set()\n", "")
-
-
-@pytest.mark.parametrize(
-    ("environment", "launched"),
-    [
-        ("PMI_RANK=1 PMI_SIZE=3", (1, 3)),
-        ("PMI_RANK=0 PMI_SIZE=1", (0, 1)),
-        ("OMPI_COMM_WORLD_RANK=2 OMPI_COMM_WORLD_SIZE=4", (2, 4)),
-        ("OMPI_COMM_WORLD_RANK=2 OMPI_COMM_WORLD_SIZE=4 PMIX_RANK=2", (2, 4)),
-        ("SLURM_PROCID=5 SLURM_STEP_NUM_TASKS=8", (5, 8)),
-        ("SLURM_PROCID=5 SLURM_STEP_NUM_TASKS=8 PMIX_RANK=5", (5, 8)),
-        ("PMIX_RANK=3", (3, None)),
-        ("", None),
-        ("PMI_RANK=1", None),
-        ("SLURM_PROCID=0 SLURM_NTASKS=8 SLURM_JOB_ID=1", None),
-        ("SLURM_PROCID=0 SLURM_STEP_NUM_TASKS=1", None),
-        ("SLURM_PROCID=0 SLURM_STEP_NUM_TASKS=1 PMI_RANK=1 PMI_SIZE=3", (1, 3)),
-        # srun --pty bash, where Slurm's MpiDefault is pmix or pmi2
-        ("SLURM_PROCID=0 SLURM_STEP_NUM_TASKS=1 PMIX_RANK=0 PMIX_NAMESPACE=slurm.pmix.7.0", None),
-        ("SLURM_PROCID=0 SLURM_STEP_NUM_TASKS=1 PMI_RANK=0 PMI_SIZE=1", None),
-    ],
-)
-def test_launchers_are_known_by_their_environment(environment, launched):
-    assert ranks.launched(dict(item.split("=") for item in environment.split())) == launched
-
-
-def test_launched_reads_this_process_environment(monkeypatch):
-    for name in {name for names in ranks.LAUNCHERS.values() for name in names if name}:
-        monkeypatch.delenv(name, raising=False)
-    assert ranks.launched() is None
-    monkeypatch.setenv("PMI_RANK", "1")
-    monkeypatch.setenv("PMI_SIZE", "3")
-    assert ranks.launched() == (1, 3)
-
-
-class Replaced(Exception):
-    """What a real execv never comes back from."""
-
-
-@pytest.fixture
-def place(tmp_path, monkeypatch):
-    """A Python in `beside` and a PATH of `path`, both without an mpiexec; what start() would run is Replaced's args."""
-
-    def execv(*arguments):
-        raise Replaced(*arguments)
-
-    folders = SimpleNamespace(beside=tmp_path / "beside", path=tmp_path / "path")
-    folders.beside.mkdir()
-    folders.path.mkdir()
-    with mock.patch.dict(os.environ):
-        for name in [name for name in os.environ if name.startswith(("PRTE", "OMPI", "PARLE"))]:
-            del os.environ[name]
-        monkeypatch.setattr(os, "execv", execv)
-        monkeypatch.setattr(sys, "executable", str(folders.beside / "python3"))
-        monkeypatch.setattr(sys, "argv", ["parle_mpi.py", "-n", "3", "--out", "a b"])
-        os.environ["PATH"] = str(folders.path)
-        yield folders
-
-
-def mpiexec(folder):
-    path = folder / "mpiexec"
-    path.write_text("#!/bin/sh\n")
-    path.chmod(path.stat().st_mode | stat.S_IXUSR)
-    return str(path)
-
-
-def test_one_rank_needs_no_launcher(place):
-    mpiexec(place.beside)
-    before = dict(os.environ)
-    ranks.start(1)
-    assert os.environ == before
-
-
-@pytest.mark.parametrize("elsewhere", [False, True])
-def test_the_mpiexec_beside_python_is_used_first(place, elsewhere):
-    if elsewhere:
-        mpiexec(place.path)
-    beside = mpiexec(place.beside)
-    with pytest.raises(Replaced) as replaced:
-        ranks.start(3)
-    assert replaced.value.args == (beside, [beside, "-n", "3", sys.executable, *sys.argv])
-
-
-def test_then_the_mpiexec_of_the_path(place):
-    on_path = mpiexec(place.path)
-    with pytest.raises(Replaced) as replaced:
-        ranks.start(12)
-    assert replaced.value.args == (on_path, [on_path, "-n", "12", sys.executable, *sys.argv])
-
-
-def test_without_an_mpiexec_it_says_what_to_type(place):
-    with pytest.raises(FileNotFoundError, match="pip install mpich"):
-        ranks.start(3)
-
-
-@pytest.mark.parametrize("terminal", [False, True])
-def test_ranks_are_told_of_a_terminal(place, terminal, monkeypatch):
-    mpiexec(place.beside)
-    monkeypatch.setattr(sys, "stderr", SimpleNamespace(isatty=lambda: terminal))
-    monkeypatch.setenv("COLUMNS", "77")
-    with pytest.raises(Replaced):
-        ranks.start(3)
-    assert os.environ.get(ranks.TERMINAL) == ("77" if terminal else None)
-
-
-def test_what_the_user_told_open_mpi_stays(place, monkeypatch):
-    mpiexec(place.beside)
-    monkeypatch.setenv("OMPI_ALLOW_RUN_AS_ROOT", "0")
-    with pytest.raises(Replaced):
-        ranks.start(3)
-    assert (os.environ["OMPI_ALLOW_RUN_AS_ROOT"], os.environ["OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"]) == ("0", "1")
-
-
-def test_start_runs_the_same_command_as_that_many_ranks(python, script):
-    path = script("print(ranks.launched(), sys.argv[1:])\nif ranks.launched() is None:\n    ranks.start(3)\n")
-    done = python(path, "-n", "a b", timeout=20, PYTHONUNBUFFERED="")
-    lines = [f"{launched} ['-n', 'a b']" for launched in ["(0, 3)", "(1, 3)", "(2, 3)", "None"]]
-    assert sorted(done.stdout.splitlines()) == lines
-    assert (done.returncode, done.stderr) == (0, "")
 
 
 RAISE = """

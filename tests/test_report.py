@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-import ranks
+import launch
 import report
 
 LABEL = "lenet on mnist"
@@ -64,7 +64,7 @@ def events():
 
 @pytest.fixture
 def tell(tmp_path, monkeypatch):
-    monkeypatch.delenv(ranks.TERMINAL, raising=False)
+    monkeypatch.delenv(launch.TERMINAL, raising=False)
     return report.Report(tmp_path / "runs" / "one", LABEL)
 
 
@@ -211,7 +211,7 @@ def test_the_master_is_synced_then_renamed(tell, model, monkeypatch):
     assert calls == ["fsync", "replace"]
 
 
-def test_a_failure_while_saving_leaves_the_old_master(tell, model, monkeypatch):
+def test_a_failure_while_saving_is_told_and_leaves_the_old_master(tell, model, monkeypatch, capsys):
     tell.save_master(model)
     before = (tell.folder / "master.pt").read_bytes()
 
@@ -220,8 +220,8 @@ def test_a_failure_while_saving_leaves_the_old_master(tell, model, monkeypatch):
         raise OSError("No space left on device")
 
     monkeypatch.setattr(torch, "save", save)
-    with pytest.raises(OSError, match="No space left"):
-        tell.save_master(model)
+    tell.save_master(model)
+    assert "WARNING" in capsys.readouterr().out
     assert (tell.folder / "master.pt").read_bytes() == before
 
 
@@ -261,7 +261,7 @@ def test_the_revision_is_what_git_says_if_anything(git, revision, monkeypatch):
 @pytest.mark.parametrize("told", [True, False])
 def test_on_a_terminal_a_bar_stands_for_the_round_lines(told, tell, monkeypatch, capsys):
     if told:
-        monkeypatch.setenv(ranks.TERMINAL, "100")
+        monkeypatch.setenv(launch.TERMINAL, "100")
     else:
         monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     for event in events():
