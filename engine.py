@@ -196,7 +196,9 @@ def train(
 def devices(model: nn.Module) -> list[torch.device]:
     """Where `model` computes; more than one with torch's DataParallel."""
     own = next(model.parameters()).device
-    return [torch.device(own.type, index) for index in getattr(model, "device_ids", [])] or [own]
+    if isinstance(model, nn.DataParallel):
+        return [torch.device(own.type, index) for index in model.device_ids]
+    return [own]
 
 
 def seed(device: torch.device, number: int) -> None:

@@ -28,7 +28,7 @@ from report import Report, surroundings
 
 
 def load(
-    given: argparse.Namespace, size: int | None, read: Callable[[argparse.Namespace], loader.Dataset], first: bool
+    given: argparse.Namespace, *, size: int | None, read: Callable[[argparse.Namespace], loader.Dataset], first: bool
 ) -> tuple[argparse.Namespace, loader.Dataset]:
     """The arguments resolved for `size` ranks, and the data that `read` gives for them.
 

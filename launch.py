@@ -1,5 +1,6 @@
 """Start ranks, find out whether a launcher has started this process, and say which rank was killed."""
 
+import contextlib
 import ctypes
 import os
 import re
@@ -86,8 +87,9 @@ def _watch(command: list[str], folder: Path) -> int:
             if not chunk:
                 streams.unregister(key.fileobj)
             said = (said + chunk)[-65536:]
-            key.data.buffer.write(chunk)
-            key.data.flush()
+            with contextlib.suppress(BrokenPipeError):  # nobody reads any more; the run goes on
+                key.data.buffer.write(chunk)
+                key.data.flush()
     status = mpiexec.wait()
     ranks = {path.read_text(): path.name for path in folder.glob("rank-*")}
     killed = re.search(rb"PID (\d+) RUNNING AT|with PID (\d+) on node", said)

@@ -472,7 +472,7 @@ class Batches:
                 self._orders[number] = self.share[torch.randperm(share, generator=generator)]
         passes = torch.cat(list(self._orders.values())) if last > first else self._orders[first]
         indices = passes[start - first * share :][: self.batch_size][self.rows]
-        indices = indices.to(self.data.train_labels.device, non_blocking=True)  # or the host would wait for the device
+        indices = self._send(indices)
         images = self._crop(indices) if self.augment else self.data.train_images[indices]
         self.drawn += 1
         return self.data.inputs(images), self.data.train_labels[indices]
@@ -481,16 +481,21 @@ class Batches:
         """Of the batch that was drawn last; `part` counts the devices here that share it."""
         return random_seed(self.seed, Stream.DROPOUT, self.replica, self.drawn, self.part + part)
 
+    def _send(self, indices: Tensor) -> Tensor:
+        """To the device. CUDA takes what it copies at once, so the host need not wait; other accelerators may not."""
+        device = self.data.train_labels.device
+        return indices.to(device, non_blocking=device.type == "cuda")
+
     def _crop(self, indices: Tensor) -> Tensor:
         """Flip, reflect and crop in one gather: nothing is padded, the indices are reflected."""
-        size, device = self.data.size, indices.device
+        size = self.data.size
         generator = _generator(self.seed, Stream.AUGMENTATION, self.replica, self.drawn)
         shifts = torch.randint(-4, 5, (2, self.batch_size, 1), generator=generator)
         flips = torch.rand(self.batch_size, 1, generator=generator) < 0.5
         pixels = torch.arange(size)
         rows, columns = pixels + shifts  # (B, H) each
         columns = torch.where(flips, columns.flip(1), columns)
-        rows, columns = (_reflect(axis[self.rows], size).to(device, non_blocking=True) for axis in (rows, columns))
+        rows, columns = (self._send(_reflect(axis[self.rows], size)) for axis in (rows, columns))
         return self.data.train_images[indices[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 

@@ -285,15 +285,16 @@ class ReplicaOptimizer(torch.optim.Optimizer):
                     lr=group["outer_step"] * group["lr"],
                     momentum=group["outer_momentum"],
                 )
-                if single:
-                    part.master.copy_(mean)
-                else:
+                if not single:
                     move_anchor(part.anchor, part.inner_avg, mean, part.outer_momentum, **outer)
                     part.weights.copy_(part.anchor)
                     if replica is self._home:
                         move_anchor(part.master, mean, mean, part.master_momentum, **outer)
                 group["rounds"] += 1
                 group["batches"] = 0
+        if single:
+            for device, master in self._masters.items():
+                master.copy_(self._messages[device][: len(master)])
         for number in lost:
             self._restart(self._replicas[number])
 
@@ -363,8 +364,9 @@ class ReplicaOptimizer(torch.optim.Optimizer):
 
         Between rounds y is the anchor.
         """
-        masters = ((replica, self.master.to(replica.device)) for replica in self._replicas.values())
-        return [(replica.weights - master).norm() / master.norm() for replica, master in masters]
+        masters = {replica.device: self.master.to(replica.weights.device) for replica in self._replicas.values()}
+        pairs = ((replica.weights, masters[replica.device]) for replica in self._replicas.values())
+        return [(weights - master).norm() / master.norm() for weights, master in pairs]
 
     def copy_master_to(self, target: nn.Module | Iterable[Tensor]) -> None:
         """Copy the master into an evaluation model. Batch-norm statistics are the caller's to recompute.

@@ -240,20 +240,20 @@ def check(args: argparse.Namespace, size: int | None) -> None:
 
 def devices(name: str) -> list[torch.device]:
     """All devices of this machine that `name` means: a numbered one is itself alone. Raises: Mistake."""
-    try:
-        if name == "auto":
-            accelerator = torch.accelerator.current_accelerator(check_available=True)
-            name = "cpu" if accelerator is None else accelerator.type
-        found = torch.device(name)
-        if found.type == "cpu":
-            return [torch.device("cpu")]
-        count = torch.get_device_module(found).device_count()
-        if (found.index or 0) >= count:
-            raise RuntimeError(f"there are {count}" if count else "there is none")
-        return [torch.device(found.type, index) for index in range(count) if found.index in (None, index)]
-    except (RuntimeError, AssertionError, AttributeError, ImportError) as error:
-        reason = str(error).partition(".")[0]
-        raise Mistake(f"--device {name} is not to be had here ({reason}): use --device cpu") from error
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    kinds = {"cpu": 1} if accelerator is None else {accelerator.type: torch.accelerator.device_count(), "cpu": 1}
+    if name == "auto":
+        name = next(iter(kinds))
+    kind, _, number = name.partition(":")
+    indices = range(kinds.get(kind, 0))
+    if number:
+        indices = [index for index in indices if str(index) == number]
+    if not indices:
+        there = ", ".join(
+            f"{kind}:{index}" if kind != "cpu" else kind for kind in kinds for index in range(kinds[kind])
+        )
+        raise Mistake(f"--device {name} is not to be had here: use one of {there}")
+    return [torch.device("cpu") if kind == "cpu" else torch.device(kind, index) for index in indices]
 
 
 def name(device: torch.device) -> str:

@@ -20,6 +20,7 @@ import launch
 import loader
 import models
 import options
+import ranks
 from optimizer import ReplicaOptimizer
 
 
@@ -50,7 +51,7 @@ class Parle(ReplicaOptimizer):
     def __init__(self, replicas: Iterable[Iterable[Any]], **hyperparameters: Any):
         replicas, groups = list(replicas), []
         for number, parameters in enumerate(replicas):
-            named = isinstance(parameters, tuple) and isinstance(parameters[0], str)
+            named = isinstance(parameters, tuple) and isinstance((*parameters, None)[0], str)
             if named or isinstance(parameters, Tensor | nn.Module | dict | str):
                 raise TypeError("Give a list with the parameters of each replica: Parle([model.parameters()], …)")
             given = list(parameters)
@@ -69,45 +70,49 @@ class Parle(ReplicaOptimizer):
             raise RuntimeError(f"lr is {first} for replica 0 and not for all others: schedule it alike for every group")
         home = self._messages[self._home.device]
         away = [message for message in self._messages.values() if message is not home]
-        # Between GPUs that reach each other copy_ is one transfer from memory to memory. torch queues it on the current
-        # stream of the source, behind what computed the message, and makes the target's current stream wait for it:
-        # nothing here waits on the host, and nothing is read too early.
+        # Between GPUs that reach each other copy_ is one transfer from memory to memory, and the host does not wait for
+        # it. torch queues it on the current stream of the source, behind what computed the message, and makes the
+        # current streams of both devices wait: nothing is read too early or written while it is still read.
         with self._stopwatch:
             for message in away:
-                home.add_(torch.empty_like(home).copy_(message, non_blocking=True))
+                home.add_(torch.empty_like(home).copy_(message))
             home.div_(self.num_replicas)
             for message in away:
-                message.copy_(home, non_blocking=True)
+                message.copy_(home)
 
 
 class Stopwatch:
     """Seconds that pass within `with stopwatch:`, on the CPU by the clock, elsewhere in the device's current stream.
 
-    There they include waiting for other devices. The host waits for the last of them to end when `seconds` is read and
-    when the next one begins, a round later.
+    There they include waiting for other devices, and the host waits only when `seconds` is read.
     """
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.marks: list[Any] = []
         self.total = 0.0
+        self.pending: list[tuple[torch.Event, torch.Event]] = []
 
     def __enter__(self) -> None:
-        self.total = self.seconds  # of the last time, long over
-        self.marks = [self._mark()]
+        while self.pending and self.pending[0][1].query():
+            self._settle()
+        self.start = self._mark()
 
     def __exit__(self, *_: Any) -> None:
-        self.marks.append(self._mark())
+        if self.device.type == "cpu":
+            self.total += self._mark() - self.start
+        else:
+            self.pending.append((self.start, self._mark()))
 
     @property
     def seconds(self) -> float:
-        if not self.marks:
-            return self.total
-        start, stop = self.marks
-        if self.device.type == "cpu":
-            return self.total + stop - start
+        while self.pending:
+            self._settle()
+        return self.total
+
+    def _settle(self) -> None:
+        start, stop = self.pending.pop(0)
         stop.synchronize()
-        return self.total + start.elapsed_time(stop) / 1e3
+        self.total += start.elapsed_time(stop) / 1e3
 
     def _mark(self) -> Any:
         if self.device.type == "cpu":
@@ -120,7 +125,12 @@ class Stopwatch:
 def main() -> None:
     parser = options.parser("parle_gpu.py", "Parle on one host: replicas over its devices, in one process.")
     add = parser.add_argument_group("the devices").add_argument
-    add("--gpus-per-replica", type=options.COUNT, metavar="N", help="that share its batches (all there are, over -n)")
+    add(
+        "--gpus-per-replica",
+        type=options.COUNT,
+        metavar="N",
+        help="CUDA devices that share each one's mini-batches (all there are // -n)",
+    )
     try:
         status = 0 if run(options.parse(parser)) else interrupts.STOPPED
     except (options.Mistake, loader.DataError, FloatingPointError) as error:
@@ -132,48 +142,67 @@ def main() -> None:
 def run(given: argparse.Namespace) -> bool:
     """Train as the arguments say. Returns whether the run has come to its end."""
     if (launch.launched() or (0, 1))[1] != 1:
-        raise options.Mistake("this is one process for all replicas: start it without a launcher, or parle_mpi.py")
+        raise options.Mistake("one process holds all replicas: no mpirun, or mpirun -n 3 python parle_mpi.py")
     args = options.resolve(given, None)
     options.check(args, None)
-    places = spread(options.devices(args.device), args)
-    args, data = experiment.load(given, None, read, True)
+    devices = options.devices(args.device)
+    places = spread(devices, args)
+    if devices[0].type == "cpu":  # as many as a rank would have, so that both programs round alike
+        torch.set_num_threads(ranks.threads(len(ranks.cores()), args.replicas))
+    args, data = experiment.load(given, size=None, read=read, first=True)
     try:
-        return train(args, data, places)
+        return train(
+            args, data, places, idle=[str(device) for device in devices if not any(device in place for place in places)]
+        )
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        if not any(words in str(error) for words in ("out of memory", "can't allocate memory", "ALLOC_FAILED")):
             raise
-        vectors, batch = (size / 2**30 for size in memory(args, data))
+        vectors, batch = (size / 2**20 for size in memory(args, data))
         raise options.Mistake(
-            f"out of memory: a replica of {args.model} takes {vectors:.2f} GiB and about {batch:.2f} GiB for a "
-            f"mini-batch of {args.batch_size}: use a smaller -b, a smaller -n or --amp bf16"
+            f"out of memory: each of {args.replicas} replicas of {args.model} takes {vectors:,.0f} MiB, and about "
+            f"{batch:,.0f} MiB for a mini-batch of {args.batch_size}: use a smaller -b or -n, or --amp bf16"
         ) from error
 
 
 def spread(devices: list[torch.device], args: argparse.Namespace) -> list[list[torch.device]]:
-    """Each replica's devices: as many neighbours as there are to share out, dealt round. Raises: Mistake."""
-    width = args.gpus_per_replica or max(1, len(devices) // args.replicas)
-    if width > len(devices):
-        raise options.Mistake(f"--gpus-per-replica {width} is more than there are: use {len(devices)} or less")
-    part = -(-args.batch_size // width)  # as torch.chunk divides it; the last one has what is left
-    if (args.batch_size - 1) % part + 1 < 2:
+    """Each replica's devices: neighbours, dealt round, by default as many as there are for each. Raises: Mistake."""
+    asked = args.gpus_per_replica
+    if asked not in (None, 1) and devices[0].type != "cuda":  # all that torch's DataParallel knows
         raise options.Mistake(
-            f"-b {args.batch_size} leaves less than 2 images for one of {width} GPUs of a replica: use -b {2 * width}"
+            f"--gpus-per-replica {asked} needs CUDA devices, and this is {devices[0].type}: leave it out"
         )
+    if asked is not None and asked > len(devices):
+        raise options.Mistake(f"--gpus-per-replica {asked}: there are {len(devices)}, use that or less")
+    if asked is not None and not _divides(args.batch_size, asked):
+        raise options.Mistake(
+            f"-b {args.batch_size} does not give each of {asked} GPUs of a replica 2 images: use -b {2 * asked}, "
+            "a multiple of it, or a smaller --gpus-per-replica"
+        )
+    most = max(1, len(devices) // args.replicas) if devices[0].type == "cuda" else 1
+    width = asked or next(width for width in range(most, 0, -1) if _divides(args.batch_size, width))
     teams = [devices[start : start + width] for start in range(0, len(devices) - width + 1, width)]
     return [teams[replica % len(teams)] for replica in range(args.replicas)]
+
+
+def _divides(batch_size: int, width: int) -> bool:
+    """Whether each of `width` devices gets 2 images or more, as torch.chunk divides them: batch norm needs two."""
+    chunk = -(-batch_size // width)
+    return batch_size - (width - 1) * chunk >= 2
 
 
 def read(args: argparse.Namespace) -> loader.Dataset:
     return loader.load(args.dataset, args.data, args.proc, args.whiten)
 
 
-def train(args: argparse.Namespace, data: loader.Dataset, places: list[list[torch.device]]) -> bool:
+def train(args: argparse.Namespace, data: loader.Dataset, places: list[list[torch.device]], idle: list[str]) -> bool:
     copies = {device: data.to(device) for device in dict.fromkeys(devices[0] for devices in places)}
     replicas = {}
     for number, devices in enumerate(places):
         own = copies[devices[0]]
         model = experiment.model(args, own)
         if len(devices) > 1:
+            if args.amp == "bf16":  # DataParallel's threads start without it, and would take float16
+                model.register_forward_pre_hook(lambda *_: torch.set_autocast_dtype("cuda", torch.bfloat16))
             model = nn.DataParallel(model, [device.index for device in devices])
         replicas[number] = model, experiment.batches(args, own, number)
     settings = experiment.hyperparameters(args, replicas[0][1].per_epoch)
@@ -189,11 +218,12 @@ def train(args: argparse.Namespace, data: loader.Dataset, places: list[list[torc
         resumed,
         "python parle_gpu.py",
         devices=[" + ".join(map(options.name, devices)) for devices in places],
+        idle=idle,
     )
 
 
 def memory(args: argparse.Namespace, data: loader.Dataset) -> tuple[int, int]:
-    """Bytes of one replica: its seven vectors, and what the forward pass of a mini-batch keeps for the backward pass.
+    """Bytes of one replica: seven vectors, as the README counts them, and what a mini-batch's forward pass keeps.
 
     Nothing is computed: the second is counted on torch's meta device, without the workspace that kernels use.
     """

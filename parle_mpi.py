@@ -163,7 +163,8 @@ def run(given: argparse.Namespace, comm: "MPI.Comm") -> bool:
     ranks.check_same(comm, {name: value for name, value in vars(given).items() if name not in own})
     ranks.patience = given.timeout
     node = ranks.node(comm)
-    torch.set_num_threads(ranks.threads(node))
+    cores = set().union(*ranks.gather(node, ranks.cores()))  # a launcher may have bound each rank to some of its own
+    torch.set_num_threads(ranks.threads(len(cores), node.size))
 
     def check() -> list[torch.device]:
         args = options.resolve(given, comm.size)
@@ -172,7 +173,7 @@ def run(given: argparse.Namespace, comm: "MPI.Comm") -> bool:
 
     devices = ranks.together(comm, check, True, options.Mistake)
     device = devices[node.rank % len(devices)]
-    args, data = experiment.load(given, comm.size, functools.partial(load, comm, node), comm.rank == 0)
+    args, data = experiment.load(given, size=comm.size, read=functools.partial(load, comm, node), first=comm.rank == 0)
     data = data.to(device)
 
     ranks_per_replica = comm.size // args.replicas

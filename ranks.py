@@ -155,10 +155,13 @@ def library() -> str:
     return f"{vendor} {'.'.join(map(str, version))}"
 
 
-def threads(node: "MPI.Comm") -> int:
-    """Threads for each rank of `node`: the cores its ranks may use, over the ranks, unless OMP_NUM_THREADS says."""
+def cores() -> set[int]:
+    """Those that this process may use."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+
+
+def threads(count: int, sharers: int) -> int:
+    """Of each one of those who share so many cores, unless OMP_NUM_THREADS says."""
     if "OMP_NUM_THREADS" in os.environ:
         return int(os.environ["OMP_NUM_THREADS"].split(",")[0])
-    affinity = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    cores = set().union(*gather(node, set(affinity)))  # a launcher may have bound each rank to cores of its own
-    return max(1, len(cores) // node.size)
+    return max(1, count // sharers)

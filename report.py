@@ -1,5 +1,6 @@
 """What a run tells: lines or a bar on the screen, and in its folder log.jsonl and master.pt. First rank only."""
 
+import collections
 import importlib.metadata
 import json
 import math
@@ -63,13 +64,18 @@ class Report:
     def _start(self, event: dict[str, Any]) -> None:
         self.start, arguments = event, event["arguments"]
         threads = _count(event["threads"], "thread")
-        spread = f"on {_count(event['ranks'], 'rank')}, {threads} each" if "ranks" in event else f"here, {threads}"
-        devices = ", ".join(sorted(set(event["devices"])))
-        self.say(f"{arguments['method']}: {_count(event['replicas'], 'replica')} {spread}, {devices}")
+        spread = (
+            f"on {_count(event['ranks'], 'rank')}, {threads} each" if "ranks" in event else f"in one process, {threads}"
+        )
+        counts = collections.Counter(event["devices"])
+        devices = ", ".join(f"{counts[name]} on {name}" if len(counts) > 1 else name for name in sorted(counts))
+        idle = f"; idle: {', '.join(event['idle'])}" if event.get("idle") else ""
+        self.say(f"{arguments['method']}: {_count(event['replicas'], 'replica')} {spread}, {devices}{idle}")
         origin = f" from {event['origin']}" if event["origin"] else ""
+        rounds, length = _count(event["rounds"], "round"), _count(event["sync_every"], "mini-batch")
         self.say(
-            f"{event['parameters']:,} parameters, {event['images']:,} images{origin}; {event['rounds']} rounds of "
-            f"{event['sync_every']} mini-batches of {arguments['batch_size']}, {event['batches_per_epoch']} rounds an "
+            f"{event['parameters']:,} parameters, {event['images']:,} images{origin}; {rounds} of {length} "
+            f"of {arguments['batch_size']}, {event['batches_per_epoch']} an "
             f"epoch; in {self.folder}"
         )
         columns = os.environ.get(launch.TERMINAL)
@@ -185,8 +191,9 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+def _count(number: int | str, noun: str) -> str:
+    plural = f"{noun}es" if noun.endswith("ch") else f"{noun}s"
+    return f"{number} {noun if number == 1 else plural}"
 
 
 def _clock(seconds: float) -> str:
