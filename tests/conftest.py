@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import launch
+
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 MPIEXEC = Path(sys.executable).with_name("mpiexec")
-
+OFFLINE = dict(http_proxy="http://127.0.0.1:9", https_proxy="http://127.0.0.1:9")  # nobody listens there
 
 torch.set_num_threads(1)  # the tests' networks are too small for more
 
@@ -34,6 +36,13 @@ def outside(changes):
 
 
 @pytest.fixture
+def no_launcher(monkeypatch):
+    """This process as no launcher has started it."""
+    for name in {name for names in launch.LAUNCHERS.values() for name in names if name}:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="session")
 def python():
     """Run this Python with these arguments and a time limit, outside any launcher; gives the finished process."""
 
@@ -46,6 +55,12 @@ def python():
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def proc(tmp_path_factory):
+    """A folder of pre-processed data for all tests."""
+    return tmp_path_factory.mktemp("proc")
 
 
 @pytest.fixture(scope="session")

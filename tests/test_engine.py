@@ -1,8 +1,10 @@
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from copy import deepcopy
 from itertools import chain, pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -170,6 +172,7 @@ def test_recalibration_shared_by_a_team_gives_the_same_statistics(size):
     for teammate in teammates:
         torch.testing.assert_close(statistics(teammate), statistics(model), atol=1e-6, rtol=1e-5)
         assert all(map(torch.equal, statistics(teammate), statistics(teammates[0])))
+        assert [int(layer.num_batches_tracked) for layer in norms(teammate)] == [5, 5]
 
 
 # Evaluation
@@ -519,6 +522,90 @@ def test_with_amp_the_network_computes_in_bfloat16_and_its_weights_stay_float32(
         event, *_ = train(model, batches, optimizer, amp=amp, epochs=1 + amp)
         assert kinds == {kind} and event["loss"] > 0
     assert all(parameter.dtype == parameter.grad.dtype == torch.float32 for parameter in model.parameters())
+
+
+# Dropout
+
+
+@pytest.mark.parametrize("number", [0, 42, 2**64 - 1])
+def test_a_seed_on_the_cpu_is_torchs_own(number):
+    engine.seed(torch.device("cpu"), number)
+    drawn = F.dropout(torch.ones(1000))
+    torch.manual_seed(number)
+    assert torch.equal(drawn, F.dropout(torch.ones(1000)))
+
+
+def test_a_seed_elsewhere_is_that_device_s_alone(monkeypatch):
+    current, seeded = [0], []
+
+    @contextmanager
+    def device_index(index):
+        before, current[0] = current[0], index
+        yield
+        current[0] = before
+
+    module = SimpleNamespace(manual_seed=lambda number: seeded.append((current[0], number)))
+    monkeypatch.setattr(torch.accelerator, "device_index", device_index)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: {"cuda": module}[device.type])
+    before = torch.get_rng_state()
+    engine.seed(torch.device("cuda", 2), 7)
+    assert (seeded, current) == ([(2, 7)], [0])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("ids", "places"), [(None, ["cpu"]), ([], ["cpu"]), ([0], ["cpu:0"]), ([3, 1], ["cpu:3", "cpu:1"])]
+)
+def test_a_model_is_on_its_own_device_or_on_those_of_data_parallel(ids, places):
+    model = mlp()
+    if ids is not None:
+        model.device_ids = ids
+    assert engine.devices(model) == [torch.device(place) for place in places]
+
+
+@pytest.mark.parametrize(("ids", "parts"), [(None, [0]), ([0, 1, 2], [0, 1, 2])])
+def test_every_forward_pass_has_the_seeds_of_its_mini_batch_one_for_each_device(ids, parts, monkeypatch):
+    told = []
+    monkeypatch.setattr(engine, "seed", lambda *seed: told.append(seed))
+    models = [mlp(), mlp()]
+    for a, model in enumerate(models):
+        model.device_ids = ids or []
+        model.register_forward_pre_hook(lambda model, given, a=a: told.append(a))
+    batches = [loader.Batches(dataset(), batch_size=8, seed=1, replica=a, replicas=2) for a in range(2)]
+    optimizer = together(*models, sync_every=2)
+    list(engine.train(models, batches, optimizer, lambda: {"master_error": 50.0}, epochs=1, lr_drops=[], lr_decay=1))
+
+    expected = []
+    sources = [loader.Batches(dataset(), batch_size=8, seed=1, replica=a, replicas=2) for a in range(2)]
+    for _ in range(2 * 5):
+        for a, source in enumerate(sources):
+            next(source)
+            places = [torch.device("cpu")] if ids is None else [torch.device("cpu", i) for i in ids]
+            expected += [(place, source.dropout_seed(i)) for place, i in zip(places, parts, strict=True)] + [a]
+    assert told == expected
+    numbers = [number for _, number in (seed for seed in told if isinstance(seed, tuple))]
+    assert len(set(numbers)) == len(numbers) == 2 * 5 * 2 * len(parts)
+
+
+def test_replicas_in_one_process_draw_the_dropout_that_each_would_alone():
+    data, model = dataset(), network()
+
+    def logits(*replicas):
+        """Of a few mini-batches of these of two replicas, at weights that stay as they are."""
+        models, drawn = [deepcopy(model) for _ in replicas], [[] for _ in replicas]
+        for copy, outputs in zip(models, drawn, strict=True):
+            copy.register_forward_hook(lambda _, given, output, outputs=outputs: outputs.append(output.detach()))
+        batches = [loader.Batches(data, batch_size=8, seed=1, replica=a, replicas=2) for a in replicas]
+        optimizer = together(*models, lr=0.0, sync_every=2)
+        settings = dict(epochs=0.6, lr_drops=[], lr_decay=1)
+        list(engine.train(models, batches, optimizer, lambda: {"master_error": 50.0}, **settings))
+        return [torch.stack(outputs) for outputs in drawn]
+
+    pair = logits(0, 1)
+    assert pair[0].shape == (6, 8, 3)
+    assert torch.equal(pair[0], *logits(0))
+    torch.manual_seed(7)
+    assert torch.equal(pair[1], *logits(1))
 
 
 def test_the_cost_of_synchronizing_is_told_apart_from_waiting_for_others():

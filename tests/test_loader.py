@@ -690,11 +690,49 @@ def test_seed_and_replica_decide_the_augmentation(seed, replica):
     assert not torch.equal(choices[0], choices[2])
 
 
+def dropout_seed(drawn, seed=1, replica=0, part=(0, 1), device=0):
+    batches = loader.Batches(numbered(10), batch_size=4, seed=seed, replica=replica, replicas=2, part=part)
+    for _ in range(drawn):
+        next(batches)
+    return batches.dropout_seed(device)
+
+
+def test_every_mini_batch_of_every_part_of_a_replica_has_a_dropout_seed_of_its_own():
+    seeds = {
+        dropout_seed(drawn, seed, replica, (part, 3))
+        for drawn in (1, 2, 3, 5)
+        for seed in (1, 2)
+        for replica in (0, 1)
+        for part in (0, 1, 2)
+    }
+    assert len(seeds) == 4 * 2 * 2 * 3
+    assert all(0 <= seed < 2**64 for seed in seeds)
+
+
+def test_a_dropout_seed_is_the_same_whatever_was_drawn_before():
+    batches = loader.Batches(numbered(10), batch_size=4, seed=1, replicas=2)
+    for drawn in (4, 1, 3):
+        batches.drawn = drawn - 1
+        next(batches)
+        assert batches.dropout_seed() == batches.dropout_seed(0) == dropout_seed(drawn)
+
+
+@pytest.mark.parametrize("part", [0, 1, 2])
+def test_the_devices_of_a_replica_are_seeded_as_so_many_ranks_of_it(part):
+    assert dropout_seed(3, device=part) == dropout_seed(3, part=(part, 3))
+
+
+def test_a_seed_of_dropout_is_none_of_order_or_augmentation():
+    uses = list(loader.Stream)
+    assert len({loader.random_seed(1, use, 0, 2) for use in uses}) == len(uses) == 4
+
+
 def test_drawing_leaves_torchs_own_random_numbers_alone():
     data, before = numbered(10), torch.get_rng_state()
     batches = loader.Batches(data, batch_size=4, seed=1, frac=0.5, augment=True)
     for _ in range(4):
         next(batches)
+        batches.dropout_seed()
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -788,7 +826,7 @@ def test_inputs_are_normalised_float32_and_channels_last(channels):
 
 def test_importing_the_programs_imports_no_torchvision_sklearn_or_mpi(python):
     script = (
-        "import sys, loader, models, engine, options, report, parle_mpi\n"
+        "import sys, loader, models, engine, options, report, experiment, parle_mpi, parle_gpu\n"
         "print({name.partition('.')[0] for name in sys.modules} & {'torchvision', 'sklearn', 'scipy', 'mpi4py'})"
     )
     done = python("-c", script)

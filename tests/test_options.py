@@ -5,9 +5,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import launch
 import options
 from loader import SOURCES
+
+pytestmark = pytest.mark.usefixtures("no_launcher")
 
 MODELS = {
     "lenet": dict(dataset="mnist", epochs=2, lr_drops=[1], weight_decay=0, dropout=0.25, augment=False),
@@ -34,12 +35,6 @@ FLAGS = re.findall(
     --augment --no-augment --whiten --frac --data --proc --out -s --seed --device --amp --eval-every
     --checkpoint-every --resume --on-nan --timeout""",
 )
-
-
-@pytest.fixture(autouse=True)
-def no_launcher(monkeypatch):
-    for name in {name for names in launch.LAUNCHERS.values() for name in names if name}:
-        monkeypatch.delenv(name, raising=False)
 
 
 def parse(line, size=None):
@@ -293,12 +288,34 @@ def test_without_an_accelerator_the_device_is_the_cpu(name, monkeypatch):
     assert options.devices(name) == [torch.device("cpu")]
 
 
-@pytest.mark.parametrize(("name", "indices"), [("auto", [0, 1]), ("cuda", [0, 1]), ("cuda:1", [1])])
+@pytest.mark.parametrize(("name", "indices"), [("auto", [0, 1]), ("cuda", [0, 1]), ("cuda:0", [0]), ("cuda:1", [1])])
 def test_a_device_with_a_number_is_itself_and_one_without_all_there_are(name, indices, monkeypatch, capsys):
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
     monkeypatch.setattr(torch, "get_device_module", lambda device: SimpleNamespace(device_count=lambda: 2))
     assert options.devices(name) == [torch.device("cuda", index) for index in indices]
     assert complaint(capsys, options.devices, "cuda:2").endswith("(there are 2): use --device cpu\n")
+
+
+def test_a_kind_of_device_of_which_there_is_none_is_told_in_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(torch, "get_device_module", lambda device: SimpleNamespace(device_count=lambda: 0))
+    assert complaint(capsys, options.devices, "cuda").endswith("(there is none): use --device cpu\n")
+
+
+@pytest.mark.parametrize("error", [AssertionError("Torch not compiled with CUDA enabled"), AttributeError("no module")])
+def test_a_kind_of_device_that_torch_does_not_know_is_told_in_one_line(error, monkeypatch, capsys):
+    def fail():
+        raise error
+
+    monkeypatch.setattr(torch, "get_device_module", lambda device: SimpleNamespace(device_count=fail))
+    assert complaint(capsys, options.devices, "cuda").endswith(f"({error}): use --device cpu\n")
+
+
+def test_a_device_is_named_as_its_maker_calls_it_where_torch_can_tell(monkeypatch):
+    assert options.name(torch.device("cpu")) == "cpu"
+    monkeypatch.setattr(
+        torch, "get_device_module", lambda device: SimpleNamespace(get_device_name=lambda device: "Fast 9000")
+    )
+    assert options.name(torch.device("cuda", 1)) == "cuda:1 (Fast 9000)"
 
 
 def test_help_names_every_flag(capsys):

@@ -29,6 +29,7 @@ START = {
     "threads": 2,
     "devices": ["cuda:1", "cuda:0", "cuda:1"],
 }
+HERE = {name: value for name, value in START.items() if name != "ranks"}  # of one process
 EVAL = {
     "event": "eval",
     "round": 12,
@@ -114,6 +115,19 @@ def test_the_start_says_what_will_run_where(changed, words, tell, capsys):
 
 
 @pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({}, "parle: 3 replicas here, 2 threads, cuda:0, cuda:1\n"),
+        (dict(replicas=1, threads=1, devices=["cpu"]), "parle: 1 replica here, 1 thread, cpu\n"),
+        (dict(devices=["cuda:0 + cuda:1"] * 3), "parle: 3 replicas here, 2 threads, cuda:0 + cuda:1\n"),
+    ],
+)
+def test_one_process_says_that_its_replicas_are_here(changed, words, tell, capsys):
+    tell(HERE | changed)
+    assert capsys.readouterr().out.startswith(f"{LABEL}  {words}")
+
+
+@pytest.mark.parametrize(
     ("seconds", "printed"),
     [
         (range(1, 13), [1, 6, 11, 12]),
@@ -162,6 +176,14 @@ def test_the_end_shows_a_table_of_errors(tell, capsys):
     last = out.splitlines()[-1]
     assert "60.0 s of training, 1,000 images/s; 2.50 % of it synchronizing, 5.0 % waiting for the slowest rank" in last
     assert str(tell.folder) in last
+
+
+def test_one_process_waits_for_no_rank(tell, capsys):
+    for event in (HERE, EVAL, END | dict(wait_seconds=0.0)):
+        tell(event)
+    last = capsys.readouterr().out.splitlines()[-1]
+    figures = "60.0 s of training, 1,000 images/s; 7.50 % of it synchronizing"
+    assert last == f"{LABEL}  {figures}; log and master in {tell.folder}"
 
 
 def test_a_second_run_in_the_same_folder_leaves_the_first_as_it_was(tell):

@@ -1,0 +1,292 @@
+import inspect
+import json
+import time
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import torch
+
+import engine
+import experiment
+import loader
+import models
+import options
+import parle_gpu
+import parle_mpi
+from optimizer import ReplicaOptimizer
+
+pytestmark = pytest.mark.usefixtures("no_launcher")
+
+
+@pytest.fixture(autouse=True)
+def folder(monkeypatch, tmp_path):
+    """An empty folder where the test runs."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def typed(line=""):
+    return options.parser("parle_gpu.py", "Parle.").parse_args(line.split())
+
+
+def resolved(line="-d digits"):
+    return options.resolve(typed(line), None)
+
+
+def dataset(train=64, test=20):
+    random = torch.Generator().manual_seed(5)
+    images = torch.randint(0, 256, (train + test, 8, 8, 1), generator=random, dtype=torch.uint8)
+    labels = torch.arange(train + test) % 10
+    parts = (images[:train], labels[:train], images[train:], labels[train:])
+    return loader.Dataset("digits", *parts, torch.tensor([128.0]), torch.tensor([70.0]), 10, "/raw")
+
+
+class Reader:
+    """Gives the data sets that are here; fails with `error` for any other. Keeps what it was asked for."""
+
+    def __init__(self, *here, error=None):
+        self.here, self.error, self.asked = here, error or loader.Unreachable("no network"), []
+
+    def __call__(self, args):
+        self.asked.append(args)
+        if args.dataset not in self.here:
+            raise self.error
+        return f"the images of {args.dataset}"
+
+
+# Data
+
+
+@pytest.mark.parametrize(("line", "name"), [("", "mnist"), ("-d svhn", "svhn"), ("-m allcnn", "cifar10")])
+def test_data_that_are_here_are_those_of_the_command_line(line, name, capsys):
+    read = Reader(name, "digits")
+    args, data = experiment.load(typed(line), 6, read, True)
+    assert (args.dataset, data, len(read.asked)) == (name, f"the images of {name}", 1)
+    assert args == options.resolve(typed(line), 6)
+    assert args.replicas == 6
+    assert tuple(capsys.readouterr()) == ("", "")
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_where_nobody_asked_for_the_data_that_cannot_be_downloaded_they_are_digits(first, capsys):
+    given = typed("-m allcnn")
+    before = deepcopy(given)
+    args, data = experiment.load(given, 4, Reader("digits"), first)
+    assert data == "the images of digits"
+    assert args == options.resolve(typed("-m allcnn -d digits"), 4)
+    assert (args.replicas, args.augment) == (4, False)  # CIFAR's are augmented
+    assert given == before
+    warning = "WARNING: training on digits, scikit-learn's 8 x 8 images, instead of cifar10: no network\n"
+    assert tuple(capsys.readouterr()) == (warning if first else "", "")
+
+
+@pytest.mark.parametrize("line", ["-d mnist", "-d cifar10 -m allcnn", "--data .", "-d mnist --data ."])
+def test_data_that_were_asked_for_are_never_replaced(line, capsys):
+    read = Reader("digits")
+    with pytest.raises(loader.Unreachable) as caught:
+        experiment.load(typed(line), None, read, True)
+    assert caught.value is read.error
+    assert len(read.asked) == 1
+    assert tuple(capsys.readouterr()) == ("", "")
+
+
+def test_damaged_data_are_never_replaced(capsys):
+    read = Reader("digits", error=loader.DataError("train-images-idx3-ubyte is damaged"))
+    with pytest.raises(loader.DataError, match="damaged"):
+        experiment.load(typed(), None, read, True)
+    assert len(read.asked) == 1
+    assert tuple(capsys.readouterr()) == ("", "")
+
+
+# Replicas
+
+
+@pytest.mark.parametrize("line", ["-d digits", "-d digits -m allcnn -s 3 --dropout 0.1"])
+def test_every_replica_starts_with_the_network_that_the_seed_gives(line):
+    args, data = resolved(line), dataset()
+    first = experiment.model(args, data)
+    torch.rand(5)
+    second = experiment.model(args, data)
+    assert all(map(torch.equal, first.state_dict().values(), second.state_dict().values()))
+    assert not {id(value) for value in first.parameters()} & {id(value) for value in second.parameters()}
+    torch.manual_seed(args.seed)
+    expected = models.build(args.model, 1, 8, 10, args.dropout)
+    assert str(first) == str(expected)
+    assert all(map(torch.equal, first.state_dict().values(), expected.state_dict().values()))
+    other = experiment.model(resolved(f"{line} -s 99"), data)
+    assert not torch.equal(next(first.parameters()), next(other.parameters()))
+
+
+def test_a_network_is_where_the_data_are():
+    data = dataset()
+    elsewhere = data._replace(train_labels=data.train_labels.to("meta"))
+    assert {value.device.type for value in experiment.model(resolved(), elsewhere).parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize(("part", "rows"), [(None, 6), ((0, 2), 3), ((1, 4), 1)])
+def test_the_batches_are_those_of_the_command_line(part, rows):
+    args, data = resolved("-d digits -b 6 -s 5 -n 3 --frac 0.5 --augment"), dataset()
+    batches = experiment.batches(args, data, 2) if part is None else experiment.batches(args, data, 2, part)
+    expected = loader.Batches(
+        data, batch_size=6, seed=5, replica=2, replicas=3, frac=0.5, augment=True, part=part or (0, 1)
+    )
+    for _ in range(8):
+        inputs, targets = next(batches)
+        wanted, labels = next(expected)
+        assert torch.equal(inputs, wanted) and torch.equal(targets, labels)
+        assert batches.dropout_seed() == expected.dropout_seed()
+        assert rows <= len(targets) <= rows + 1
+
+
+def test_the_hyperparameters_are_exactly_what_a_replica_optimizer_takes():
+    line = "--lr 0.3 --momentum 0.4 --weight-decay 0.5 -L 6 --gamma 0.7 --rho 0.8 --alpha 0.9 --outer-step 11"
+    given = experiment.hyperparameters(resolved(f"{line} --outer-momentum 0.12"), 13)
+    expected = dict(lr=0.3, momentum=0.4, weight_decay=0.5, sync_every=6, gamma=0.7, rho=0.8, alpha=0.9, outer_step=11)
+    assert given == expected | dict(outer_momentum=0.12, batches_per_epoch=13)
+    taken = inspect.signature(ReplicaOptimizer.__init__).parameters.values()
+    assert given.keys() == {parameter.name for parameter in taken if parameter.kind == parameter.KEYWORD_ONLY}
+
+
+def test_both_classes_take_the_hyperparameters_of_every_preset(comm):
+    for method in ("parle", "entropy-sgd", "elastic-sgd", "sgd"):
+        settings = experiment.hyperparameters(resolved(f"--method {method}"), 12)
+        parameters = [[torch.nn.Parameter(torch.ones(3))] for _ in range(3)]
+        here, there = parle_gpu.Parle(parameters[:2], **settings), parle_mpi.Parle(parameters[2], comm, **settings)
+        for name, value in settings.items():
+            assert {group[name] for group in (*here.param_groups, *there.param_groups)} == {value}
+
+
+# The report
+
+
+def test_a_run_has_the_folder_that_out_names(folder):
+    report = experiment.open_report(resolved("-d digits --out a/b"))
+    assert (report.folder, report.label) == (Path("a/b"), "lenet on digits")
+    assert [path.name for path in (folder / "a" / "b").iterdir()] == ["log.jsonl"]
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda: (Path("out").mkdir(), Path("out/log.jsonl").write_text("precious")),
+        lambda: Path("out").write_text("a file"),
+    ],
+    ids=["another run", "a file"],
+)
+def test_an_out_that_cannot_be_used_is_a_mistake(spoil, folder):
+    spoil()
+    before = {path: path.read_text() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(options.Mistake, match=r"^--out: .*out.*; name a new folder$"):
+        experiment.open_report(resolved("--out out"))
+    assert {path: path.read_text() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_runs_that_start_in_the_same_second_have_folders_of_their_own(monkeypatch):
+    monkeypatch.setattr(time, "strftime", lambda format: format.replace("%Y%m%d-%H%M%S", "20260102-030405"))
+    args = resolved("-m allcnn -d digits")
+    folders = [experiment.open_report(args).folder for _ in range(3)]
+    name = "20260102-030405-allcnn-digits"
+    assert folders == [Path("runs") / name, Path("runs") / f"{name}-2", Path("runs") / f"{name}-3"]
+    for number in range(4, 100):
+        assert experiment.open_report(args).folder == Path("runs") / f"{name}-{number}"
+    with pytest.raises(options.Mistake, match="name a new folder"):
+        experiment.open_report(args)
+
+
+def test_a_runs_folder_that_cannot_be_made_is_a_mistake():
+    Path("runs").write_text("a file")
+    with pytest.raises(options.Mistake, match="name a new folder"):
+        experiment.open_report(resolved())
+
+
+# The run
+
+
+def parts(line="-d digits -n 2 -b 8 -L 2 -B 0.5 --eval-every 2"):
+    args, data = resolved(line), dataset()
+    replicas = {number: (experiment.model(args, data), experiment.batches(args, data, number)) for number in range(2)}
+    settings = experiment.hyperparameters(args, replicas[0][1].per_epoch)
+    return args, data, parle_gpu.Parle([model.parameters() for model, _ in replicas.values()], **settings), replicas
+
+
+class Report:
+    """Keeps the events, and the master as it was when it was saved."""
+
+    def __init__(self):
+        self.told = []
+
+    def __call__(self, event):
+        self.told.append(json.loads(json.dumps(event)))
+
+    def save_master(self, model):
+        self.told.append(deepcopy(model))
+
+
+def test_every_event_is_reported_and_the_master_saved_before_each_evaluation():
+    args, data, optimizer, replicas = parts()
+    report = Report()
+    experiment.run(args, data, optimizer, replicas, report, devices=["a", "b"], mpi="none")
+    kinds = ["master" if isinstance(told, torch.nn.Module) else told["event"] for told in report.told]
+    assert kinds == ["start", *["round", "master", "eval"] * 2, "end"]
+    for master, evaluation in zip(report.told[2:-1:3], report.told[3:-1:3], strict=True):
+        logits = engine.predict(master, data.test_images, data)
+        error = 100 * (logits.argmax(1) != data.test_labels).double().mean()
+        assert evaluation["master_error"] == pytest.approx(float(error))
+        assert len(evaluation["replica_errors"]) == 2
+    last = experiment.model(args, data)
+    optimizer.copy_master_to(last)
+    assert all(map(torch.equal, last.parameters(), report.told[-3].parameters()))
+
+
+def test_the_log_starts_with_what_is_needed_to_run_it_again():
+    args, data, optimizer, replicas = parts()
+    report = Report()
+    experiment.run(args, data, optimizer, replicas, report, devices=["a", "b"], mpi="none")
+    start = report.told[0]
+    assert start["arguments"] == vars(args) | dict(proc="proc")
+    expected = dict(event="start", dataset="digits", origin="/raw", replicas=2, sync_every=2, images=64, rounds=4)
+    assert start.items() >= (expected | dict(batches_per_epoch=8, devices=["a", "b"], mpi="none")).items()
+    assert start["parameters"] == len(optimizer.master) == 132_220
+    assert start["threads"] == torch.get_num_threads()
+    assert {"time", "command", "python", "torch", "machine", "revision"} <= start.keys()
+
+
+def test_without_a_report_it_trains_all_the_same(folder):
+    args, data, optimizer, replicas = parts()
+    experiment.run(args, data, optimizer, replicas, Report(), devices=[])
+    _, _, silent, others = parts()
+    torch.manual_seed(7)
+    experiment.run(args, data, silent, others, None, devices=[])
+    assert silent.rounds == optimizer.rounds == 4
+    assert torch.equal(silent.master, optimizer.master)
+    assert not list(folder.iterdir())
+
+
+def test_what_was_asked_for_reaches_training_and_evaluation(monkeypatch):
+    arrived = {}
+    args, data, optimizer, replicas = parts("-d digits -n 2 -b 8 -B 3 --lr-drops 1 2 --lr-decay 0.3 --amp bf16")
+    team, world = engine.Team(1, 2), engine.Team(3, 4)
+
+    def train(*given, **named):
+        arrived.update(train=(given, named))
+        return iter(())
+
+    def evaluate(*given, **named):
+        arrived.update(evaluate=(given, named))
+
+    monkeypatch.setattr(engine, "train", train)
+    monkeypatch.setattr(engine, "evaluate", evaluate)
+    there = {number + 4: pair for number, pair in replicas.items()}
+    experiment.run(args, data, optimizer, there, None, team=team, world=world)
+    (networks, sources, taken, test), named = arrived["train"]
+    assert [(network, source) for network, source in zip(networks, sources, strict=True)] == list(replicas.values())
+    assert taken is optimizer
+    expected = dict(epochs=3, lr_drops=[1, 2], lr_decay=0.3, eval_every=None, amp=True, team=team, world=world)
+    assert named == expected
+    test()
+    (taken, model, tested), named = arrived["evaluate"]
+    assert taken is optimizer and tested is data
+    assert model not in networks
+    assert named == dict(batch_size=8, replicas=[4, 5], team=team, world=world)
