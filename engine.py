@@ -197,7 +197,7 @@ def devices(model: nn.Module) -> list[torch.device]:
     """Where `model` computes; more than one with torch's DataParallel."""
     own = next(model.parameters()).device
     if isinstance(model, nn.DataParallel):
-        return [torch.device(own.type, index) for index in model.device_ids]
+        return [torch.device(own.type, index) for index in model.device_ids] or [own]
     return [own]
 
 

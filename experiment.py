@@ -144,12 +144,12 @@ def open_report(args: argparse.Namespace, resumed: Resumed | None) -> Report:
 
 
 @contextlib.contextmanager
-def _told_how_to_resume(folder: Path, resume: str) -> Iterator[None]:
+def _told_how_to_resume(folder: Path | None, resume: str) -> Iterator[None]:
     """What goes wrong within is noted with how to go on, once there is a checkpoint."""
     try:
         yield
     except Exception as error:
-        if checkpoint.found(folder / checkpoint.FOLDER):
+        if folder and checkpoint.found(folder / checkpoint.FOLDER):
             error.add_note(f"go on with: {resume}")
         raise
 
@@ -203,6 +203,8 @@ def run(
     resume = f"{command} --resume {folder}"
 
     def save(progress: engine.Progress) -> None:
+        if folder is None:
+            return
         facts = dict(arguments=_plain(args), progress=dataclasses.asdict(progress))
         if report:
             facts["log_bytes"] = report.log_bytes

@@ -364,7 +364,7 @@ class ReplicaOptimizer(torch.optim.Optimizer):
 
         Between rounds y is the anchor.
         """
-        masters = {replica.device: self.master.to(replica.weights.device) for replica in self._replicas.values()}
+        masters = {replica.device: self.master.to(replica.device) for replica in self._replicas.values()}
         pairs = ((replica.weights, masters[replica.device]) for replica in self._replicas.values())
         return [(weights - master).norm() / master.norm() for weights, master in pairs]
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import DataParallel
 
 import experiment
 import interrupts
@@ -136,7 +137,8 @@ def main() -> None:
     except (options.Mistake, loader.DataError, FloatingPointError) as error:
         options.tell(parser.prog, error)
         status = 1 if isinstance(error, FloatingPointError) else 2
-    sys.exit(status)
+    if status:
+        sys.exit(status)
 
 
 def run(given: argparse.Namespace) -> bool:
@@ -203,7 +205,7 @@ def train(args: argparse.Namespace, data: loader.Dataset, places: list[list[torc
         if len(devices) > 1:
             if args.amp == "bf16":  # DataParallel's threads start without it, and would take float16
                 model.register_forward_pre_hook(lambda *_: torch.set_autocast_dtype("cuda", torch.bfloat16))
-            model = nn.DataParallel(model, [device.index for device in devices])
+            model = DataParallel(model, [device.index for device in devices])
         replicas[number] = model, experiment.batches(args, own, number)
     settings = experiment.hyperparameters(args, replicas[0][1].per_epoch)
     optimizer = Parle([model.parameters() for model, _ in replicas.values()], **settings)

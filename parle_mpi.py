@@ -131,7 +131,8 @@ def main() -> None:
     if status and comm is not None:
         ranks.gather(comm, None)  # every rank has the same to say, and none ends before the first has said it
         sys.modules["mpi4py.MPI"].Finalize()
-    sys.exit(status)
+    if status:
+        sys.exit(status)
 
 
 def start(replicas: int) -> int | None:

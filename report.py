@@ -1,6 +1,7 @@
 """What a run tells: lines or a bar on the screen, and in its folder log.jsonl and master.pt. First rank only."""
 
 import collections
+import contextlib
 import importlib.metadata
 import json
 import math
@@ -48,13 +49,14 @@ class Report:
             with open(self.log, "a") as file:
                 file.write(json.dumps(_finite(event), allow_nan=False) + "\n")
         except OSError as error:
-            os.truncate(self.log, size)  # whole lines or none
+            with contextlib.suppress(OSError):
+                os.truncate(self.log, size)  # whole lines or none
             self.say(f"WARNING: a line is missing from {self.log}: {error}")
         getattr(self, f"_{event['event']}")(event)
 
     @property
     def log_bytes(self) -> int:
-        return self.log.stat().st_size
+        return self.log.stat().st_size if self.log.exists() else 0
 
     def say(self, text: str) -> None:
         """A line on the screen, with what is trained on what in front."""

@@ -207,19 +207,19 @@ def test_a_wrong_name_is_told_with_all_there_are(flag, refused):
         ("-b 1438", "A batch of 1438 is more than the 1437 images of a replica: -b 1437 or less"),
         ("--frac 0.5", "A batch of 1000 is more than the 718 images of a replica: -b 718 or less"),
         ("--frac 1e-9", "--frac"),
-        ("--gpus-per-replica 2", "--gpus-per-replica 2 is more than there are: use 1 or less"),
-        (f"--gpus-per-replica {10**30}", f"--gpus-per-replica {10**30} is more than there are"),
+        ("--gpus-per-replica 2", "--gpus-per-replica 2 needs CUDA devices, and this is cpu: leave it out"),
+        (f"--gpus-per-replica {10**30}", f"--gpus-per-replica {10**30} needs CUDA devices"),
         ("--device nonsense", "--device nonsense is not to be had here"),
-        ("--device ''", "--device is not to be had here (Device string must not be empty): use --device cpu"),
+        ("--device ''", "is not to be had here: use one of cpu"),
         ("--device meta", "--device meta is not to be had here"),
         ("--device cpu:x", "--device cpu:x is not to be had here"),
-        ("--device cuda:-1", "use --device cpu"),
-        ("--device cuda:99", "use --device cpu"),
-        (f"--device cuda:{10**30}", "use --device cpu"),
-        ("--device privateuseone", "use --device cpu"),
-        ("--device xla", "use --device cpu"),
-        ("--device 'cpu\n'", "use --device cpu"),
-        ("--device 'cpu\0'", "use --device cpu"),
+        ("--device cuda:-1", "is not to be had here: use one of cpu"),
+        ("--device cuda:99", "is not to be had here: use one of cpu"),
+        (f"--device cuda:{10**30}", "is not to be had here: use one of cpu"),
+        ("--device privateuseone", "is not to be had here: use one of cpu"),
+        ("--device xla", "is not to be had here: use one of cpu"),
+        ("--device 'cpu\n'", "is not to be had here: use one of cpu"),
+        ("--device 'cpu\0'", "is not to be had here: use one of cpu"),
         ("--device прoцессор", "--device прoцессор is not"),
     ],
 )
@@ -251,7 +251,7 @@ def test_what_is_advised_for_a_share_of_too_few_images_is_enough(proc, refused):
 def test_one_process_for_all_replicas_does_not_start_under_a_launcher(launcher, monkeypatch, refused):
     for name, value in launcher.items():
         monkeypatch.setenv(name, value)
-    refused("-d", "digits", told=["start it without a launcher, or parle_mpi.py"])
+    refused("-d", "digits", told=["no mpirun, or mpirun -n 3 python parle_mpi.py"])
 
 
 # Folders
@@ -351,7 +351,7 @@ def test_a_file_named_runs_is_told(proc, refused):
         ("-b 1438 --frac 1", "-b 1437 or less"),
         ("-L auto --gamma 0", "--gamma 0.01"),
         ("-n 0", "-n/--replicas: 0 is not"),
-        ("--device cuda:99", "use --device cpu"),
+        ("--device cuda:99", "is not to be had here: use one of cpu"),
         ("--proc /dev/null/below", "--proc"),
         ("--data /nowhere", "--data /nowhere"),
     ],

@@ -60,6 +60,17 @@ def network():
     )
 
 
+class DataParallel(nn.DataParallel):
+    """torch's, over so many devices that the CPU pretends to be."""
+
+    def __init__(self, module, device_ids):
+        nn.Module.__init__(self)
+        self.module, self.device_ids = module, device_ids
+
+    def forward(self, inputs):
+        return self.module(inputs)
+
+
 def norms(model):
     return [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d)]
 
@@ -553,23 +564,25 @@ def test_a_seed_elsewhere_is_that_device_s_alone(monkeypatch):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize(
-    ("ids", "places"), [(None, ["cpu"]), ([], ["cpu"]), ([0], ["cpu:0"]), ([3, 1], ["cpu:3", "cpu:1"])]
-)
+@pytest.mark.parametrize(("ids", "places"), [(None, ["cpu"]), ([0], ["cpu:0"]), ([3, 1], ["cpu:3", "cpu:1"])])
 def test_a_model_is_on_its_own_device_or_on_those_of_data_parallel(ids, places):
-    model = mlp()
-    if ids is not None:
-        model.device_ids = ids
+    model = mlp() if ids is None else DataParallel(mlp(), ids)
     assert engine.devices(model) == [torch.device(place) for place in places]
+
+
+@pytest.mark.parametrize("ids", [[], [3, 1], "mine"])
+def test_what_another_model_calls_device_ids_is_its_own(ids):
+    model = mlp()
+    model.device_ids = ids
+    assert engine.devices(model) == [torch.device("cpu")]
 
 
 @pytest.mark.parametrize(("ids", "parts"), [(None, [0]), ([0, 1, 2], [0, 1, 2])])
 def test_every_forward_pass_has_the_seeds_of_its_mini_batch_one_for_each_device(ids, parts, monkeypatch):
     told = []
     monkeypatch.setattr(engine, "seed", lambda *seed: told.append(seed))
-    models = [mlp(), mlp()]
+    models = [mlp() if ids is None else DataParallel(mlp(), ids) for _ in range(2)]
     for a, model in enumerate(models):
-        model.device_ids = ids or []
         model.register_forward_pre_hook(lambda model, given, a=a: told.append(a))
     batches = [loader.Batches(dataset(), batch_size=8, seed=1, replica=a, replicas=2) for a in range(2)]
     optimizer = together(*models, sync_every=2)

@@ -1,5 +1,7 @@
 import inspect
 import json
+import os
+import signal
 import time
 from copy import deepcopy
 from pathlib import Path
@@ -7,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import checkpoint
 import engine
 import experiment
 import loader
@@ -61,7 +64,7 @@ class Reader:
 @pytest.mark.parametrize(("line", "name"), [("", "mnist"), ("-d svhn", "svhn"), ("-m allcnn", "cifar10")])
 def test_data_that_are_here_are_those_of_the_command_line(line, name, capsys):
     read = Reader(name, "digits")
-    args, data = experiment.load(typed(line), 6, read, True)
+    args, data = experiment.load(typed(line), size=6, read=read, first=True)
     assert (args.dataset, data, len(read.asked)) == (name, f"the images of {name}", 1)
     assert args == options.resolve(typed(line), 6)
     assert args.replicas == 6
@@ -72,7 +75,7 @@ def test_data_that_are_here_are_those_of_the_command_line(line, name, capsys):
 def test_where_nobody_asked_for_the_data_that_cannot_be_downloaded_they_are_digits(first, capsys):
     given = typed("-m allcnn")
     before = deepcopy(given)
-    args, data = experiment.load(given, 4, Reader("digits"), first)
+    args, data = experiment.load(given, size=4, read=Reader("digits"), first=first)
     assert data == "the images of digits"
     assert args == options.resolve(typed("-m allcnn -d digits"), 4)
     assert (args.replicas, args.augment) == (4, False)  # CIFAR's are augmented
@@ -85,7 +88,7 @@ def test_where_nobody_asked_for_the_data_that_cannot_be_downloaded_they_are_digi
 def test_data_that_were_asked_for_are_never_replaced(line, capsys):
     read = Reader("digits")
     with pytest.raises(loader.Unreachable) as caught:
-        experiment.load(typed(line), None, read, True)
+        experiment.load(typed(line), size=None, read=read, first=True)
     assert caught.value is read.error
     assert len(read.asked) == 1
     assert tuple(capsys.readouterr()) == ("", "")
@@ -94,7 +97,7 @@ def test_data_that_were_asked_for_are_never_replaced(line, capsys):
 def test_damaged_data_are_never_replaced(capsys):
     read = Reader("digits", error=loader.DataError("train-images-idx3-ubyte is damaged"))
     with pytest.raises(loader.DataError, match="damaged"):
-        experiment.load(typed(), None, read, True)
+        experiment.load(typed(), size=None, read=read, first=True)
     assert len(read.asked) == 1
     assert tuple(capsys.readouterr()) == ("", "")
 
@@ -161,7 +164,7 @@ def test_both_classes_take_the_hyperparameters_of_every_preset(comm):
 
 
 def test_a_run_has_the_folder_that_out_names(folder):
-    report = experiment.open_report(resolved("-d digits --out a/b"))
+    report = experiment.open_report(resolved("-d digits --out a/b"), None)
     assert (report.folder, report.label) == (Path("a/b"), "lenet on digits")
     assert [path.name for path in (folder / "a" / "b").iterdir()] == ["log.jsonl"]
     assert not Path("runs").exists()
@@ -179,29 +182,32 @@ def test_an_out_that_cannot_be_used_is_a_mistake(spoil, folder):
     spoil()
     before = {path: path.read_text() for path in folder.rglob("*") if path.is_file()}
     with pytest.raises(options.Mistake, match=r"^--out: .*out.*; name a new folder$"):
-        experiment.open_report(resolved("--out out"))
+        experiment.open_report(resolved("--out out"), None)
     assert {path: path.read_text() for path in folder.rglob("*") if path.is_file()} == before
 
 
 def test_runs_that_start_in_the_same_second_have_folders_of_their_own(monkeypatch):
     monkeypatch.setattr(time, "strftime", lambda format: format.replace("%Y%m%d-%H%M%S", "20260102-030405"))
     args = resolved("-m allcnn -d digits")
-    folders = [experiment.open_report(args).folder for _ in range(3)]
+    folders = [experiment.open_report(args, None).folder for _ in range(3)]
     name = "20260102-030405-allcnn-digits"
     assert folders == [Path("runs") / name, Path("runs") / f"{name}-2", Path("runs") / f"{name}-3"]
     for number in range(4, 100):
-        assert experiment.open_report(args).folder == Path("runs") / f"{name}-{number}"
+        assert experiment.open_report(args, None).folder == Path("runs") / f"{name}-{number}"
     with pytest.raises(options.Mistake, match="name a new folder"):
-        experiment.open_report(args)
+        experiment.open_report(args, None)
 
 
 def test_a_runs_folder_that_cannot_be_made_is_a_mistake():
     Path("runs").write_text("a file")
     with pytest.raises(options.Mistake, match="name a new folder"):
-        experiment.open_report(resolved())
+        experiment.open_report(resolved(), None)
 
 
 # The run
+
+
+COMMAND = "python this.py"
 
 
 def parts(line="-d digits -n 2 -b 8 -L 2 -B 0.5 --eval-every 2"):
@@ -212,13 +218,16 @@ def parts(line="-d digits -n 2 -b 8 -L 2 -B 0.5 --eval-every 2"):
 
 
 class Report:
-    """Keeps the events, and the master as it was when it was saved."""
+    """Keeps the events, and the master as it was when it was saved. Calls `then` with each event."""
 
-    def __init__(self):
-        self.told = []
+    folder, log_bytes = Path("run"), 1234
+
+    def __init__(self, then=lambda event: None):
+        self.told, self.then = [], then
 
     def __call__(self, event):
         self.told.append(json.loads(json.dumps(event)))
+        self.then(event)
 
     def save_master(self, model):
         self.told.append(deepcopy(model))
@@ -227,7 +236,8 @@ class Report:
 def test_every_event_is_reported_and_the_master_saved_before_each_evaluation():
     args, data, optimizer, replicas = parts()
     report = Report()
-    experiment.run(args, data, optimizer, replicas, report, devices=["a", "b"], mpi="none")
+    ended = experiment.run(args, data, optimizer, replicas, report, None, COMMAND, devices=["a", "b"], mpi="none")
+    assert ended is True
     kinds = ["master" if isinstance(told, torch.nn.Module) else told["event"] for told in report.told]
     assert kinds == ["start", *["round", "master", "eval"] * 2, "end"]
     for master, evaluation in zip(report.told[2:-1:3], report.told[3:-1:3], strict=True):
@@ -243,7 +253,7 @@ def test_every_event_is_reported_and_the_master_saved_before_each_evaluation():
 def test_the_log_starts_with_what_is_needed_to_run_it_again():
     args, data, optimizer, replicas = parts()
     report = Report()
-    experiment.run(args, data, optimizer, replicas, report, devices=["a", "b"], mpi="none")
+    experiment.run(args, data, optimizer, replicas, report, None, COMMAND, devices=["a", "b"], mpi="none")
     start = report.told[0]
     assert start["arguments"] == vars(args) | dict(proc="proc")
     expected = dict(event="start", dataset="digits", origin="/raw", replicas=2, sync_every=2, images=64, rounds=4)
@@ -255,18 +265,52 @@ def test_the_log_starts_with_what_is_needed_to_run_it_again():
 
 def test_without_a_report_it_trains_all_the_same(folder):
     args, data, optimizer, replicas = parts()
-    experiment.run(args, data, optimizer, replicas, Report(), devices=[])
+    experiment.run(args, data, optimizer, replicas, Report(), None, COMMAND, devices=[])
     _, _, silent, others = parts()
     torch.manual_seed(7)
-    experiment.run(args, data, silent, others, None, devices=[])
+    assert experiment.run(args, data, silent, others, None, None, COMMAND, devices=[]) is True
     assert silent.rounds == optimizer.rounds == 4
     assert torch.equal(silent.master, optimizer.master)
-    assert not list(folder.iterdir())
+    assert [path.name for path in folder.iterdir()] == ["run"], "the other's"
+
+
+@pytest.mark.parametrize(("every", "kept"), [("", [8, 12]), ("--checkpoint-every 3", [9, 12])])
+def test_checkpoints_are_in_the_folder_of_the_report(every, kept, folder):
+    args, data, optimizer, replicas = parts(f"-d digits -n 2 -b 8 -L 2 -B 1.5 {every}")
+    experiment.run(args, data, optimizer, replicas, Report(), None, COMMAND, devices=[])
+    paths = sorted((folder / "run" / "checkpoints").iterdir())
+    assert [path.name for path in paths] == [f"{rounds:08}-0000" for rounds in kept]
+    manifest = checkpoint.read_manifest(paths[-1])
+    assert manifest["arguments"] == vars(args) | dict(proc="proc")
+    assert (manifest["log_bytes"], manifest["replicas"]) == (1234, 2)
+    assert manifest["progress"]["images"] == 12 * 2 * 8 * 2
+
+
+def test_a_checkpoint_that_cannot_be_written_is_reported(folder):
+    (folder / "run").mkdir()
+    (folder / "run" / "checkpoints").write_text("a file")
+    args, data, optimizer, replicas = parts()
+    report = Report()
+    assert experiment.run(args, data, optimizer, replicas, report, None, COMMAND, devices=[]) is True
+    assert [told["event"] for told in report.told if isinstance(told, dict)][-2:] == ["checkpoint", "end"]
+    assert report.told[-2]["round"] == 4 and "checkpoints" in report.told[-2]["error"]
+
+
+def test_a_run_that_was_asked_to_stop_reports_how_to_go_on(folder):
+    args, data, optimizer, replicas = parts("-d digits -n 2 -b 8 -L 2 -B 5 --eval-every 2")
+    report = Report(lambda event: event["event"] == "round" and os.kill(os.getpid(), signal.SIGTERM))
+    assert experiment.run(args, data, optimizer, replicas, report, None, COMMAND, devices=[]) is False
+    kinds = ["master" if isinstance(told, torch.nn.Module) else told["event"] for told in report.told]
+    assert kinds[:2] == ["start", "round"] and kinds[-1] == "stop" and "end" not in kinds
+    assert report.told[-1] == {"event": "stop", "round": optimizer.rounds, "command": f"{COMMAND} --resume run"}
+    assert len(checkpoint.found(folder / "run" / "checkpoints")) == 1
 
 
 def test_what_was_asked_for_reaches_training_and_evaluation(monkeypatch):
     arrived = {}
-    args, data, optimizer, replicas = parts("-d digits -n 2 -b 8 -B 3 --lr-drops 1 2 --lr-decay 0.3 --amp bf16")
+    args, data, optimizer, replicas = parts(
+        "-d digits -n 2 -b 8 -B 3 --lr-drops 1 2 --lr-decay 0.3 --amp bf16 --checkpoint-every 7"
+    )
     team, world = engine.Team(1, 2), engine.Team(3, 4)
 
     def train(*given, **named):
@@ -279,12 +323,14 @@ def test_what_was_asked_for_reaches_training_and_evaluation(monkeypatch):
     monkeypatch.setattr(engine, "train", train)
     monkeypatch.setattr(engine, "evaluate", evaluate)
     there = {number + 4: pair for number, pair in replicas.items()}
-    experiment.run(args, data, optimizer, there, None, team=team, world=world)
+    experiment.run(args, data, optimizer, there, None, None, COMMAND, team=team, world=world)
     (networks, sources, taken, test), named = arrived["train"]
     assert [(network, source) for network, source in zip(networks, sources, strict=True)] == list(replicas.values())
     assert taken is optimizer
-    expected = dict(epochs=3, lr_drops=[1, 2], lr_decay=0.3, eval_every=None, amp=True, team=team, world=world)
-    assert named == expected
+    asked, save = named.pop("asked"), named.pop("save")
+    assert (asked.save, asked.stop, callable(save)) == (False, False, True)
+    expected = dict(epochs=3, lr_drops=[1, 2], lr_decay=0.3, eval_every=None, checkpoint_every=7)
+    assert named == expected | dict(progress=engine.Progress(), amp=True, team=team, world=world)
     test()
     (taken, model, tested), named = arrived["evaluate"]
     assert taken is optimizer and tested is data

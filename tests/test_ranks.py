@@ -1,3 +1,4 @@
+import os
 import re
 import sys
 import time
@@ -231,16 +232,14 @@ def cores_are_shared(comm):
     node = ranks.node(comm)
     assert (node.size, node.rank) == (3, comm.rank)
     os.environ.pop("OMP_NUM_THREADS", None)
-    assert ranks.threads(node) == max(1, len(os.sched_getaffinity(0)) // 3)
     for cores, threads in [
         (set(range(13)), 4),
         ({0, 1}, 1),
         ({2 * comm.rank, 2 * comm.rank + 1}, 2),
     ]:
         os.sched_getaffinity = lambda process: cores
-        assert ranks.threads(node) == threads, (cores, ranks.threads(node))
-    os.environ["OMP_NUM_THREADS"] = "5"
-    assert ranks.threads(node) == 5
+        count = len(set().union(*ranks.gather(node, ranks.cores())))
+        assert ranks.threads(count, node.size) == threads, (cores, count)
 
 
 def main():
@@ -269,6 +268,81 @@ def test_one_rank_adds_without_a_message():
 
 
 @pytest.mark.parametrize("told", ["3", "3,2"])
-def test_threads_are_those_of_omp_num_threads(told, comm, monkeypatch):
+def test_threads_are_those_of_omp_num_threads(told, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", told)
-    assert ranks.threads(comm) == 3
+    assert ranks.threads(64, 2) == 3
+
+
+@pytest.mark.parametrize(
+    ("count", "sharers", "threads"), [(1, 1, 1), (8, 1, 8), (13, 3, 4), (6, 3, 2), (2, 3, 1), (1, 100, 1)]
+)
+def test_those_who_share_the_cores_have_as_many_threads_each(count, sharers, threads, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert ranks.threads(count, sharers) == threads
+
+
+def test_the_cores_are_those_that_the_process_is_bound_to(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0: {2, 5}}[process], raising=False)
+    assert ranks.cores() == {2, 5}
+
+
+@pytest.mark.parametrize(("count", "cores"), [(4, {0, 1, 2, 3}), (None, {0})])
+def test_where_processes_are_not_bound_the_cores_are_all(count, cores, monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: count)
+    assert ranks.cores() == cores
+
+
+@pytest.mark.parametrize(
+    ("text", "notes", "line"),
+    [
+        ("wrong", [], "wrong"),
+        ("", [], ""),
+        ("wrong\n  in the second line\n", [], "wrong in the second line"),
+        ("wrong", ["go on with:\n python this.py", "or not"], "wrong; go on with: python this.py; or not"),
+    ],
+)
+def test_the_reason_is_one_line_with_what_has_been_noted(text, notes, line):
+    error = ValueError(text)
+    for note in notes:
+        error.add_note(note)
+    assert ranks.reason(error) == line
+
+
+HANG = """
+from mpi4py import MPI
+comm = MPI.COMM_WORLD
+
+def main():
+    ranks.patience = 1.5
+    ranks.gather(comm, 1)
+    if comm.rank == 1:
+        {elsewhere}
+    ranks.{wait}
+
+ranks.run(main)
+"""
+
+
+@pytest.mark.parametrize("wait", ["wait(comm.Ibarrier())", "gather(comm, 1)"])
+@pytest.mark.parametrize(
+    ("elsewhere", "missing"),
+    [
+        ("time.sleep(30)", "rank 1"),
+        ("ranks.wait(MPI.COMM_SELF.Irecv(bytearray(1)))", "ranks that wait elsewhere"),
+    ],
+)
+def test_ranks_out_of_patience_name_the_one_that_is_missing(elsewhere, missing, wait, python, script):
+    began = time.perf_counter()
+    done = python(script(HANG.format(elsewhere=elsewhere, wait=wait)), ranks=3, timeout=15)
+    assert time.perf_counter() - began < 6
+    assert done.returncode != 0
+    told = [line for line in done.stderr.splitlines() if line.startswith("rank ")]
+    assert told and done.stderr.splitlines()[-1] == told[-1]
+    assert all(re.fullmatch(rf"rank \d: Hang: waited [12] s for {missing}", line) for line in told), told
+
+
+def test_one_that_is_late_is_waited_for(python, script):
+    body = HANG.replace("1.5", "5").format(elsewhere="time.sleep(1.5)", wait="gather(comm, 1)")
+    done = python(script(body), ranks=3, timeout=15)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

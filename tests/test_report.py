@@ -2,6 +2,7 @@ import json
 import os
 import platform
 import re
+import resource
 import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
@@ -27,9 +28,11 @@ START = {
     "rounds": 12,
     "ranks": 6,
     "threads": 2,
-    "devices": ["cuda:1", "cuda:0", "cuda:1"],
+    "devices": ["cuda:1", "cuda:0", "cuda:1"] * 2,
 }
-HERE = {name: value for name, value in START.items() if name != "ranks"}  # of one process
+HERE = {name: value for name, value in START.items() if name != "ranks"} | {"devices": START["devices"][:3]}
+RESUME = START | {"event": "resume", "round": 7, "checkpoint": "runs/x/checkpoints/00000007-0000", "changes": {}}
+STOP = {"event": "stop", "round": 7, "command": "python parle_gpu.py --resume runs/x"}
 EVAL = {
     "event": "eval",
     "round": 12,
@@ -101,9 +104,12 @@ def test_every_line_says_what_is_trained_on_what(tell, capsys):
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({}, "parle: 3 replicas on 6 ranks, 2 threads each, cuda:0, cuda:1"),
-        ({}, "132,220 parameters, 60,000 images; 12 rounds of 25 mini-batches of 128, 24 rounds an epoch; in "),
+        ({}, "parle: 3 replicas on 6 ranks, 2 threads each, 2 on cuda:0, 4 on cuda:1\n"),
+        ({}, "132,220 parameters, 60,000 images; 12 rounds of 25 mini-batches of 128, 24 an epoch; in "),
+        (dict(rounds=1, sync_every=1), "60,000 images; 1 round of 1 mini-batch of 128, 24 an epoch; in "),
+        (dict(sync_every="auto"), "12 rounds of auto mini-batches of 128, 24 an epoch; in "),
         (dict(origin="/data"), "60,000 images from /data; 12 rounds"),
+        (dict(devices=["cuda:0"] * 6), "parle: 3 replicas on 6 ranks, 2 threads each, cuda:0\n"),
         (dict(replicas=1, ranks=1, threads=1, devices=["cpu"]), "parle: 1 replica on 1 rank, 1 thread each, cpu\n"),
     ],
 )
@@ -117,12 +123,21 @@ def test_the_start_says_what_will_run_where(changed, words, tell, capsys):
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({}, "parle: 3 replicas here, 2 threads, cuda:0, cuda:1\n"),
-        (dict(replicas=1, threads=1, devices=["cpu"]), "parle: 1 replica here, 1 thread, cpu\n"),
-        (dict(devices=["cuda:0 + cuda:1"] * 3), "parle: 3 replicas here, 2 threads, cuda:0 + cuda:1\n"),
+        ({}, "parle: 3 replicas in one process, 2 threads, 1 on cuda:0, 2 on cuda:1\n"),
+        (dict(replicas=1, threads=1, devices=["cpu"]), "parle: 1 replica in one process, 1 thread, cpu\n"),
+        (dict(devices=["cuda:0 + cuda:1"] * 3), "parle: 3 replicas in one process, 2 threads, cuda:0 + cuda:1\n"),
+        (dict(devices=["cpu"] * 3, idle=[]), "parle: 3 replicas in one process, 2 threads, cpu\n"),
+        (
+            dict(devices=["cuda:0"] * 3, idle=["cuda:1"]),
+            "parle: 3 replicas in one process, 2 threads, cuda:0; idle: cuda:1\n",
+        ),
+        (
+            dict(idle=["cuda:2", "cuda:3"]),
+            "parle: 3 replicas in one process, 2 threads, 1 on cuda:0, 2 on cuda:1; idle: cuda:2, cuda:3\n",
+        ),
     ],
 )
-def test_one_process_says_that_its_replicas_are_here(changed, words, tell, capsys):
+def test_one_process_says_that_it_is_one_and_what_it_leaves_idle(changed, words, tell, capsys):
     tell(HERE | changed)
     assert capsys.readouterr().out.startswith(f"{LABEL}  {words}")
 
@@ -184,6 +199,82 @@ def test_one_process_waits_for_no_rank(tell, capsys):
     last = capsys.readouterr().out.splitlines()[-1]
     figures = "60.0 s of training, 1,000 images/s; 7.50 % of it synchronizing"
     assert last == f"{LABEL}  {figures}; log and master in {tell.folder}"
+
+
+@pytest.mark.parametrize(
+    ("event", "line"),
+    [
+        (
+            {"event": "lost", "round": 7, "replicas": [1]},
+            "WARNING: NaN or infinity in replica 1 in round 7: restarted from the master",
+        ),
+        (
+            {"event": "lost", "round": 7, "replicas": [0, 2]},
+            "WARNING: NaN or infinity in replica 0, replica 2 in round 7: restarted from the master",
+        ),
+        (
+            {"event": "checkpoint", "round": 7, "error": "No space left on device"},
+            "WARNING: no checkpoint of round 7: No space left on device",
+        ),
+        (STOP, "stopped in round 8; go on with: python parle_gpu.py --resume runs/x"),
+    ],
+)
+def test_what_happens_to_a_run_is_one_line(event, line, tell, capsys):
+    tell(START)
+    capsys.readouterr()
+    tell(event)
+    assert tuple(capsys.readouterr()) == (f"{LABEL}  {line}\n", "")
+    assert json.loads(tell.log.read_text().splitlines()[-1]) == event
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [({}, ""), ({"lr": (0.1, 0.2), "lr_drops": ([2], [])}, "; lr is 0.2, was 0.1; lr_drops is [], was [2]")],
+)
+def test_a_run_that_goes_on_says_where_and_what_is_new(changes, words, tell, capsys):
+    tell(START)
+    usual = capsys.readouterr().out
+    tell(RESUME | dict(changes=changes))
+    line = f"resumed in round 8 from runs/x/checkpoints/00000007-0000{words}"
+    assert tuple(capsys.readouterr()) == (f"{usual}{LABEL}  {line}\n", "")
+    tell(round_event(8, 60.0))
+    assert "round  8/12" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("lines", "more"), [(0, 0), (2, 0), (4, 0), (4, 1000)])
+def test_a_run_that_goes_on_keeps_the_log_of_what_it_does_not_repeat(lines, more, tell):
+    for event in events()[:4]:
+        tell(event)
+    written = tell.log.read_text().splitlines(keepends=True)
+    again = report.Report(tell.folder, LABEL, len("".join(written[:lines])) + more)
+    assert again.log.read_text().splitlines(keepends=True) == written[:lines]
+    again(RESUME)
+    assert [json.loads(line)["event"] for line in again.log.read_text().splitlines()[lines:]] == ["resume"]
+
+
+def test_a_run_that_goes_on_without_its_log_begins_another(tmp_path):
+    again = report.Report(tmp_path, LABEL, 1000)
+    again(RESUME)
+    assert json.loads(again.log.read_text()) == RESUME
+
+
+def test_a_line_that_cannot_be_written_is_missing_and_told(tell, capsys):
+    tell(START)
+    before = tell.log.read_bytes()
+    capsys.readouterr()
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 10, usual[1]))  # a disk with room for ten bytes
+    try:
+        tell(EVAL)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+    out, err = capsys.readouterr()
+    warning, line = out.splitlines()
+    assert warning.startswith(f"{LABEL}  WARNING: a line is missing from {tell.log}: ") and "File too large" in warning
+    assert "test error: master 0.46 %" in line and err == ""
+    assert tell.log.read_bytes() == before
+    tell(END)
+    assert [json.loads(line) for line in tell.log.read_text().splitlines()] == [START, END]
 
 
 def test_a_second_run_in_the_same_folder_leaves_the_first_as_it_was(tell):
@@ -296,6 +387,16 @@ def test_on_a_terminal_a_bar_stands_for_the_round_lines(told, tell, monkeypatch,
     assert "12/12" in bars[-1]
     if told:
         assert max(map(len, bars)) <= 100
+
+
+def test_the_bar_of_a_run_that_goes_on_starts_where_it_was_and_ends_where_it_stops(tell, monkeypatch, capsys):
+    monkeypatch.setenv(launch.TERMINAL, "100")
+    for event in (RESUME, STOP):
+        tell(event)
+    out, err = capsys.readouterr()
+    bars = [bar for bar in re.split(r"[\r\n]", err) if bar.strip()]
+    assert "7/12" in bars[-1]
+    assert err.endswith("\n") and out.splitlines()[-1].startswith(f"{LABEL}  stopped in round 8; ")
 
 
 @pytest.mark.parametrize(
