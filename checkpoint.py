@@ -67,7 +67,8 @@ def save(
             if path.exists():  # the same moment of a run that was resumed before it
                 shutil.rmtree(path)
             os.rename(temporary, path)
-            for old in found(folder)[KEPT:]:
+            later = [other for other in found(folder) if other.name > path.name]  # of a run that went another way
+            for old in (*later, *found(folder)[len(later) + KEPT :], *folder.glob(".[0-9]*")):
                 shutil.rmtree(old, ignore_errors=True)
     finally:
         if world.index == 0:
@@ -134,10 +135,13 @@ def load(path: Path, manifest: dict[str, Any], optimizer: ReplicaOptimizer, repl
             shared["master_momentum_buffer"] = torch.stack([v["outer_momentum_buffer"] for v in kept]).mean(0)
     elif now > then and "master_momentum_buffer" in shared:  # the new ones have none
         shared["master_momentum_buffer"] *= then / now
-    fresh = dict.fromkeys(("weights", "anchor", "inner_avg"), shared["master"])
+    fresh = dict.fromkeys(("weights", "anchor", "inner_avg"), shared.get("master"))
+    fresh["riders"] = _read(path / _replica(0)).get("riders")  # between rounds those of all are the same
     with torch.no_grad():
         for number, vectors in zip(replicas, optimizer.vectors, strict=True):
             saved = _read(path / _replica(number)) if number < then else None
+            if saved is not None and saved.keys() != vectors.keys():
+                raise CheckpointError(f"{path} is of another network or method")
             for name, vector in vectors.items():
                 value = fresh.get(name, torch.zeros(())) if saved is None else saved.get(name)
                 _put(path, name, value, vector, saved is None)
@@ -147,7 +151,7 @@ def load(path: Path, manifest: dict[str, Any], optimizer: ReplicaOptimizer, repl
 
 
 def _put(path: Path, name: str, value: Tensor | None, vector: Tensor, spread: bool) -> None:
-    if value is None or (value.shape != vector.shape and not spread) or value.dtype != vector.dtype:
+    if value is None or (not spread and (value.shape != vector.shape or value.dtype != vector.dtype)):
         raise CheckpointError(f"{path} is of another network or method ({name} does not fit)")
     vector.copy_(value)
 

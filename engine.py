@@ -65,6 +65,11 @@ def count_rounds(epochs: float, batches_per_epoch: int) -> int:
     return max(1, round(epochs * batches_per_epoch))
 
 
+def drop_rounds(epochs: list[float], batches_per_epoch: int) -> list[int]:
+    """After how many rounds lr drops: one at least."""
+    return [max(1, round(epoch * batches_per_epoch)) for epoch in epochs]
+
+
 def train(
     models: Sequence[nn.Module],
     batches: Sequence[Batches],
@@ -98,8 +103,7 @@ def train(
     """
     nb, batch_size = batches[0].per_epoch, batches[0].batch_size
     rounds = count_rounds(epochs, nb)
-    drops = [round(drop * nb) for drop in lr_drops]
-    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, drops, lr_decay)
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, drop_rounds(lr_drops, nb), lr_decay)
     scheduler.last_epoch = optimizer.rounds
     progress, asked = progress or Progress(), asked or Asked()
     for source in batches:
@@ -178,7 +182,7 @@ def train(
             _count_syncs(progress, syncs, world)
             save(progress)
             asked.save, mark = False, time.perf_counter()
-        if stops:
+        if stops and done < rounds:
             return
 
     yield {

@@ -7,6 +7,7 @@ import functools
 import itertools
 import json
 import os
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -117,6 +118,10 @@ def restore(
         checkpoint.load(resumed.path, resumed.manifest, optimizer, replicas)
     except checkpoint.CheckpointError as error:
         raise options.Mistake(f"--resume: {error}") from error
+    if {"lr", "lr_drops", "lr_decay"} & resumed.changes.keys():
+        passed = sum(drop <= optimizer.rounds for drop in engine.drop_rounds(args.lr_drops, per_epoch))
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * args.lr_decay**passed
     if optimizer.rounds >= engine.count_rounds(args.epochs, per_epoch):
         raise options.Mistake(
             f"--resume: {resumed.path} is the end of its run: -B with more than {args.epochs:g} goes on"
@@ -200,7 +205,9 @@ def run(
         progress = engine.Progress(**resumed.manifest["progress"])
         start |= dict(round=optimizer.rounds, checkpoint=str(resumed.path), changes=resumed.changes)
     folder = world.gather(report and report.folder)[0]
-    resume = f"{command} --resume {folder}"
+    resume = f"{command} --resume {shlex.quote(str(folder))}"
+    if resumed:
+        launch.leave_word(resume)
 
     def save(progress: engine.Progress) -> None:
         if folder is None:
@@ -210,7 +217,7 @@ def run(
             facts["log_bytes"] = report.log_bytes
         try:
             checkpoint.save(folder / checkpoint.FOLDER, optimizer, list(replicas), facts, team, world)
-            launch.leave("resume", resume)
+            launch.leave_word(resume)
         except OSError as error:
             if report:
                 report({"event": "checkpoint", "round": optimizer.rounds, "error": str(error)})

@@ -1,16 +1,15 @@
-"""Start ranks, find out whether a launcher has started this process, and say which rank was killed."""
+"""Start ranks and see which is killed; find out whether a launcher has started this process."""
 
 import contextlib
 import ctypes
 import os
-import re
 import selectors
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 # Where the ranks that a launcher starts find their number and how many there are; PMIx does not tell the latter
@@ -21,6 +20,7 @@ LAUNCHERS = {
     "PMIx": ("PMIX_RANK", None),
 }
 STARTED = "PARLE_STARTED"  # set for the ranks that this program starts: a folder where they leave word for it
+LEFT, FAILED = b"left", b"failed"  # a rank's last word, unless it is killed
 TERMINAL = "PARLE_TERMINAL"  # and where that is done from a terminal: its width, since their own output is a pipe
 
 
@@ -59,12 +59,15 @@ def start(count: int) -> int | None:
     os.environ.setdefault("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")
     sys.stdout.flush()
     with tempfile.TemporaryDirectory(prefix="parle-") as folder:
-        command = [mpiexec, "-n", str(count), sys.executable, *sys.argv]
-        return _watch(command, Path(folder))
+        return _watch([mpiexec, "-n", str(count), sys.executable, *sys.argv], Path(folder), count)
 
 
-def _watch(command: list[str], folder: Path) -> int:
-    """Run mpiexec to its end and pass on what it says, on whichever stream it says that a rank was killed."""
+def _watch(command: list[str], folder: Path, count: int) -> int:
+    """Run mpiexec to its end, pass on what it says, and see which rank is gone first without a farewell."""
+    streams = selectors.DefaultSelector()
+    for rank in range(count):  # the kernel tells of their ends in the order in which they came
+        os.mkfifo(folder / str(rank))
+        streams.register(os.open(folder / str(rank), os.O_RDONLY | os.O_NONBLOCK), selectors.EVENT_READ, rank)
     # A group of its own: Ctrl-C reaches it from here, once. Its standard input is not the terminal's, then.
     mpiexec = subprocess.Popen(
         command,
@@ -77,27 +80,30 @@ def _watch(command: list[str], folder: Path) -> int:
     )
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda number, _: mpiexec.send_signal(number))
-    streams = selectors.DefaultSelector()
     streams.register(mpiexec.stdout, selectors.EVENT_READ, sys.stdout)
     streams.register(mpiexec.stderr, selectors.EVENT_READ, sys.stderr)
-    said = b""
-    while streams.get_map():
+    talking, gone, farewells = 2, [], {}
+    while talking:
         for key, _ in streams.select():
             chunk = os.read(key.fd, 65536)
             if not chunk:
                 streams.unregister(key.fileobj)
-            said = (said + chunk)[-65536:]
-            with contextlib.suppress(BrokenPipeError):  # nobody reads any more; the run goes on
-                key.data.buffer.write(chunk)
-                key.data.flush()
+            if not isinstance(key.data, int):
+                talking -= not chunk
+                with contextlib.suppress(BrokenPipeError):  # nobody reads any more; the run goes on
+                    key.data.buffer.write(chunk)
+                    key.data.flush()
+            elif chunk:
+                farewells[key.data] = chunk
+            else:
+                gone.append(key.data)
     status = mpiexec.wait()
-    ranks = {path.read_text(): path.name for path in folder.glob("rank-*")}
-    killed = re.search(rb"PID (\d+) RUNNING AT|with PID (\d+) on node", said)
-    if status and killed:
-        rank = ranks.get((killed[1] or killed[2]).decode(), "a rank").replace("-", " ")
+    killed = next((rank for rank in gone if rank not in farewells), None)
+    if killed is not None and FAILED not in farewells.values():
         resume = folder / "resume"
         hint = f"; go on with: {resume.read_text()}" if resume.exists() else ""
-        sys.stderr.write(f"{rank}: killed{hint}\n")
+        sys.stderr.write(f"rank {killed}: killed{hint}\n")
+        status = status or 1
     return status if status >= 0 else 128 - status
 
 
@@ -106,9 +112,16 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
-def leave(name: str, text: str) -> None:
-    """Leave word for the process that has started the ranks, if it is this program's. `rank` is each one's own."""
+def greet() -> Callable[[bytes], None]:
+    """Tell the process that has started this rank, if it is this program's, that it lives. Gives what says farewell."""
     rank = launched()
-    if STARTED in os.environ and rank is not None:
-        name = f"rank-{rank[0]}" if name == "rank" else name
-        Path(os.environ[STARTED], name).write_text(text)
+    if STARTED not in os.environ or rank is None:
+        return lambda word: None
+    line = os.open(Path(os.environ[STARTED], str(rank[0])), os.O_WRONLY)  # open as long as the rank lives
+    return lambda word: (os.write(line, word), os.close(line))
+
+
+def leave_word(resume: str) -> None:
+    """Leave the command that resumes the run for the process that has started the ranks, if it is this program's."""
+    if STARTED in os.environ and launched() is not None:
+        Path(os.environ[STARTED], "resume").write_text(resume)

@@ -183,6 +183,8 @@ def parse(parser: Parser) -> argparse.Namespace:
     arguments = manifest["arguments"] | dict(out=str(run))
     if launch.launched() is not None:
         del arguments["replicas"]  # as many as there are ranks now, unless -n says otherwise
+    if PRESETS[arguments["method"]]["rho"] == "1/n":
+        del arguments["rho"]  # with another n another one
     parser.set_defaults(**arguments)
     args = parser.parse_args()
     for name in ("model", "dataset", "whiten", "method"):

@@ -188,6 +188,8 @@ def run(given: argparse.Namespace, comm: "MPI.Comm") -> bool:
     ranks.together(comm, restore, True, options.Mistake)
     open_report = functools.partial(experiment.open_report, args, resumed)
     program = "python parle_mpi.py"
+    if launch.STARTED not in os.environ and comm.size > 1:
+        program = f"mpiexec -n {comm.size} {program} -n {args.replicas}"
     return experiment.run(
         args,
         data,
@@ -195,7 +197,7 @@ def run(given: argparse.Namespace, comm: "MPI.Comm") -> bool:
         {replica: (model, batches)},
         ranks.together(comm, open_report, comm.rank == 0, options.Mistake),
         resumed,
-        program if launch.STARTED in os.environ or comm.size == 1 else f"mpiexec -n {comm.size} {program}",
+        program,
         team=engine.Team(part, ranks_per_replica, functools.partial(ranks.add, optimizer.team)),
         world=engine.Team(
             comm.rank, comm.size, functools.partial(ranks.add, comm), functools.partial(ranks.gather, comm)

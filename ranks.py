@@ -20,10 +20,12 @@ def run(main: Callable[[], None]) -> None:
 
     Without this an exception ends one rank and the others wait for it for ever.
     """
-    launch.leave("rank", str(os.getpid()))
+    farewell = launch.greet()
     try:
         main()
+        farewell(launch.LEFT)
     except BaseException as error:
+        farewell(launch.LEFT if isinstance(error, SystemExit) else launch.FAILED)
         mpi = sys.modules.get("mpi4py.MPI")
         if mpi is None or not mpi.Is_initialized() or mpi.Is_finalized():
             raise

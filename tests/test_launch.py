@@ -1,0 +1,324 @@
+import os
+import re
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+
+import launch
+from tests.conftest import outside
+
+ROOT = Path(launch.__file__).parent
+
+
+@pytest.fixture
+def script(tmp_path):
+    """A program that starts itself as three ranks; what they do is its body."""
+
+    def write(body, count=3):
+        path = tmp_path / "script.py"
+        begin = f"if launch.launched() is None:\n    sys.exit(launch.start({count}) or 0)\n"
+        imports = f"import os, signal, sys, time\nsys.path.insert(0, {str(ROOT)!r})\nimport launch, ranks\n"
+        path.write_text(f"{imports}{begin}rank, size = launch.launched()\n{body}")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def begin(tmp_path):
+    """Start a script; gives the process. What still runs at the end is killed."""
+    started = []
+
+    def begin(path, **environment):
+        command, changes = [sys.executable, str(path)], dict(TMPDIR=str(tmp_path)) | environment
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        started.append(subprocess.Popen(command, env=outside(changes), cwd=tmp_path, **pipes))
+        return started[-1]
+
+    yield begin
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
+
+
+def until(condition, seconds=15):
+    deadline = time.time() + seconds
+    while not condition():
+        assert time.time() < deadline
+        time.sleep(0.01)
+
+
+def test_importing_it_starts_nothing(python):
+    done = python("-c", "import sys, launch; print({'mpi4py', 'torch', 'numpy'} & set(sys.modules))", timeout=15)
+    assert (done.stdout, done.stderr) == ("set()\n", "")
+
+
+@pytest.mark.parametrize(
+    ("environment", "launched"),
+    [
+        ("PMI_RANK=1 PMI_SIZE=3", (1, 3)),
+        ("PMI_RANK=0 PMI_SIZE=1", (0, 1)),
+        ("OMPI_COMM_WORLD_RANK=2 OMPI_COMM_WORLD_SIZE=4", (2, 4)),
+        ("OMPI_COMM_WORLD_RANK=2 OMPI_COMM_WORLD_SIZE=4 PMIX_RANK=2", (2, 4)),
+        ("SLURM_PROCID=5 SLURM_STEP_NUM_TASKS=8", (5, 8)),
+        ("SLURM_PROCID=5 SLURM_STEP_NUM_TASKS=8 PMIX_RANK=5", (5, 8)),
+        ("PMIX_RANK=3", (3, None)),
+        ("", None),
+        ("PMI_RANK=1", None),
+        ("SLURM_PROCID=0 SLURM_NTASKS=8 SLURM_JOB_ID=1", None),
+        ("SLURM_PROCID=0 SLURM_STEP_NUM_TASKS=1", None),
+        ("SLURM_PROCID=0 SLURM_STEP_NUM_TASKS=1 PMI_RANK=1 PMI_SIZE=3", (1, 3)),
+        # srun --pty bash, where Slurm's MpiDefault is pmix or pmi2
+        ("SLURM_PROCID=0 SLURM_STEP_NUM_TASKS=1 PMIX_RANK=0 PMIX_NAMESPACE=slurm.pmix.7.0", None),
+        ("SLURM_PROCID=0 SLURM_STEP_NUM_TASKS=1 PMI_RANK=0 PMI_SIZE=1", None),
+    ],
+)
+def test_launchers_are_known_by_their_environment(environment, launched):
+    assert launch.launched(dict(item.split("=") for item in environment.split())) == launched
+
+
+def test_launched_reads_this_process_environment(monkeypatch):
+    for name in {name for names in launch.LAUNCHERS.values() for name in names if name}:
+        monkeypatch.delenv(name, raising=False)
+    assert launch.launched() is None
+    monkeypatch.setenv("PMI_RANK", "1")
+    monkeypatch.setenv("PMI_SIZE", "3")
+    assert launch.launched() == (1, 3)
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A Python in `beside` and a PATH of `path`, both without an mpiexec; `ran` is what start() would run."""
+    folders = SimpleNamespace(beside=tmp_path / "beside", path=tmp_path / "path", ran=[])
+
+    def watch(command, folder, count):
+        assert command[2] == str(count)
+        assert folder.is_dir()
+        folders.ran.append((command, folder))
+        return 7
+
+    folders.beside.mkdir()
+    folders.path.mkdir()
+    with mock.patch.dict(os.environ):
+        for name in [name for name in os.environ if name.startswith(("PRTE", "OMPI", "PARLE"))]:
+            del os.environ[name]
+        monkeypatch.setattr(launch, "_watch", watch)
+        monkeypatch.setattr(sys, "executable", str(folders.beside / "python3"))
+        monkeypatch.setattr(sys, "argv", ["parle_mpi.py", "-n", "3", "--out", "a b"])
+        os.environ["PATH"] = str(folders.path)
+        yield folders
+
+
+def mpiexec(folder):
+    path = folder / "mpiexec"
+    path.write_text("#!/bin/sh\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return str(path)
+
+
+def test_one_rank_needs_no_launcher(place):
+    mpiexec(place.beside)
+    before = dict(os.environ)
+    assert launch.start(1) is None
+    assert os.environ == before
+    assert place.ran == []
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_the_mpiexec_beside_python_is_used_first(place, elsewhere):
+    if elsewhere:
+        mpiexec(place.path)
+    beside = mpiexec(place.beside)
+    assert launch.start(3) == 7
+    ((command, folder),) = place.ran
+    assert command == [beside, "-n", "3", sys.executable, *sys.argv]
+    assert not folder.exists()
+
+
+def test_then_the_mpiexec_of_the_path(place):
+    on_path = mpiexec(place.path)
+    launch.start(12)
+    ((command, _),) = place.ran
+    assert command == [on_path, "-n", "12", sys.executable, *sys.argv]
+
+
+def test_without_an_mpiexec_it_says_what_to_type(place):
+    with pytest.raises(FileNotFoundError, match="pip install mpich"):
+        launch.start(3)
+
+
+def test_ranks_that_do_not_know_that_they_are_start_no_others(place, monkeypatch):
+    mpiexec(place.beside)
+    monkeypatch.setenv(launch.STARTED, "folder")
+    with pytest.raises(OSError, match="start them with the launcher of your MPI"):
+        launch.start(3)
+    assert place.ran == []
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_ranks_are_told_of_a_terminal(place, terminal, monkeypatch):
+    mpiexec(place.beside)
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(isatty=lambda: terminal))
+    monkeypatch.setenv("COLUMNS", "77")
+    launch.start(3)
+    assert os.environ.get(launch.TERMINAL) == ("77" if terminal else None)
+
+
+def test_what_the_user_told_open_mpi_stays(place, monkeypatch):
+    mpiexec(place.beside)
+    monkeypatch.setenv("OMPI_ALLOW_RUN_AS_ROOT", "0")
+    launch.start(3)
+    assert (os.environ["OMPI_ALLOW_RUN_AS_ROOT"], os.environ["OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"]) == ("0", "1")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_start_runs_the_same_command_as_that_many_ranks(python, script, unbuffered):
+    path = script("sys.stdout.write(f'{launch.launched()} {sys.argv[1:]}\\n')\nsys.stderr.write(f'rank {rank}\\n')")
+    done = python(path, "-n", "a b", timeout=20, PYTHONUNBUFFERED=unbuffered)
+    assert sorted(done.stdout.splitlines()) == [f"({rank}, 3) ['-n', 'a b']" for rank in range(3)]
+    assert sorted(done.stderr.splitlines()) == [f"rank {rank}" for rank in range(3)]
+    assert done.returncode == 0
+
+
+@pytest.mark.parametrize("status", [1, 2, 75])
+def test_it_gives_the_exit_status_of_the_ranks(python, script, status):
+    done = python(script(f"sys.exit({status})"), timeout=20)
+    assert done.returncode == status
+
+
+def test_much_output_arrives_whole(python, script):
+    body = "sys.stdout.write((str(rank) * 99 + '\\n') * 3000 if rank == 0 else '')"
+    done = python(script(body), timeout=20)
+    assert done.stdout == ("0" * 99 + "\n") * 3000
+
+
+HEAR = """
+def hear(number, frame):
+    with open(f"heard-{rank}", "a") as file:
+        file.write(f"{number} ")
+    if number != signal.SIGUSR1:
+        sys.exit(75)
+
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(number, hear)
+open(f"ready-{rank}", "w").close()
+time.sleep(20)
+time.sleep(20)
+"""
+
+
+@pytest.mark.parametrize("last", [signal.SIGINT, signal.SIGTERM])
+def test_signals_are_passed_on_to_every_rank(begin, script, tmp_path, last):
+    process = begin(script(HEAR))
+    until(lambda: len(list(tmp_path.glob("ready-*"))) == 3)
+    process.send_signal(signal.SIGUSR1)
+    until(lambda: [path.read_text() for path in tmp_path.glob("heard-*")] == [f"{int(signal.SIGUSR1)} "] * 3)
+    process.send_signal(last)
+    process.communicate(timeout=15)
+    assert process.returncode == 75
+    heard = [path.read_text() for path in tmp_path.glob("heard-*")]
+    assert heard == [f"{int(signal.SIGUSR1)} {int(last)} "] * 3
+
+
+KILLED = """
+from mpi4py import MPI
+
+def main():
+    launch.leave_word("python this --resume that")
+    MPI.COMM_WORLD.Barrier()
+    if rank == {killed}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    ranks.wait(MPI.COMM_WORLD.Ibarrier())
+
+ranks.run(main)
+"""
+
+
+@pytest.mark.parametrize("killed", [0, 1, 2])
+@pytest.mark.parametrize("attempt", range(3))
+def test_the_last_line_says_which_rank_was_killed_and_how_to_go_on(python, script, killed, attempt):
+    done = python(script(KILLED.format(killed=killed)), timeout=20)
+    assert done.returncode not in (0, 75)
+    assert done.stderr.splitlines()[-1] == f"rank {killed}: killed; go on with: python this --resume that"
+
+
+def test_killed_without_a_word_it_says_no_more(python, script):
+    body = KILLED.format(killed=1).replace("launch.leave_word", "len")
+    done = python(script(body), timeout=20)
+    assert done.stderr.splitlines()[-1] == "rank 1: killed"
+
+
+def test_ranks_that_end_without_a_farewell_have_not_ended_well(python, script):
+    done = python(script("launch.greet()\nos._exit(0)"), timeout=20)
+    assert done.returncode == 1
+    assert re.fullmatch("rank [012]: killed", done.stderr.splitlines()[-1])
+
+
+def test_an_exception_has_the_last_word(python, script):
+    body = "from mpi4py import MPI\ndef main():\n    if rank == 1:\n        raise ValueError('wrong')\n"
+    done = python(script(body + "    ranks.wait(MPI.COMM_WORLD.Ibarrier())\nranks.run(main)"), timeout=20)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "rank 1: ValueError: wrong"
+
+
+def test_ranks_that_fail_by_themselves_have_the_last_word(python, script):
+    done = python(script("ranks.run(lambda: sys.exit(2))"), timeout=20)
+    assert (done.returncode, done.stderr) == (2, "")
+
+
+def test_word_is_left_for_the_starter_alone(tmp_path, monkeypatch, no_launcher):
+    monkeypatch.setenv(launch.STARTED, str(tmp_path))
+    launch.leave_word("this")
+    launch.greet()(launch.LEFT)
+    monkeypatch.setenv("PMI_RANK", "1")
+    monkeypatch.setenv("PMI_SIZE", "3")
+    monkeypatch.delenv(launch.STARTED)
+    launch.leave_word("this")
+    launch.greet()(launch.LEFT)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setenv(launch.STARTED, str(tmp_path))
+    launch.leave_word("this")
+    os.mkfifo(tmp_path / "1")
+    line = os.open(tmp_path / "1", os.O_RDONLY | os.O_NONBLOCK)
+    launch.greet()(launch.LEFT)
+    assert os.read(line, 100) == launch.LEFT
+    assert (tmp_path / "resume").read_text() == "this"
+
+
+def lives(process):
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone tells children")
+@pytest.mark.parametrize("speaks", [False, True])
+def test_no_rank_is_left_when_the_starter_is_killed(begin, script, tmp_path, speaks):
+    work = "    sys.stdout.write('works' * 100)\n    sys.stdout.flush()\n" if speaks else ""
+    leave = "open(f'{os.environ[launch.STARTED]}/rank-{rank}', 'w').write(str(os.getpid()))\n"
+    body = f"{leave}while True:\n    time.sleep(0.05)\n{work}"
+    process = begin(script(body))
+
+    def left():
+        return [int(path.read_text() or 0) for path in tmp_path.glob("parle-*/rank-*")]
+
+    until(lambda: len([number for number in left() if number]) == 3)
+    numbers = left()
+    try:
+        process.kill()
+        process.stdout.close()
+        process.stderr.close()
+        until(lambda: not any(map(lives, numbers)), seconds=8)
+    finally:
+        for number in filter(lives, numbers):
+            os.kill(number, signal.SIGKILL)
+        process.wait()

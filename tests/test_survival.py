@@ -1,0 +1,366 @@
+"""Runs of real processes that are killed, stopped, stalled and poisoned, each with a time limit."""
+
+import contextlib
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import checkpoint
+from tests.conftest import MPIEXEC, ROOT, outside
+from tests.test_checkpoint import result
+
+SETTINGS = shlex.split("-d digits --device cpu -L 5 -b 48 --frac 0.15 --lr-drops 0.6 --checkpoint-every 1")
+MPI, GPU = "parle_mpi.py", "parle_gpu.py"
+
+
+@pytest.fixture(scope="session")
+def proc(tmp_path_factory):
+    return tmp_path_factory.mktemp("proc")
+
+
+@pytest.fixture
+def start(tmp_path, proc):
+    """Start a program; gives the process. What is still running at the end of the test is killed."""
+    started = []
+
+    def start(program, *arguments, out="run", ranks=None, **environment):
+        command = [sys.executable, program, *SETTINGS, "--proc", proc, "--out", tmp_path / out, *arguments]
+        if ranks is not None:
+            command = [MPIEXEC, "-n", ranks, *command]
+        (tmp_path / "tmp").mkdir(exist_ok=True)
+        return begin(list(map(str, command)), dict(TMPDIR=str(tmp_path / "tmp"), OMP_NUM_THREADS="1") | environment)
+
+    def begin(command, environment):
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=outside(environment), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        started.append(process)
+        return process
+
+    start.again = lambda command: begin(
+        [{"python": sys.executable, "mpiexec": str(MPIEXEC)}.get(word, word) for word in shlex.split(command)],
+        dict(OMP_NUM_THREADS="1"),
+    )
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
+
+
+def finish(process, timeout=60):
+    printed, erred = process.communicate(timeout=timeout)
+    return SimpleNamespace(status=process.returncode, printed=printed, erred=erred, ended=time.time())
+
+
+def finished(process):
+    done = finish(process)
+    assert done.status == 0, done.erred
+    return done
+
+
+def saved(out):
+    return [path.name for path in checkpoint.found(out / "checkpoints")]
+
+
+def until(condition, process, seconds=40):
+    deadline = time.time() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.time() < deadline
+        time.sleep(0.01)
+
+
+def trains(out, process, rounds=2):
+    """Wait until so many rounds are done."""
+    until(lambda: saved(out) >= [f"{rounds:08}-0000"], process)
+
+
+def log_of(out, *events):
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [line for line in log if line["event"] in events] if events else log
+
+
+def command_of(text):
+    """The last command that it says to go on with."""
+    return re.findall("go on with: (.*)", text)[-1]
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory, proc):
+    """What three ranks give that nobody stops, in 15 rounds."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    command = [sys.executable, MPI, *SETTINGS, "--proc", proc, "--out", out, "-n", 3, "-B", 3]
+    subprocess.run(list(map(str, command)), cwd=ROOT, env=outside(dict(OMP_NUM_THREADS="1")), timeout=60, check=True)
+    return result(out)
+
+
+FAULTS = {
+    "kill:1:4": "rank 1: killed",
+    "raise:2:3": "rank 2: RuntimeError: a fault on purpose",
+    "stall:1:5": "Hang: in round 5, waited 2 s for rank 1",
+}
+
+
+@pytest.mark.parametrize(
+    "fault", ["kill:1:4", *(pytest.param(name, marks=pytest.mark.slow) for name in ("raise:2:3", "stall:1:5"))]
+)
+def test_a_lost_rank_ends_all_and_the_last_line_resumes(start, whole, tmp_path, fault):
+    out = tmp_path / "run"
+    done = finish(start(MPI, "-n", 3, "-B", 3, "--timeout", 2, PARLE_FAULT=fault))
+    round = int(fault[-1])
+    assert done.status not in (0, 75)
+    assert saved(out) == [f"{round - 1:08}-0000", f"{round - 2:08}-0000"]
+    assert done.ended - (out / "checkpoints" / saved(out)[0]).stat().st_mtime < 10
+    last = done.erred.splitlines()[-1]
+    assert FAULTS[fault] in last
+    assert last.endswith(f"; go on with: python parle_mpi.py --resume {out}")
+    finished(start.again(command_of(last)))
+    assert result(out) == whole
+    assert log_of(out, "resume")[0]["round"] == round - 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1, 2])
+@pytest.mark.parametrize("attempt", range(3))
+def test_the_killed_rank_is_the_one_that_is_named(start, rank, attempt):
+    done = finish(start(MPI, "-n", 3, "-B", 1, PARLE_FAULT=f"kill:{rank}:{2 + attempt}"))
+    assert done.erred.splitlines()[-1].startswith(f"rank {rank}: killed; go on with: ")
+
+
+@pytest.mark.slow
+def test_killed_before_the_first_checkpoint_it_names_the_rank(start, tmp_path):
+    done = finish(start(MPI, "-n", 2, PARLE_FAULT="kill:1:1"))
+    assert done.status not in (0, 75)
+    assert re.fullmatch("rank [01]: killed", done.erred.splitlines()[-1])
+    assert saved(tmp_path / "run") == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["kill:1:4", "raise:1:4"])
+def test_killed_as_it_resumes_it_still_says_how_to_go_on(start, whole, tmp_path, fault):
+    out = tmp_path / "run"
+    process = start(MPI, "-n", 3, "-B", 3)
+    trains(out, process)
+    process.terminate()
+    finish(process)
+    rounds = int(saved(out)[0][:8]) + 1
+    done = finish(start(MPI, "--resume", PARLE_FAULT=f"{fault[:-1]}{rounds}"))
+    last = done.erred.splitlines()[-1]
+    assert last.endswith(f"; go on with: python parle_mpi.py --resume {out}")
+    finished(start.again(command_of(last)))
+    assert result(out) == whole
+
+
+def test_sigterm_to_the_program_stops_three_ranks_which_go_on_bit_for_bit(start, whole, tmp_path):
+    out = tmp_path / "run"
+    process = start(MPI, "-n", 3, "-B", 3)
+    trains(out, process)
+    process.terminate()
+    told = time.time()
+    done = finish(process)
+    assert (done.status, done.erred) == (75, "")
+    assert done.ended - told < 10
+    command = command_of(done.printed)
+    assert command == log_of(out)[-1]["command"] == f"python parle_mpi.py --resume {out}"
+    finished(start.again(command))
+    assert result(out) == whole
+
+
+def process_of(rank, out):
+    """The number of the process that is this rank of the run in `out`."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            environment = (folder / "environ").read_bytes().split(b"\0")
+            if f"PMI_RANK={rank}".encode() in environment and str(out).encode() in (folder / "cmdline").read_bytes():
+                return int(folder.name)
+    raise LookupError(rank)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_signal_to_one_rank_is_heard_by_all(start, tmp_path, number, rank):
+    out = tmp_path / "run"
+    process = start(MPI, "-B", 4, "--checkpoint-every", 15, ranks=3)
+    until(lambda: (out / "log.jsonl").exists() and len(log_of(out)) > 1, process)
+    os.kill(process_of(rank, out), number)
+    done = finish(process)
+    if number == signal.SIGUSR1:
+        assert (done.status, done.erred) == (0, "")
+        assert log_of(out)[-1]["event"] == "end"
+    else:
+        assert (done.status, done.erred) == (75, "")
+        assert log_of(out)[-1]["round"] == int(saved(out)[0][:8]) < 20
+        assert command_of(done.printed) == log_of(out)[-1]["command"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [None, 3])
+def test_sigterm_and_sigint_to_all_ranks_stop_once(start, tmp_path, ranks):
+    """As Slurm and mpiexec do it: every rank gets the signal."""
+    process = start(MPI, "-n", 3, "-B", 4, ranks=ranks)
+    trains(tmp_path / "run", process)
+    process.send_signal(signal.SIGTERM if ranks else signal.SIGINT)
+    done = finish(process)
+    assert done.status == 75
+    assert done.printed.count("go on with: ") == 1
+    expected = "mpiexec -n 3 python parle_mpi.py" if ranks else "python parle_mpi.py"
+    assert command_of(done.printed) == f"{expected} --resume {tmp_path / 'run'}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", [MPI, GPU])
+def test_a_second_sigint_stops_at_once(start, tmp_path, program):
+    process = start(program, "-n", 3, "-B", 40, "--checkpoint-every", 2)
+    trains(tmp_path / "run", process)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.05)
+    if process.poll() is None:
+        process.send_signal(signal.SIGINT)
+    told = time.time()
+    done = finish(process)
+    assert done.status != 0
+    assert done.ended - told < 5
+    checkpoint.newest(checkpoint.found(tmp_path / "run" / "checkpoints"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", [MPI, GPU])
+def test_usr1_saves_and_the_run_goes_on_to_its_end(start, tmp_path, program):
+    out = tmp_path / "run"
+    process = start(program, "-n", 2, "-B", 6, "--checkpoint-every", 1000, "--eval-every", 1)
+    until(lambda: (out / "log.jsonl").exists() and len(log_of(out, "round")) >= 7, process)
+    assert [name[:8] for name in saved(out)] == ["00000005"]
+    process.send_signal(signal.SIGUSR1)
+    until(lambda: saved(out)[0][:8] > "00000005", process)
+    assert int(saved(out)[0][:8]) % 5 != 0
+    done = finish(process)
+    assert (done.status, done.erred) == (0, "")
+    assert log_of(out)[-1]["event"] == "end"
+
+
+def test_sigterm_stops_parle_gpu_in_mid_round(start, tmp_path):
+    out = tmp_path / "run"
+    process = start(GPU, "-n", 2, "-B", 40)
+    trains(out, process)
+    process.terminate()
+    told = time.time()
+    done = finish(process)
+    assert (done.status, done.erred) == (75, "")
+    assert done.ended - told < 5
+    assert command_of(done.printed) == f"python parle_gpu.py --resume {out}"
+    checkpoint.read_manifest(checkpoint.found(out / "checkpoints")[0])
+
+
+@pytest.mark.parametrize(
+    ("n", "method", "replica"),
+    [
+        (3, "parle", 1),
+        pytest.param(2, "parle", 0, marks=pytest.mark.slow),
+        pytest.param(4, "parle", 3, marks=pytest.mark.slow),
+        pytest.param(2, "elastic-sgd", 1, marks=pytest.mark.slow),
+        pytest.param(3, "elastic-sgd", 0, marks=pytest.mark.slow),
+    ],
+)
+def test_a_bad_replica_is_named_and_the_run_goes_on(start, tmp_path, n, method, replica):
+    length = dict(parle="5", **{"elastic-sgd": "1"})[method]
+    epochs = dict(parle=1, **{"elastic-sgd": 8})[method]
+    arguments = ("-n", n, "--method", method, "-L", length, "-B", epochs, "--on-nan", "restart")
+    done = finished(start(MPI, *arguments, PARLE_FAULT=f"poison:{replica}:3"))
+    warning = f"WARNING: NaN or infinity in replica {replica} in round 3: restarted from the master"
+    assert done.printed.count(warning) == 1
+    log = log_of(tmp_path / "run")
+    lost = [line for line in log if line["event"] == "lost"]
+    assert lost == [{"event": "lost", "round": 3, "replicas": [replica]}]
+    assert "null" not in json.dumps([line for line in log if line["event"] in ("round", "eval", "end")])
+    last = log_of(tmp_path / "run", "eval")[-1]
+    assert last["master_error"] < 60
+    assert all(error < 80 for error in last["replica_errors"])
+    assert all(distance < 1 for distance in last["distances"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("program", "n", "words"), [(MPI, 3, "replica"), (GPU, 3, "replica"), (MPI, 1, "no replica")])
+def test_on_nan_stop_and_no_good_replica_are_one_line_and_exit_code_1(start, tmp_path, program, n, words):
+    done = finish(start(program, "-n", n, "-B", 1, "--on-nan", "stop", PARLE_FAULT="poison:0:3"))
+    assert done.status == 1
+    (line,) = done.erred.splitlines()
+    assert line.startswith(f"{program}: error: ")
+    assert words in line
+    assert line.endswith(f"; go on with: python {program} --resume {tmp_path / 'run'}")
+    assert "in round 3" in line or "after round 3" in line
+    assert saved(tmp_path / "run") == ["00000002-0000", "00000001-0000"]
+    master = checkpoint._read(tmp_path / "run" / "checkpoints" / "00000002-0000" / "shared.pt")["master"]
+    assert master.isfinite().all()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone tells children")
+def test_without_its_starter_no_rank_is_left(start, whole, tmp_path):
+    out = tmp_path / "run"
+    process = start(MPI, "-n", 3, "-B", 3)
+    trains(out, process)
+    ranks = [int(path.read_text()) for path in (tmp_path / "tmp").glob("parle-*/rank-*")]
+    assert len(ranks) == 3
+    process.kill()
+    deadline = time.time() + 15
+    while any(os.path.exists(f"/proc/{rank}") for rank in ranks):
+        assert time.time() < deadline
+        time.sleep(0.05)
+    process.communicate()
+    finished(start(MPI, "--resume"))
+    assert result(out) == whole
+
+
+@pytest.mark.slow
+def test_from_mpi_to_gpu_and_back(start, tmp_path):
+    out = tmp_path / "run"
+    finished(start(MPI, "-n", 3, "-B", 0.6))
+    finished(start(GPU, "-B", 1, "--resume"))
+    finished(start(MPI, "-B", 3, "--resume"))
+    finished(start(MPI, "-n", 3, "-B", 3, out="whole"))
+    (log, master), (expected_log, expected) = result(out), result(tmp_path / "whole")
+    for name, value in expected.items():
+        torch.testing.assert_close(torch.tensor(master[name]), torch.tensor(value), rtol=1e-3, atol=1e-5)
+    assert log[-1]["images"] == expected_log[-1]["images"]
+    resumes = log_of(out, "resume")
+    assert [line["replicas"] for line in resumes] == [3, 3]
+    assert ["ranks" in line for line in resumes] == [False, True]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [2, 4])
+def test_from_three_ranks_to_others(start, tmp_path, n):
+    out = tmp_path / "run"
+    process = start(MPI, "-n", 3, "-B", 3)
+    trains(out, process)
+    process.terminate()
+    assert finish(process).status == 75
+    done = finished(start(MPI, "-n", n, "-B", 3, "--resume"))
+    assert f"; replicas is {n}, was 3" in done.printed
+    assert len(log_of(out, "eval")[-1]["replica_errors"]) == n
+
+
+@pytest.mark.slow
+def test_ranks_that_share_replicas_go_on_as_that_many_replicas(start, tmp_path):
+    out = tmp_path / "run"
+    process = start(MPI, "-n", 2, "-B", 4, ranks=4)
+    trains(out, process)
+    process.terminate()
+    done = finish(process)
+    assert done.status == 75
+    finished(start.again(f"{command_of(done.printed)} -B 1"))
+    (resumed,) = log_of(out, "resume")
+    assert (resumed["replicas"], resumed["ranks"], resumed["changes"].get("replicas")) == (2, 4, None)
