@@ -124,4 +124,8 @@ def greet() -> Callable[[bytes], None]:
 def leave_word(resume: str) -> None:
     """Leave the command that resumes the run for the process that has started the ranks, if it is this program's."""
     if STARTED in os.environ and launched() is not None:
-        Path(os.environ[STARTED], "resume").write_text(resume)
+        folder, rank = Path(os.environ[STARTED]), launched()[0]
+        (folder / f".resume-{rank}").write_text(resume)
+        os.replace(
+            folder / f".resume-{rank}", folder / "resume"
+        )  # whole at any moment

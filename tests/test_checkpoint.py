@@ -580,24 +580,23 @@ ENTROPY = PARLE.replace("-n 3", "--method entropy-sgd --outer-momentum 0.5")
         pytest.param(PARLE, [1], id="after the first mini-batch"),
         pytest.param(PARLE, [7], id="in mid-round"),
         pytest.param(PARLE, [10], id="at a round's end, in mid-line"),
-        pytest.param(PARLE, [14], id="just before lr drops"),
+        pytest.param(PARLE, [14], id="just before lr drops", marks=pytest.mark.slow),
         pytest.param(PARLE, [15], id="as lr drops"),
-        pytest.param(PARLE, [16], id="just after lr drops"),
+        pytest.param(PARLE, [16], id="just after lr drops", marks=pytest.mark.slow),
         pytest.param(PARLE, [25], id="at an epoch's end"),
-        pytest.param(PARLE, [34], id="just before the end"),
-        pytest.param(PARLE, [35], id="after the last mini-batch"),
-        pytest.param(PARLE, [8, 9], id="twice"),
+        pytest.param(PARLE, [34], id="just before the end", marks=pytest.mark.slow),
+        pytest.param(PARLE, [8, 9], id="twice", marks=pytest.mark.slow),
         pytest.param(PARLE, [13, 2, 1, 11], id="four times"),
-        pytest.param(ONE, [13], id="L 1, in mid-line"),
-        pytest.param(ONE, [20], id="L 1, as lr drops"),
+        pytest.param(ONE, [13], id="L 1, in mid-line", marks=pytest.mark.slow),
+        pytest.param(ONE, [20], id="L 1, as lr drops", marks=pytest.mark.slow),
         pytest.param(ONE, [25, 1], id="L 1, at a line and after it"),
-        pytest.param(AUTO, [3], id="auto, in mid-round"),
-        pytest.param(AUTO, [13], id="auto, just before lr drops"),
-        pytest.param(AUTO, [14], id="auto, at lr's drop"),
+        pytest.param(AUTO, [3], id="auto, in mid-round", marks=pytest.mark.slow),
+        pytest.param(AUTO, [13], id="auto, just before lr drops", marks=pytest.mark.slow),
+        pytest.param(AUTO, [14], id="auto, at lr's drop", marks=pytest.mark.slow),
         pytest.param(AUTO, [15, 1], id="auto, after lr has dropped"),
-        pytest.param(AUGMENTED, [12], id="augmented, in mid-round"),
-        pytest.param(ELASTIC, [17, 4], id="elastic-sgd"),
-        pytest.param(ENTROPY, [12], id="entropy-sgd"),
+        pytest.param(AUGMENTED, [12], id="augmented, in mid-round", marks=pytest.mark.slow),
+        pytest.param(ELASTIC, [17, 4], id="elastic-sgd", marks=pytest.mark.slow),
+        pytest.param(ENTROPY, [12], id="entropy-sgd", marks=pytest.mark.slow),
     ],
 )
 def test_a_stopped_run_goes_on_bit_for_bit(run, uninterrupted, tmp_path, settings, stops):
@@ -614,6 +613,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(run, uninterrupted, tmp_path, setting
     assert len(log_of(out, "resume")) == len(stops)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drop", [0.04, 0.2])
 def test_lr_drops_once_however_early(run, uninterrupted, tmp_path, drop):
     settings = PARLE.replace("0.6", f"{drop} 0.6 0.6").replace("-B 1.4", "-B 0.8")
@@ -681,6 +681,7 @@ def test_another_n_goes_on_and_is_told_in_one_line(run, stopped, n):
     checkpoint.read_manifest(checkpoint.found(stopped / "checkpoints")[0])
 
 
+@pytest.mark.slow
 def test_elastic_sgd_keeps_rho_n_at_one(run, tmp_path):
     out = tmp_path / "run"
     assert run.new(out, settings=ELASTIC, at={3: STOP}) == 75

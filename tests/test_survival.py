@@ -162,6 +162,7 @@ def test_killed_as_it_resumes_it_still_says_how_to_go_on(start, whole, tmp_path,
     assert result(out) == whole
 
 
+@pytest.mark.slow
 def test_sigterm_to_the_program_stops_three_ranks_which_go_on_bit_for_bit(start, whole, tmp_path):
     out = tmp_path / "run"
     process = start(MPI, "-n", 3, "-B", 3)
