@@ -126,6 +126,4 @@ def leave_word(resume: str) -> None:
     if STARTED in os.environ and launched() is not None:
         folder, rank = Path(os.environ[STARTED]), launched()[0]
         (folder / f".resume-{rank}").write_text(resume)
-        os.replace(
-            folder / f".resume-{rank}", folder / "resume"
-        )  # whole at any moment
+        os.replace(folder / f".resume-{rank}", folder / "resume")  # whole at any moment

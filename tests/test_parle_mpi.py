@@ -28,13 +28,14 @@ def of(log, event):
     return [line for line in log if line["event"] == event]
 
 
-@pytest.mark.parametrize("ranks", [3, 4])  # which try 1 and 2 too
+@pytest.mark.parametrize("ranks", [pytest.param(3, marks=pytest.mark.slow), 4])  # which try 1 and 2 too
 def test_every_rank_in_lockstep_with_the_reference(python, ranks):
     done = python(ROOT / "tests" / "lockstep.py", ranks=ranks)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("all equal\n")
 
 
+@pytest.mark.slow
 def test_the_ranks_of_a_launcher_are_as_many_replicas(train):
     log, _ = train("-B", 0.08, "-L", 2, ranks=3)
     assert log[0]["replicas"] == log[0]["ranks"] == len(of(log, "eval")[0]["replica_errors"]) == 3
@@ -73,7 +74,9 @@ def test_ranks_with_different_settings_stop_with_one_line(python, proc):
         (["-n", 3, "-d", "digits"], 2, "use -n with one of 1, 2"),
         (["-b", 2000, "-d", "digits"], 2, "-b 1437 or less"),
         (["-d", "mnist", "-n", 2], None, "give --data DIR"),
-        (["-d", "digits", "--out", "/proc/none", "-n", 2], None, "name a new folder"),
+        pytest.param(
+            ["-d", "digits", "--out", "/proc/none", "-n", 2], None, "name a new folder", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2_for_all_ranks(python, proc, tmp_path, arguments, ranks, words):

@@ -324,7 +324,7 @@ ranks.run(main)
 """
 
 
-@pytest.mark.parametrize("wait", ["wait(comm.Ibarrier())", "gather(comm, 1)"])
+@pytest.mark.parametrize("wait", ["wait(comm.Ibarrier())", pytest.param("gather(comm, 1)", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("elsewhere", "missing"),
     [
