@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import sys
+import threading
 import urllib.error
 from types import SimpleNamespace
 
@@ -587,6 +588,29 @@ def test_the_devices_of_a_replica_are_those_that_it_got(train, pretend, monkeypa
     monkeypatch.setattr(parle_gpu, "DataParallel", lambda module, ids: made.append(ids) or DataParallel(module, ids))
     train("-n", 3, "--gpus-per-replica", 3, *SHORT)
     assert made == [[0, 1, 2], [3, 4, 5], [0, 1, 2]]
+
+
+def test_the_threads_of_data_parallel_compute_in_bfloat16_too(train, pretend, monkeypatch):
+    pretend(2)
+    dtypes = []
+
+    class Threaded(DataParallel):
+        def forward(self, inputs):
+            outputs = []
+
+            def work():
+                outputs.append(self.module(inputs))
+                dtypes.append(torch.get_autocast_dtype("cuda"))
+
+            thread = threading.Thread(target=work)
+            thread.start()
+            thread.join()
+            return outputs[0]
+
+    monkeypatch.setattr(parle_gpu, "DataParallel", Threaded)
+    for amp in ("off", "bf16"):
+        train("-n", 1, "--amp", amp, "-L", 1, "-B", 0.08, "-b", 60, out=amp)
+    assert (dtypes[0], dtypes[-1]) == (torch.float16, torch.bfloat16)
 
 
 def test_replicas_that_share_a_device_share_its_data(train, pretend):
