@@ -112,6 +112,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fault", ["kill:1:4", *(pytest.param(name, marks=pytest.mark.slow) for name in ("raise:2:3", "stall:1:5"))]
 )
