@@ -73,7 +73,7 @@ def test_ranks_with_different_settings_stop_with_one_line(python, proc):
     [
         (["-n", 3, "-d", "digits"], 2, "use -n with one of 1, 2"),
         (["-b", 2000, "-d", "digits"], 2, "-b 1437 or less"),
-        (["-d", "mnist", "-n", 2], None, "give --data DIR"),
+        pytest.param(["-d", "mnist", "-n", 2], None, "give --data DIR", marks=pytest.mark.slow),
         pytest.param(
             ["-d", "digits", "--out", "/proc/none", "-n", 2], None, "name a new folder", marks=pytest.mark.slow
         ),

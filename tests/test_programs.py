@@ -383,6 +383,7 @@ def test_another_error_passes_through(train, monkeypatch):
     assert caught.value is error
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
 def test_a_mini_batch_that_memory_does_not_hold_is_told_in_one_line(python, proc, tmp_path):
     script = tmp_path / "limited.py"
