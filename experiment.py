@@ -86,8 +86,9 @@ class Resumed(NamedTuple):
     changes: dict[str, tuple[Any, Any]]  # arguments that are not what they were: what they were and what they are
 
 
-MACHINE = {"data", "proc", "out", "device", "gpus_per_replica", "checkpoint_every", "eval_every", "resume"}
-MACHINE |= {"on_nan", "timeout"}
+# Arguments that may change without a word: they are of the machine and of what is told, not of what is trained
+MACHINE = {"data", "proc", "out", "device", "gpus_per_replica", "timeout"}
+MACHINE |= {"resume", "checkpoint_every", "eval_every", "on_nan"}
 
 
 def find_checkpoint(args: argparse.Namespace) -> Resumed | None:
@@ -103,8 +104,6 @@ def find_checkpoint(args: argparse.Namespace) -> Resumed | None:
         print(f"WARNING: {complaint}; taking the one before", flush=True)
     was, now = manifest["arguments"], json.loads(json.dumps(_plain(args)))
     changes = {name: (was[name], now[name]) for name in was if name not in MACHINE and was[name] != now.get(name)}
-    for name in {"model", "dataset", "whiten", "method"} & changes.keys():
-        raise options.Mistake(f"--resume: {path} has {name} {was[name]}, not {now[name]}")
     return Resumed(path, manifest, changes)
 
 

@@ -428,6 +428,11 @@ def test_mini_batches_on_a_gpu_never_make_the_host_wait(tmp_path, sync_every):
     def watch(*_):  # from the second mini-batch on, and no longer once train reads what the riders carried
         torch.cuda.set_sync_debug_mode("default" if optimizer.rounds == 3 else "error")
 
+    def rest(*_):  # as the round ends: there the host waits to see that the replicas are finite
+        if optimizer.batches == sync_every - 1:
+            torch.cuda.set_sync_debug_mode("default")
+
+    optimizer.register_step_pre_hook(rest)
     optimizer.register_step_post_hook(watch)
     settings = dict(epochs=3 / batches[0].per_epoch, lr_drops=[], lr_decay=1)
     try:
