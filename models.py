@@ -35,19 +35,21 @@ class LeNet(nn.Module):
 class AllCNN(nn.Sequential):
     """Convolutions alone, each with batch norm and ReLU, as the authors' code has it: 1,667,166 parameters on CIFAR-10.
 
-    All-CNN-C (Springenberg et al., 2014) has no batch norm, and 1x1 kernels in its eighth layer.
+    All-CNN-C (Springenberg et al., 2014) has no batch norm, and 1x1 kernels in its eighth layer. `width` is that of the
+    first three layers, half that of the rest.
     """
 
-    def __init__(self, channels: int, size: int, classes: int, dropout: float):
+    def __init__(self, channels: int, size: int, classes: int, dropout: float, width: int = 96):
         def conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> list[nn.Module]:
             layer = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2)
             return [layer, nn.BatchNorm2d(outputs), nn.ReLU()]
 
+        wide = 2 * width
         super().__init__(
             nn.Dropout(0.2 if dropout else 0.0),
-            *(*conv(channels, 96), *conv(96, 96), *conv(96, 96, stride=2), nn.Dropout(dropout)),
-            *(*conv(96, 192), *conv(192, 192), *conv(192, 192, stride=2), nn.Dropout(dropout)),
-            *(*conv(192, 192), *conv(192, 192), *conv(192, classes, kernel=1)),
+            *(*conv(channels, width), *conv(width, width), *conv(width, width, stride=2), nn.Dropout(dropout)),
+            *(*conv(width, wide), *conv(wide, wide), *conv(wide, wide, stride=2), nn.Dropout(dropout)),
+            *(*conv(wide, wide), *conv(wide, wide), *conv(wide, classes, kernel=1)),
             *(nn.AdaptiveAvgPool2d(1), nn.Flatten()),
         )
 

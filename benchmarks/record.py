@@ -1,0 +1,55 @@
+"""Keep what a benchmark measured: a line of JSON each in results/QUESTION.jsonl, and tables made of them."""
+
+import json
+import platform
+import shlex
+import statistics
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine() -> str:
+    """The processor and the versions that a number depends on, in one line."""
+    import torch
+
+    import ranks
+
+    try:
+        cpu = next(line.split(":")[1] for line in open("/proc/cpuinfo") if line.startswith("model name"))
+    except (OSError, StopIteration):
+        cpu = platform.machine()
+    return f"{len(ranks.cores())} cores of {cpu.strip()}, Python {platform.python_version()}, torch {torch.__version__}"
+
+
+def command() -> str:
+    """What was typed."""
+    return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+
+
+def read(question: str) -> list[dict[str, Any]]:
+    """The rows kept so far, oldest first."""
+    path = RESULTS / f"{question}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def keep(question: str, row: dict[str, Any]) -> None:
+    """Add a row. One process writes: a benchmark's first."""
+    RESULTS.mkdir(exist_ok=True)
+    with open(RESULTS / f"{question}.jsonl", "a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """mean ± standard deviation of the sample; of a single value no ±."""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """In Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
