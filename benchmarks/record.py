@@ -19,7 +19,8 @@ def machine() -> str:
     import ranks
 
     try:
-        cpu = next(line.split(":")[1] for line in open("/proc/cpuinfo") if line.startswith("model name"))
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next(line.split(":")[1] for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         cpu = platform.machine()
     return f"{len(ranks.cores())} cores of {cpu.strip()}, Python {platform.python_version()}, torch {torch.__version__}"
