@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -21,7 +22,7 @@ from optimizer import ReplicaOptimizer
 FORMAT = 1  # of what is in a checkpoint; raise it when that changes
 FOLDER = "checkpoints"  # in a run's own
 KEPT = 2
-PARTS = dict(files=dict, arguments=dict, progress=dict, counters=dict, replicas=int, log_bytes=int)
+FIELDS = dict(files=dict, arguments=dict, progress=dict, counters=dict, replicas=int, log_bytes=int)
 MANIFEST, SHARED = "manifest.json", "shared.pt"
 
 
@@ -54,31 +55,51 @@ def save(
     except OSError as error:
         failure = error
     answers = world.gather((sums, failure))
-    try:
-        for _, failure in answers:
-            if failure is not None:
-                raise failure
-        if world.index == 0:
-            files = {name: value for sums, _ in answers for name, value in sums.items()}
-            counters = optimizer.counters
-            manifest = dict(format=FORMAT, files=files, replicas=optimizer.num_replicas, counters=counters, **facts)
-            manifest["sum"] = _sum_of(manifest)
-            _write_text(temporary / MANIFEST, json.dumps(manifest, indent=1))
-            if path.exists():  # the same moment of a run that was resumed before it
-                shutil.rmtree(path)
-            os.rename(temporary, path)
-            later = [other for other in found(folder) if other.name > path.name]  # of a run that went another way
-            for old in (*later, *found(folder)[len(later) + KEPT :], *folder.glob(".[0-9]*")):
-                shutil.rmtree(old, ignore_errors=True)
-    finally:
-        if world.index == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
+    failure = next((failure for _, failure in answers if failure is not None), None)
+    if world.index == 0 and failure is None:
+        files = {name: value for sums, _ in answers for name, value in sums.items()}
+        manifest = dict(format=FORMAT, files=files, replicas=optimizer.num_replicas, counters=optimizer.counters)
+        try:
+            _complete(temporary, path, manifest | facts)
+        except OSError as error:
+            failure = error
+    failure = world.gather(failure)[0] or failure
+    shutil.rmtree(temporary, ignore_errors=True)  # each rank its own, should they not see the same folder
+    if failure is not None:
+        raise failure
     return path
+
+
+def _complete(temporary: Path, path: Path, manifest: dict[str, Any]) -> None:
+    """Give what all ranks have written its manifest and its name, and remove what is older than the last two."""
+    for name in manifest["files"]:
+        if not (temporary / name).exists():
+            raise FileNotFoundError(f"{temporary / name} is not here: --out must be one folder for all ranks")
+    _write_text(temporary / MANIFEST, json.dumps(manifest | dict(sum=_sum_of(manifest)), indent=1))
+    _flush(temporary)
+    if path.exists():  # the same moment of a run that was resumed before it
+        shutil.rmtree(path)
+    os.rename(temporary, path)
+    _flush(path.parent)
+    for old in (*found(path.parent)[KEPT:], *path.parent.glob(".[0-9]*")):
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def found(folder: Path) -> list[Path]:
     """The checkpoints in a folder, newest first."""
-    return sorted((path.parent for path in folder.glob(f"[0-9]*/{MANIFEST}")), reverse=True)
+    paths = [path.parent for path in folder.glob(f"*/{MANIFEST}") if re.fullmatch(r"\d+-\d+", path.parent.name)]
+    return sorted(paths, key=_moment, reverse=True)
+
+
+def _moment(path: Path) -> list[int]:
+    return [int(number) for number in path.name.split("-")]
+
+
+def put_aside_later(path: Path) -> None:
+    """A run that goes on from `path` goes another way than those after it; the next save removes them."""
+    for later in found(path.parent):
+        if _moment(later) > _moment(path):
+            os.rename(later, later.with_name(f".{later.name}-later"))
 
 
 def newest(paths: list[Path], files: bool = True) -> tuple[Path, dict[str, Any], list[str]]:
@@ -104,10 +125,15 @@ def read_manifest(path: Path, files: bool = True) -> dict[str, Any]:
             raise ValueError(f"{MANIFEST} is not what was written")
         if manifest["format"] != FORMAT:
             raise ValueError(f"it has format {manifest['format']}, this program reads {FORMAT}")
-        for name, kind in PARTS.items():
+        for name, kind in FIELDS.items():
             if not isinstance(manifest[name], kind):
                 raise ValueError(f"its {name} are not what this program writes")
-        if not {"rounds", "batches"} <= manifest["counters"].keys() or manifest["log_bytes"] < 0:
+        counters = manifest["counters"]
+        if (
+            manifest["replicas"] < 1
+            or manifest["log_bytes"] < 0
+            or not (0 <= counters["batches"] < max(1, counters["round_length"]) and counters["rounds"] >= 0)
+        ):
             raise ValueError("its counters are not what this program writes")
         for name, expected in manifest["files"].items() if files else ():
             if _sum(path / name) != expected:
@@ -129,10 +155,9 @@ def load(path: Path, manifest: dict[str, Any], optimizer: ReplicaOptimizer, repl
     shared = _read(path / SHARED)
     if now < then:
         source = "anchor" if manifest["counters"]["batches"] else "weights"
-        kept = [_read(path / _replica(number)) for number in range(now)]
-        shared["master"] = torch.stack([vectors[source] for vectors in kept]).mean(0)
+        shared["master"] = _mean(path, now, source, optimizer.master)
         if "master_momentum_buffer" in shared:
-            shared["master_momentum_buffer"] = torch.stack([v["outer_momentum_buffer"] for v in kept]).mean(0)
+            shared["master_momentum_buffer"] = _mean(path, now, "outer_momentum_buffer", optimizer.master)
     elif now > then and "master_momentum_buffer" in shared:  # the new ones have none
         shared["master_momentum_buffer"] *= then / now
     fresh = dict.fromkeys(("weights", "anchor", "inner_avg"), shared.get("master"))
@@ -150,8 +175,17 @@ def load(path: Path, manifest: dict[str, Any], optimizer: ReplicaOptimizer, repl
         optimizer.counters = manifest["counters"]
 
 
-def _put(path: Path, name: str, value: Tensor | None, vector: Tensor, spread: bool) -> None:
-    if value is None or (not spread and (value.shape != vector.shape or value.dtype != vector.dtype)):
+def _mean(path: Path, count: int, name: str, like: Tensor) -> Tensor:
+    """Of the first `count` replicas' vectors `name`; one of them is in memory at a time."""
+    mean, vector = torch.zeros_like(like), torch.empty_like(like)
+    for number in range(count):
+        _put(path, name, _read(path / _replica(number)).get(name), vector, False)
+        mean.add_(vector, alpha=1 / count)
+    return mean
+
+
+def _put(path: Path, name: str, value: Tensor | None, vector: Tensor, fresh: bool) -> None:
+    if value is None or (not fresh and (value.shape != vector.shape or value.dtype != vector.dtype)):
         raise CheckpointError(f"{path} is of another network or method ({name} does not fit)")
     vector.copy_(value)
 
@@ -166,7 +200,7 @@ def _write(path: Path, content: dict[str, Tensor]) -> str:
         try:
             torch.save({name: tensor.cpu() for name, tensor in content.items()}, file)
         except RuntimeError as error:  # torch's, for a full disk
-            raise OSError(f"{path} could not be written ({error})") from error
+            raise OSError(f"{path} could not be written; is the disk full? ({error})") from error
         file.flush()
         os.fsync(file.fileno())
     return _sum(path)
@@ -179,10 +213,19 @@ def _write_text(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
+def _flush(folder: Path) -> None:
+    """The names in a folder, too, are on the disk after this."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def _read(path: Path) -> dict[str, Tensor]:
     try:
         with warnings.catch_warnings(action="ignore"):  # torch warns of what it then refuses
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
             raise ValueError("it holds no tensors by name")
         return content

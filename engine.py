@@ -116,6 +116,14 @@ def train(
     syncs: list[float] = []  # seconds of communication of each line since the last checkpoint
     synced = optimizer.sync_seconds
     images_per_step = batch_size * optimizer.num_replicas
+
+    def keep() -> None:
+        nonlocal mark
+        progress.seconds += time.perf_counter() - mark
+        _count_syncs(progress, syncs, world)
+        save(progress)
+        asked.save, mark = False, time.perf_counter()
+
     while optimizer.rounds < rounds:
         optimizer.zero_grad()
         for model, source, riders in zip(models, batches, optimizer.riders, strict=True):
@@ -172,16 +180,15 @@ def train(
                 riders.zero_()
                 riders[SPREAD] = distance**2
         if evaluates:
+            if stops and done < rounds:  # who has asked may not wait for the evaluation
+                keep()
             result = evaluate()
             error, best = result["master_error"], progress.best_master_error
             progress.master_error, progress.best_master_error = error, error if best is None else min(best, error)
             yield {"event": "eval", "round": done, "epoch": done / nb, "seconds": progress.seconds, **result}
             mark = time.perf_counter()
         if saves:
-            progress.seconds += time.perf_counter() - mark
-            _count_syncs(progress, syncs, world)
-            save(progress)
-            asked.save, mark = False, time.perf_counter()
+            keep()
         if stops and done < rounds:
             return
 

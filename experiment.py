@@ -87,8 +87,10 @@ class Resumed(NamedTuple):
 
 
 # Arguments that may change without a word: they are of the machine and of what is told, not of what is trained
-MACHINE = {"data", "proc", "out", "device", "gpus_per_replica", "timeout"}
-MACHINE |= {"resume", "checkpoint_every", "eval_every", "on_nan"}
+MACHINE = {
+    *("data", "proc", "out", "device", "gpus_per_replica", "timeout"),
+    *("resume", "checkpoint_every", "eval_every", "on_nan"),
+}
 
 
 def find_checkpoint(args: argparse.Namespace) -> Resumed | None:
@@ -117,7 +119,7 @@ def restore(
         checkpoint.load(resumed.path, resumed.manifest, optimizer, replicas)
     except checkpoint.CheckpointError as error:
         raise options.Mistake(f"--resume: {error}") from error
-    if {"lr", "lr_drops", "lr_decay"} & resumed.changes.keys():
+    if {"lr", "lr_drops", "lr_decay", "batch_size", "frac"} & resumed.changes.keys():
         passed = sum(drop <= optimizer.rounds for drop in engine.drop_rounds(args.lr_drops, per_epoch))
         for group in optimizer.param_groups:
             group["lr"] = args.lr * args.lr_decay**passed
@@ -137,8 +139,11 @@ def open_report(args: argparse.Namespace, resumed: Resumed | None) -> Report:
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-{args.model}-{args.dataset}"
     try:
         if args.out is not None:
-            own = resumed is not None and resumed.path.parent.parent.resolve() == args.out.resolve()
-            return Report(args.out, label, resumed.manifest["log_bytes"] if own else None)
+            own = resumed is not None and resumed.path.parent.resolve() == (args.out / checkpoint.FOLDER).resolve()
+            report = Report(args.out, label, resumed.manifest["log_bytes"] if own else None)
+            if own:
+                checkpoint.put_aside_later(resumed.path)
+            return report
         for suffix in ("", *(f"-{i}" for i in range(2, 100))):  # runs may start in the same second
             with contextlib.suppress(FileExistsError):
                 return Report(Path("runs") / f"{name}{suffix}", label)
@@ -148,11 +153,13 @@ def open_report(args: argparse.Namespace, resumed: Resumed | None) -> Report:
 
 
 @contextlib.contextmanager
-def _told_how_to_resume(folder: Path | None, resume: str) -> Iterator[None]:
-    """What goes wrong within is noted with how to go on, once there is a checkpoint."""
+def _told_how_to_resume(optimizer: ReplicaOptimizer, folder: Path | None, resume: str) -> Iterator[None]:
+    """What goes wrong within is noted with the round, and with how to go on once there is a checkpoint."""
     try:
         yield
     except Exception as error:
+        if not isinstance(error, FloatingPointError | checkpoint.CheckpointError):  # which name theirs
+            error.add_note(f"in round {optimizer.rounds + 1}")
         if folder and checkpoint.found(folder / checkpoint.FOLDER):
             error.add_note(f"go on with: {resume}")
         raise
@@ -205,10 +212,12 @@ def run(
         start |= dict(round=optimizer.rounds, checkpoint=str(resumed.path), changes=resumed.changes)
     folder = world.gather(report and report.folder)[0]
     resume = f"{command} --resume {shlex.quote(str(folder))}"
-    if resumed:
+    if folder and checkpoint.found(folder / checkpoint.FOLDER):
         launch.leave_word(resume)
+    unsaved: OSError | None = None
 
     def save(progress: engine.Progress) -> None:
+        nonlocal unsaved
         if folder is None:
             return
         facts = dict(arguments=_plain(args), progress=dataclasses.asdict(progress))
@@ -217,7 +226,9 @@ def run(
         try:
             checkpoint.save(folder / checkpoint.FOLDER, optimizer, list(replicas), facts, team, world)
             launch.leave_word(resume)
+            unsaved = None
         except OSError as error:
+            unsaved = error
             if report:
                 report({"event": "checkpoint", "round": optimizer.rounds, "error": str(error)})
 
@@ -231,7 +242,7 @@ def run(
         team=team,
         world=world,
     )
-    with interrupts.heard() as asked, _told_how_to_resume(folder, resume):
+    with interrupts.heard() as asked, _told_how_to_resume(optimizer, folder, resume):
         events = engine.train(
             networks,
             sources,
@@ -256,6 +267,9 @@ def run(
                 report(event)
             if event["event"] == "lost" and args.on_nan == "stop":
                 raise FloatingPointError(f"NaN or infinity in replicas {event['replicas']} in round {event['round']}")
-    if event["event"] != "end" and report:
+        ended = event["event"] == "end"
+        if not ended and unsaved is not None:
+            raise checkpoint.CheckpointError(f"stopped in round {optimizer.rounds + 1}, which is not saved: {unsaved}")
+    if not ended and report:
         report({"event": "stop", "round": optimizer.rounds, "command": resume})
-    return event["event"] == "end"
+    return ended

@@ -17,6 +17,8 @@ def inject(optimizer: ReplicaOptimizer, replicas: list[int]) -> None:
     if "PARLE_FAULT" not in os.environ:
         return
     kind, replica, round = os.environ["PARLE_FAULT"].split(":")
+    if kind not in ("raise", "kill", "stall", "poison"):
+        raise ValueError(f"Invalid PARLE_FAULT: {kind}")
     if int(replica) not in replicas:
         return
 

@@ -10,6 +10,11 @@ from engine import Asked
 STOPPED = 75  # exit status of a run that was asked to stop: the BSDs' "try again later"
 
 
+def await_training() -> None:
+    """Before and after training there is nothing to save: a warning, by SIGUSR1, does not end the program."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+
 @contextlib.contextmanager
 def heard() -> Iterator[Asked]:
     """Within, SIGINT and SIGTERM ask to save and stop, SIGUSR1 to save and go on. A second SIGINT stops at once."""

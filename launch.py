@@ -4,11 +4,13 @@ import contextlib
 import ctypes
 import os
 import selectors
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -21,18 +23,24 @@ LAUNCHERS = {
 }
 STARTED = "PARLE_STARTED"  # set for the ranks that this program starts: a folder where they leave word for it
 LEFT, FAILED = b"left", b"failed"  # a rank's last word, unless it is killed
+GRACE = 10.0  # seconds from the end of the first rank to that of the others
 TERMINAL = "PARLE_TERMINAL"  # and where that is done from a terminal: its width, since their own output is a pipe
 
 
 def launched(environment: Mapping[str, str] = os.environ) -> tuple[int, int | None] | None:
     """Rank and number of ranks (None: not told) where a launcher started this process, else None."""
     for rank, size in LAUNCHERS.values():
-        if rank in environment and (size is None or size in environment):
+        if all(environment.get(name, "").isdecimal() for name in (rank, size) if name):
             ranks = None if size is None else int(environment[size])
             # a step of one task may be a shell (srun --pty bash), and what is typed there is not launched
             if environment.get("SLURM_STEP_NUM_TASKS") != "1" or ranks not in (1, None):
                 return int(environment[rank]), ranks
     return None
+
+
+def python() -> str:
+    """What runs this program again: its Python, by the name that a shell finds it under if there is one."""
+    return "python" if shutil.which("python") == sys.executable else shlex.quote(sys.executable)
 
 
 def start(count: int) -> int | None:
@@ -82,15 +90,19 @@ def _watch(command: list[str], folder: Path, count: int) -> int:
         signal.signal(number, lambda number, _: mpiexec.send_signal(number))
     streams.register(mpiexec.stdout, selectors.EVENT_READ, sys.stdout)
     streams.register(mpiexec.stderr, selectors.EVENT_READ, sys.stderr)
-    talking, gone, farewells = 2, [], {}
+    talking, gone, farewells, deadline = 2, [], {}, None
     while talking:
-        for key, _ in streams.select():
+        if 0 < len(gone) < count:
+            deadline = deadline or time.monotonic() + GRACE
+            if time.monotonic() > deadline:  # as when MPI starts on some ranks and not on others, which wait for ever
+                mpiexec.terminate()
+        for key, _ in streams.select(1 if deadline else None):
             chunk = os.read(key.fd, 65536)
             if not chunk:
                 streams.unregister(key.fileobj)
             if not isinstance(key.data, int):
                 talking -= not chunk
-                with contextlib.suppress(BrokenPipeError):  # nobody reads any more; the run goes on
+                with contextlib.suppress(OSError):  # nobody reads any more, or the disk is full; the run goes on
                     key.data.buffer.write(chunk)
                     key.data.flush()
             elif chunk:
@@ -98,11 +110,15 @@ def _watch(command: list[str], folder: Path, count: int) -> int:
             else:
                 gone.append(key.data)
     status = mpiexec.wait()
-    killed = next((rank for rank in gone if rank not in farewells), None)
-    if killed is not None and FAILED not in farewells.values():
+    culprit = next((f"rank {rank}: killed" for rank in gone if rank not in farewells), None)
+    if deadline is not None and time.monotonic() > deadline:
+        culprit = f"rank {gone[0]}: ended before the others"
+    elif status < 0:
+        culprit = "mpiexec: killed"
+    if culprit is not None and FAILED not in farewells.values():
         resume = folder / "resume"
         hint = f"; go on with: {resume.read_text()}" if resume.exists() else ""
-        sys.stderr.write(f"rank {killed}: killed{hint}\n")
+        sys.stderr.write(f"{culprit}{hint}\n")
         status = status or 1
     return status if status >= 0 else 128 - status
 
@@ -125,5 +141,6 @@ def leave_word(resume: str) -> None:
     """Leave the command that resumes the run for the process that has started the ranks, if it is this program's."""
     if STARTED in os.environ and launched() is not None:
         folder, rank = Path(os.environ[STARTED]), launched()[0]
-        (folder / f".resume-{rank}").write_text(resume)
-        os.replace(folder / f".resume-{rank}", folder / "resume")  # whole at any moment
+        with contextlib.suppress(OSError):  # without room for it the last line says less
+            (folder / f".resume-{rank}").write_text(resume)
+            os.replace(folder / f".resume-{rank}", folder / "resume")  # whole at any moment

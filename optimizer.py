@@ -249,10 +249,11 @@ class ReplicaOptimizer(torch.optim.Optimizer):
         `step()` calls it; call it yourself only to end a round early, as at the end of training, and then on every
         rank. Without a mini-batch since the last one there is nothing to do.
 
-        A replica that is not finite has no part in the mean. It restarts from the master and is named in `lost`.
+        A replica whose weights or riders are not finite has no part in the mean. It restarts from the master and is
+        named in `lost`.
 
         Raises:
-            FloatingPointError: no replica is finite.
+            FloatingPointError: no replica is finite, or their mean is not.
         """
         if self.batches == 0:
             return
@@ -262,7 +263,8 @@ class ReplicaOptimizer(torch.optim.Optimizer):
         lost = []
         for number, replica in self._replicas.items():
             average = replica.weights if single else replica.state["inner_avg"]
-            if not average.sum().isfinite():  # a NaN or an infinity anywhere; no other test reads it only once
+            # a NaN or an infinity anywhere; no other test reads the vector only once
+            if not (average.sum() + replica.riders.sum()).isfinite():
                 lost.append(number)
                 continue
             replica.gradient.add_(average)
@@ -295,6 +297,8 @@ class ReplicaOptimizer(torch.optim.Optimizer):
         if single:
             for device, master in self._masters.items():
                 master.copy_(self._messages[device][: len(master)])
+        if not self.master.sum().isfinite():
+            raise FloatingPointError(f"the master is not finite any more after round {self.rounds}: try a lower lr")
         for number in lost:
             self._restart(self._replicas[number])
 

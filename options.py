@@ -80,7 +80,7 @@ SEED = _number(int, lambda value: 0 <= value < 2**63, "a whole number of at leas
 REPLICAS = _number(int, lambda value: 1 <= value <= 10_000, "a whole number of at least 1 and up to 10000, such as 3")
 COUNT = _number(int, lambda value: value >= 1, "a whole number of at least 1, such as 3")
 BATCH = _number(int, lambda value: value >= 2, "a whole number of at least 2 (batch norm needs two), such as 128")
-COEFFICIENT = _number(float, lambda value: 0 <= value < math.inf, "a number of at least 0, such as 0.01")
+COEFFICIENT = _number(float, lambda value: 0 <= value <= 1e6, "a number of at least 0 and up to 1e6, such as 0.01")
 POSITIVE = _number(float, lambda value: 0 < value < math.inf, "a number above 0, such as 0.25")
 EPOCHS = _number(float, lambda value: 0 < value <= 1e9, "a number above 0 and up to 1e9, such as 0.25")
 DECAY = _number(float, lambda value: 0 <= value < 1, "a number of at least 0 and below 1, such as 0.75")
@@ -93,10 +93,12 @@ def _folder(text: str) -> Path:
     return Path(text)
 
 
+LONGEST = 10**9  # mini-batches of a round
+MOST_THREADS = 1024  # far more than any node's cores; what OpenMP cannot start ends the program
 LENGTH = _number(
     lambda text: text if text == "auto" else int(text),
-    lambda value: value == "auto" or value >= 1,
-    "a whole number of at least 1, such as 25, or auto",
+    lambda value: value == "auto" or 1 <= value <= LONGEST,
+    "a whole number of at least 1 and up to 1e9, such as 25, or auto",
 )
 
 
@@ -168,28 +170,32 @@ def parse(parser: Parser) -> argparse.Namespace:
     `resume` becomes the checkpoint that was named, or the folder of a run's checkpoints. Raises: Mistake.
     """
     args = parser.parse_args()
+    args.program = parser.prog
     if args.resume is None:
         return args
     folder = args.out if args.resume is True else args.resume
     if folder is None:
         raise Mistake("--resume needs the folder of the run: --resume DIR")
     named = os.path.exists(folder / checkpoint.MANIFEST)
+    if named:
+        folder = folder.resolve()
     try:
         paths = [folder] if named else checkpoint.found(folder / checkpoint.FOLDER)
         _, manifest, _ = checkpoint.newest(paths, files=False)
     except (checkpoint.CheckpointError, OSError) as error:
         raise Mistake(f"--resume {folder}: {error}") from error
-    run = folder.parent.parent if named else folder
-    arguments = manifest["arguments"] | dict(out=str(run))
-    if launch.launched() is not None:
+    run = folder if not named else folder.parent.parent if folder.parent.name == checkpoint.FOLDER else None
+    arguments = manifest["arguments"] | dict(out=run and str(run))
+    if launch.STARTED not in os.environ and (launch.launched() or (0, 1))[1] != 1:
         del arguments["replicas"]  # as many as there are ranks now, unless -n says otherwise
-    if PRESETS[arguments["method"]]["rho"] == "1/n":
+    if PRESETS[arguments["method"]]["rho"] == "1/n" and arguments["rho"] == 1 / manifest["replicas"]:
         del arguments["rho"]  # with another n another one
     parser.set_defaults(**arguments)
     args = parser.parse_args()
+    args.program = parser.prog
     for name in ("model", "dataset", "whiten", "method"):
         if getattr(args, name) != arguments[name]:
-            raise Mistake(f"--resume: {run} has {name} {arguments[name]}, not {getattr(args, name)}")
+            raise Mistake(f"--resume: {folder} has {name} {arguments[name]}, not {getattr(args, name)}")
     args.resume = folder if named else run / checkpoint.FOLDER
     return args
 
@@ -223,6 +229,11 @@ def check(args: argparse.Namespace, size: int | None) -> None:
     """What `resolve` gave, as a whole, on `size` ranks. Raises: Mistake."""
     if args.sync_every == "auto" and not args.gamma:
         raise Mistake("-L auto needs a pull towards the anchor: --gamma 0.01")
+    if args.sync_every == "auto" and args.lr > LONGEST * args.gamma:
+        raise Mistake(f"-L auto is lr / gamma, and {args.lr:g} / {args.gamma:g} is too long: --gamma 0.01")
+    threads = os.environ.get("OMP_NUM_THREADS", "1").split(",")[0]
+    if not (threads.strip().isdecimal() and 1 <= int(threads) <= MOST_THREADS):
+        raise Mistake(f"OMP_NUM_THREADS is {threads!r}, not a number of threads from 1 to {MOST_THREADS}")
     if args.data is not None and not os.path.isdir(args.data):
         raise Mistake(f"--data {args.data}: there is no such folder")
     if size is None:

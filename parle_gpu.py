@@ -6,6 +6,7 @@ python parle_gpu.py -n 2 --gpus-per-replica 4 # each data-parallel over four
 """
 
 import argparse
+import shlex
 import sys
 import time
 from collections.abc import Iterable
@@ -22,6 +23,7 @@ import loader
 import models
 import options
 import ranks
+from checkpoint import CheckpointError
 from optimizer import ReplicaOptimizer
 
 
@@ -132,11 +134,12 @@ def main() -> None:
         metavar="N",
         help="CUDA devices that share each one's mini-batches (all there are // -n)",
     )
+    interrupts.await_training()
     try:
         status = 0 if run(options.parse(parser)) else interrupts.STOPPED
-    except (options.Mistake, loader.DataError, FloatingPointError) as error:
+    except (options.Mistake, loader.DataError, FloatingPointError, CheckpointError) as error:
         options.tell(parser.prog, error)
-        status = 1 if isinstance(error, FloatingPointError) else 2
+        status = 1 if isinstance(error, FloatingPointError | CheckpointError) else 2
     if status:
         sys.exit(status)
 
@@ -218,7 +221,7 @@ def train(args: argparse.Namespace, data: loader.Dataset, places: list[list[torc
         replicas,
         experiment.open_report(args, resumed),
         resumed,
-        "python parle_gpu.py",
+        f"{launch.python()} {shlex.quote(sys.argv[0])}",
         devices=[" + ".join(map(options.name, devices)) for devices in places],
         idle=idle,
     )

@@ -10,6 +10,7 @@ import functools
 import importlib.metadata
 import math
 import os
+import shlex
 import sys
 import time
 from collections.abc import Iterable
@@ -25,6 +26,7 @@ import launch
 import loader
 import options
 import ranks
+from checkpoint import CheckpointError
 from optimizer import TAIL, Replica, ReplicaOptimizer
 
 if TYPE_CHECKING:
@@ -102,10 +104,7 @@ class Parle(ReplicaOptimizer):
         if self._staging is not None:
             host = self._staging[: len(vector)]
             host.copy_(vector)  # returns when it is there, so MPI reads what was computed
-        try:
-            ranks.add(comm, host)
-        except ranks.Hang as hang:
-            raise ranks.Hang(f"in round {self.rounds + 1}, {hang}") from None
+        ranks.add(comm, host)
         if host is not vector:
             vector.copy_(host)
         vector.div_(comm.size)
@@ -114,6 +113,7 @@ class Parle(ReplicaOptimizer):
 
 def main() -> None:
     parser = options.parser("parle_mpi.py", "Parle over MPI: replicas on ranks, coupled by one allreduce a round.")
+    interrupts.await_training()
     comm = None
     try:
         if launch.launched() is None:
@@ -125,9 +125,9 @@ def main() -> None:
         comm = world()
         done = run(ranks.together(comm, functools.partial(options.parse, parser), True, options.Mistake), comm)
         status = 0 if done else interrupts.STOPPED
-    except (options.Mistake, ranks.Disagreement, loader.DataError, FloatingPointError) as error:
+    except (options.Mistake, ranks.Disagreement, loader.DataError, FloatingPointError, CheckpointError) as error:
         options.tell(parser.prog, error)
-        status = 1 if isinstance(error, FloatingPointError) else 2
+        status = 1 if isinstance(error, FloatingPointError | CheckpointError) else 2
     if status and comm is not None:
         ranks.gather(comm, None)  # every rank has the same to say, and none ends before the first has said it
         sys.modules["mpi4py.MPI"].Finalize()
@@ -165,7 +165,6 @@ def run(given: argparse.Namespace, comm: "MPI.Comm") -> bool:
     ranks.patience = given.timeout
     node = ranks.node(comm)
     cores = set().union(*ranks.gather(node, ranks.cores()))  # a launcher may have bound each rank to some of its own
-    torch.set_num_threads(ranks.threads(len(cores), node.size))
 
     def check() -> list[torch.device]:
         args = options.resolve(given, comm.size)
@@ -173,6 +172,7 @@ def run(given: argparse.Namespace, comm: "MPI.Comm") -> bool:
         return options.devices(args.device)
 
     devices = ranks.together(comm, check, True, options.Mistake)
+    torch.set_num_threads(ranks.threads(len(cores), node.size))
     device = devices[node.rank % len(devices)]
     args, data = experiment.load(given, size=comm.size, read=functools.partial(load, comm, node), first=comm.rank == 0)
     data = data.to(device)
@@ -187,7 +187,7 @@ def run(given: argparse.Namespace, comm: "MPI.Comm") -> bool:
     restore = functools.partial(experiment.restore, args, resumed, optimizer, [replica], batches.per_epoch)
     ranks.together(comm, restore, True, options.Mistake)
     open_report = functools.partial(experiment.open_report, args, resumed)
-    program = "python parle_mpi.py"
+    program = f"{launch.python()} {shlex.quote(sys.argv[0])}"
     if launch.STARTED not in os.environ and comm.size > 1:
         program = f"mpiexec -n {comm.size} {program} -n {args.replicas}"
     return experiment.run(

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import fcntl
 import importlib.metadata
 import json
 import math
@@ -10,6 +11,7 @@ import platform
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +36,16 @@ class Report:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.label = folder, label
         self.log = folder / "log.jsonl"
-        if log_bytes is not None and self.log.exists():
-            os.truncate(self.log, min(log_bytes, self.log_bytes))
-        else:
+        if log_bytes is None or not self.log.exists():
             self.log.touch(exist_ok=False)
+        handle = os.open(self.log, os.O_RDWR)
+        weakref.finalize(self, os.close, handle)  # which gives up the lock
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise FileExistsError(f"another run is writing {self.log}") from error
+        if log_bytes is not None:
+            os.truncate(self.log, min(log_bytes, self.log_bytes))
         self.bar: tqdm | None = None
         self.spoken = -LINE_EVERY
         self.start: dict[str, Any] = {}
@@ -60,8 +68,11 @@ class Report:
 
     def say(self, text: str) -> None:
         """A line on the screen, with what is trained on what in front."""
-        tqdm.write(f"{self.label}  {text}")
-        sys.stdout.flush()
+        try:
+            tqdm.write(f"{self.label}  {text}")
+            sys.stdout.flush()
+        except OSError:  # nobody reads any more, or the disk is full; the run goes on
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def _start(self, event: dict[str, Any]) -> None:
         self.start, arguments = event, event["arguments"]
@@ -150,16 +161,19 @@ class Report:
         )
 
     def save_master(self, model: torch.nn.Module) -> None:
-        """The master as a plain state dict, in one piece or not at all."""
+        """The master as a plain state dict, in one piece or not at all, and finite."""
         path = self.folder / "master.pt"
         temporary = path.with_suffix(".tmp")
+        state = {name: value.cpu() for name, value in model.state_dict().items()}
         try:
+            if not all(value.isfinite().all() for value in state.values()):
+                raise ValueError("that one has NaN or infinity")
             with open(temporary, "wb") as file:
-                torch.save({name: value.cpu() for name, value in model.state_dict().items()}, file)
+                torch.save(state, file)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-        except (OSError, RuntimeError) as error:  # torch has a RuntimeError for a full disk
+        except (ValueError, OSError, RuntimeError) as error:  # torch has a RuntimeError for a full disk
             temporary.unlink(missing_ok=True)
             self.say(f"WARNING: {path} is not the newest master: {error}")
 

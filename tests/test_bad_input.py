@@ -202,7 +202,7 @@ def test_a_wrong_name_is_told_with_all_there_are(flag, refused):
         ("--lr-decay 0", "--lr-decay: 0 is not"),
         ("-b 1", "-b/--batch-size: 1 is not a whole number of at least 2 (batch norm needs two)"),
         (f"-s {2**63}", f"-s/--seed: {2**63} is not"),
-        ("-L Auto", "-L/--sync-every: Auto is not a whole number of at least 1, such as 25, or auto"),
+        ("-L Auto", "-L/--sync-every: Auto is not a whole number of at least 1 and up to 1e9, such as 25, or auto"),
         ("-L auto --gamma 0", "-L auto needs a pull towards the anchor: --gamma 0.01"),
         ("-L auto --method sgd", "-L auto needs a pull towards the anchor: --gamma 0.01"),
         ("-L auto --method elastic-sgd", "-L auto needs a pull towards the anchor: --gamma 0.01"),

@@ -30,11 +30,6 @@ from parle_gpu import Parle
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.fixture(scope="session")
-def proc(tmp_path_factory):
-    return tmp_path_factory.mktemp("proc")
-
-
 # Checkpoints of small optimizers
 
 
@@ -605,7 +600,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(run, uninterrupted, tmp_path, setting
     status = run.new(out, settings=settings, at={stops[0]: STOP})
     for count in [*stops[1:], 0]:
         assert status == 75
-        assert run.printed.splitlines()[-1].endswith(f"; go on with: python parle_gpu.py --resume {out}")
+        assert run.printed.splitlines()[-1].endswith(f"; go on with: {launch.python()} parle_gpu.py --resume {out}")
         assert log_of(out)[-1]["event"] == "stop"
         status = run("--resume", out, at={count: STOP})
     assert (status, run.erred) == (0, "")
@@ -628,7 +623,8 @@ def test_what_was_done_since_the_checkpoint_is_done_again(run, uninterrupted, tm
     out = tmp_path / "run"
     with pytest.raises(RuntimeError, match="a power cut") as failed:
         run.new(out, "--checkpoint-every", 2, at={33: fail})
-    assert failed.value.__notes__ == [f"go on with: python parle_gpu.py --resume {out}"]
+    assert failed.value.__notes__ == ["in round 7", f"go on with: {launch.python()} parle_gpu.py --resume {out}"]
+    del failed  # and with it, as when the process ends, the hold on the log
     assert run("--resume", out) == 0
     assert log_of(out, "resume")[0]["round"] == 6
     assert result(out) == expected
@@ -832,7 +828,7 @@ def test_a_folder_with_a_space_is_quoted(run, tmp_path):
     out = tmp_path / "my run"
     assert run.new(out, at={3: STOP}) == 75
     command = shlex.split(run.printed.splitlines()[-1].partition("go on with: ")[2])
-    assert command == ["python", "parle_gpu.py", "--resume", str(out)]
+    assert command == [*shlex.split(launch.python()), "parle_gpu.py", "--resume", str(out)]
 
 
 # A full disk

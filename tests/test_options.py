@@ -183,7 +183,7 @@ def test_resolving_leaves_what_was_given_as_it_was():
         ("-L -3", "-L/--sync-every: -3 is not"),
         ("-L 0", "-L/--sync-every: 0 is not"),
         ("-L 1.5", "-L/--sync-every: 1.5 is not"),
-        ("-L Auto?", "-L/--sync-every: Auto? is not a whole number of at least 1, such as 25, or auto"),
+        ("-L Auto?", "-L/--sync-every: Auto? is not a whole number of at least 1 and up to 1e9, such as 25, or auto"),
         ("--gamma nan", "--gamma: nan is not"),
         ("--gamma inf", "--gamma: inf is not"),
         ("--gamma -1", "--gamma: -1 is not"),

@@ -242,11 +242,13 @@ def test_a_run_that_goes_on_says_where_and_what_is_new(changes, words, tell, cap
 
 
 @pytest.mark.parametrize(("lines", "more"), [(0, 0), (2, 0), (4, 0), (4, 1000)])
-def test_a_run_that_goes_on_keeps_the_log_of_what_it_does_not_repeat(lines, more, tell):
+def test_a_run_that_goes_on_keeps_the_log_of_what_it_does_not_repeat(lines, more, tmp_path):
+    stopped = report.Report(tmp_path, LABEL)
     for event in events()[:4]:
-        tell(event)
-    written = tell.log.read_text().splitlines(keepends=True)
-    again = report.Report(tell.folder, LABEL, len("".join(written[:lines])) + more)
+        stopped(event)
+    written = stopped.log.read_text().splitlines(keepends=True)
+    del stopped
+    again = report.Report(tmp_path, LABEL, len("".join(written[:lines])) + more)
     assert again.log.read_text().splitlines(keepends=True) == written[:lines]
     again(RESUME)
     assert [json.loads(line)["event"] for line in again.log.read_text().splitlines()[lines:]] == ["resume"]

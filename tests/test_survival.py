@@ -16,16 +16,12 @@ import pytest
 import torch
 
 import checkpoint
+import launch
 from tests.conftest import MPIEXEC, ROOT, outside
 from tests.test_checkpoint import result
 
 SETTINGS = shlex.split("-d digits --device cpu -L 5 -b 48 --frac 0.15 --lr-drops 0.6 --checkpoint-every 1")
 MPI, GPU = "parle_mpi.py", "parle_gpu.py"
-
-
-@pytest.fixture(scope="session")
-def proc(tmp_path_factory):
-    return tmp_path_factory.mktemp("proc")
 
 
 @pytest.fixture
@@ -47,10 +43,7 @@ def start(tmp_path, proc):
         started.append(process)
         return process
 
-    start.again = lambda command: begin(
-        [{"python": sys.executable, "mpiexec": str(MPIEXEC)}.get(word, word) for word in shlex.split(command)],
-        dict(OMP_NUM_THREADS="1"),
-    )
+    start.again = lambda command: begin(["bash", "-c", f"exec {command}"], dict(OMP_NUM_THREADS="1"))
     yield start
     for process in started:
         if process.poll() is None:
@@ -108,7 +101,7 @@ def whole(tmp_path_factory, proc):
 FAULTS = {
     "kill:1:4": "rank 1: killed",
     "raise:2:3": "rank 2: RuntimeError: a fault on purpose",
-    "stall:1:5": "Hang: in round 5, waited 2 s for rank 1",
+    "stall:1:5": "Hang: waited 2 s for rank 1; in round 5",
 }
 
 
@@ -125,7 +118,7 @@ def test_a_lost_rank_ends_all_and_the_last_line_resumes(start, whole, tmp_path, 
     assert done.ended - (out / "checkpoints" / saved(out)[0]).stat().st_mtime < 10
     last = done.erred.splitlines()[-1]
     assert FAULTS[fault] in last
-    assert last.endswith(f"; go on with: python parle_mpi.py --resume {out}")
+    assert last.endswith(f"; go on with: {launch.python()} parle_mpi.py --resume {out}")
     finished(start.again(command_of(last)))
     assert result(out) == whole
     assert log_of(out, "resume")[0]["round"] == round - 1
@@ -158,7 +151,7 @@ def test_killed_as_it_resumes_it_still_says_how_to_go_on(start, whole, tmp_path,
     rounds = int(saved(out)[0][:8]) + 1
     done = finish(start(MPI, "--resume", PARLE_FAULT=f"{fault[:-1]}{rounds}"))
     last = done.erred.splitlines()[-1]
-    assert last.endswith(f"; go on with: python parle_mpi.py --resume {out}")
+    assert last.endswith(f"; go on with: {launch.python()} parle_mpi.py --resume {out}")
     finished(start.again(command_of(last)))
     assert result(out) == whole
 
@@ -174,7 +167,7 @@ def test_sigterm_to_the_program_stops_three_ranks_which_go_on_bit_for_bit(start,
     assert (done.status, done.erred) == (75, "")
     assert done.ended - told < 10
     command = command_of(done.printed)
-    assert command == log_of(out)[-1]["command"] == f"python parle_mpi.py --resume {out}"
+    assert command == log_of(out)[-1]["command"] == f"{launch.python()} parle_mpi.py --resume {out}"
     finished(start.again(command))
     assert result(out) == whole
 
@@ -217,7 +210,8 @@ def test_sigterm_and_sigint_to_all_ranks_stop_once(start, tmp_path, ranks):
     done = finish(process)
     assert done.status == 75
     assert done.printed.count("go on with: ") == 1
-    expected = "mpiexec -n 3 python parle_mpi.py -n 3" if ranks else "python parle_mpi.py"
+    expected = f"{launch.python()} parle_mpi.py"
+    expected = f"mpiexec -n 3 {expected} -n 3" if ranks else expected
     assert command_of(done.printed) == f"{expected} --resume {tmp_path / 'run'}"
 
 
@@ -262,7 +256,7 @@ def test_sigterm_stops_parle_gpu_in_mid_round(start, tmp_path):
     done = finish(process)
     assert (done.status, done.erred) == (75, "")
     assert done.ended - told < 5
-    assert command_of(done.printed) == f"python parle_gpu.py --resume {out}"
+    assert command_of(done.printed) == f"{launch.python()} parle_gpu.py --resume {out}"
     checkpoint.read_manifest(checkpoint.found(out / "checkpoints")[0])
 
 
@@ -301,7 +295,7 @@ def test_on_nan_stop_and_no_good_replica_are_one_line_and_exit_code_1(start, tmp
     (line,) = done.erred.splitlines()
     assert line.startswith(f"{program}: error: ")
     assert words in line
-    assert line.endswith(f"; go on with: python {program} --resume {tmp_path / 'run'}")
+    assert line.endswith(f"; go on with: {launch.python()} {program} --resume {tmp_path / 'run'}")
     assert "in round 3" in line or "after round 3" in line
     assert saved(tmp_path / "run") == ["00000002-0000", "00000001-0000"]
     master = checkpoint._read(tmp_path / "run" / "checkpoints" / "00000002-0000" / "shared.pt")["master"]
