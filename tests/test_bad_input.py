@@ -137,7 +137,7 @@ COUNTS = [
 NAMES = {
     "-m/--model": "lenet, allcnn",
     "-d/--dataset": "mnist, fashion",
-    "--method": "parle, entropy-sgd",
+    "--method": "parle, parle-paper",
     "--on-nan": "restart, stop",
     "--amp": "off, bf16",
 }
