@@ -1,0 +1,325 @@
+"""Where do coupled replicas win? One network and data set, and what changes when one setting of Parle does.
+
+    python benchmarks/claim.py --data DIR                  # all trials that have not been run, on all cores: hours
+    python benchmarks/claim.py --data DIR method rho       # those of two panels
+    python benchmarks/claim.py --table                     # what results/claim.jsonl says
+    python benchmarks/claim.py --figure                    # figures/claim.png
+
+A trial trains its replicas one after another on one thread, by parle_gpu.Parle on the CPU, and as many trials run at
+once as there are cores: errors are compared here, not seconds. Every trial has the same number of mini-batches of each
+replica; `sgd, x n` has as many gradients as the three replicas have together.
+"""
+
+import argparse
+import json
+import multiprocessing
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import record
+
+import engine
+import loader
+import models
+import ranks
+from parle import PRESETS
+from parle_gpu import Parle
+
+SEEDS = (42, 43, 44)
+BATCH = 128
+DROPS, DECAY = (0.5, 0.75), 0.2  # of lr, at shares of a run; the same for all
+CURVE = (0.1, 0.2, 0.4, 0.6, 0.8)  # shares of a run after which the master is tested, besides the end
+
+
+class Task(NamedTuple):
+    """A network and data that a CPU trains in a minute."""
+
+    dataset: str
+    images: int  # for training: the first of one shuffle
+    shrink: int  # of height and width, by averaging
+    build: Callable[[loader.Dataset], nn.Module]
+    augment: bool
+    weight_decay: float
+    batches: int  # of each replica
+
+
+def lenet(data: loader.Dataset) -> nn.Module:
+    return models.build("lenet", data.channels, data.size, data.classes)
+
+
+def narrow_allcnn(data: loader.Dataset) -> nn.Module:
+    """A sixth of the width, and no dropout."""
+    model = models.AllCNN(data.channels, data.size, data.classes, dropout=0.0, width=16)
+    return model.to(memory_format=torch.channels_last)
+
+
+TASKS = {
+    "cifar-5000": Task("cifar10", 5000, 2, narrow_allcnn, True, 1e-3, 1000),
+    "mnist-2000": Task("mnist", 2000, 1, lenet, False, 0.0, 600),
+}
+
+# What a trial has unless its setting says otherwise. Besides Parle's own hyper-parameters: how much longer it is; how
+# fast scoping goes; whether the outer step drops with lr, the inner lr does not, or u is cleared at each sync.
+USUAL = PRESETS["parle"] | dict(
+    replicas=3, alpha=0.75, lr=0.1, momentum=0.9, frac=1.0,
+    longer=1, scoping=1, outer_drops=False, inner_drops=True, clear_momentum=False,
+)  # fmt: skip
+SGD = PRESETS["sgd"]
+PANELS: dict[str, list[dict[str, Any]]] = {
+    "method": [
+        SGD,
+        SGD | dict(longer=3),
+        PRESETS["entropy-sgd"],
+        PRESETS["elastic-sgd"] | dict(replicas=3, rho=1 / 3),
+        PRESETS["parle-paper"] | dict(replicas=3),
+        {},
+    ],
+    "outer_step": [dict(outer_step=value) for value in (0.1, 0.25, 0.5, 0.7)],
+    "outer_momentum": [dict(outer_momentum=value) for value in (0.0, 0.5, 0.7, 0.9)],
+    "gamma": [dict(gamma=value) for value in (0.0, 0.001, 0.003, 0.01, 0.03, 0.1)],
+    "rho": [dict(rho=value) for value in (0.0, 0.001, 0.003, 0.01, 0.03, 0.1)],
+    "alpha": [dict(alpha=value) for value in (0.0, 0.75, 0.9)],
+    "sync_every": [dict(sync_every=value) for value in (5, 10, 25, 50, 100)] + [dict(sync_every="auto")],
+    "replicas": [dict(replicas=value) for value in (1, 2, 3, 6)],
+    "scoping": [dict(scoping=value) for value in (0, 1, 4)],
+    "weight_decay": [dict(weight_decay=value) for value in (0.0, 1e-3, 3e-3)],
+    "drops": [dict(outer_drops=True), dict(outer_drops=True, inner_drops=False), dict(clear_momentum=True)],
+    "frac": [
+        *(dict(frac=value) for value in (0.34, 0.5)),
+        *(SGD | dict(frac=value) for value in (0.34, 0.5)),
+    ],
+}
+
+
+def load(task: Task, raw: Path | None, proc: Path) -> loader.Dataset:
+    data = loader.load(task.dataset, raw, proc)
+    kept = torch.randperm(len(data.train_labels), generator=torch.Generator().manual_seed(0))[: task.images]
+
+    def shrink(images: torch.Tensor) -> torch.Tensor:
+        small = F.avg_pool2d(images.permute(0, 3, 1, 2).float(), task.shrink)
+        return small.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+    return data._replace(
+        train_images=shrink(data.train_images[kept]),
+        train_labels=data.train_labels[kept],
+        test_images=shrink(data.test_images),
+    )
+
+
+def trial(name: str, setting: dict[str, Any], seed: int, raw: Path | None, proc: Path) -> dict[str, Any]:
+    """Train once, on one thread. Gives the row to keep."""
+    torch.set_num_threads(1)
+    task, values, began = TASKS[name], USUAL | setting, time.perf_counter()
+    data, n = load(task, raw, proc), values["replicas"]
+    networks, sources = [], []
+    for replica in range(n):
+        torch.manual_seed(seed)
+        networks.append(task.build(data).train())
+        shares = dict(replica=replica, replicas=n, frac=values["frac"])
+        sources.append(loader.Batches(data, batch_size=BATCH, seed=seed, augment=task.augment, **shares))
+    names = ("lr", "momentum", "sync_every", "gamma", "rho", "alpha", "outer_step", "outer_momentum")
+    per_epoch = sources[0].per_epoch
+    optimizer = Parle(
+        [network.parameters() for network in networks],
+        weight_decay=values.get("weight_decay", task.weight_decay),
+        batches_per_epoch=round(per_epoch / values["scoping"]) if values["scoping"] else 10**9,
+        **{name: values[name] for name in names},
+    )
+    model, batches = task.build(data), values["longer"] * task.batches
+    drops, points = ([round(share * batches) for share in shares] for shares in (DROPS, CURVE))
+    curve, losses = [], []
+    for done in range(1, batches + 1):
+        optimizer.zero_grad()
+        for network, source in zip(networks, sources, strict=True):
+            inputs, targets = next(source)
+            engine.seed(torch.device("cpu"), source.dropout_seed())
+            loss = F.cross_entropy(network(inputs), targets)
+            loss.backward()
+            losses.append(loss.item())
+        optimizer.step()
+        if values["clear_momentum"] and optimizer.batches == 0:
+            for vectors in optimizer.vectors:
+                vectors["inner_momentum_buffer"].zero_()
+        if done in drops:
+            for group in optimizer.param_groups:
+                group["lr"] *= DECAY if values["inner_drops"] else 1
+                if values["outer_drops"]:
+                    group["outer_step"] *= DECAY
+        if done in points:
+            optimizer.copy_master_to(model)
+            curve.append((done, test(model, data)))
+    optimizer.sync()
+    last = engine.evaluate(optimizer, model, data, batch_size=BATCH, replicas=list(range(n)))
+    return dict(
+        task=name,
+        setting=setting,
+        seed=seed,
+        batches=batches,
+        gradients=batches * n,
+        error=last["master_error"],
+        loss=last["master_loss"],
+        replica_errors=last["replica_errors"],
+        ensemble_error=last["ensemble_error"],
+        distance=statistics.mean(last["distances"]),
+        train_loss=statistics.mean(losses[-100 * n :]),
+        curve=curve,
+        seconds=round(time.perf_counter() - began, 1),
+    )
+
+
+def test(model: nn.Module, data: loader.Dataset) -> float:
+    """Error in percent, batch-norm statistics recomputed."""
+    engine.recalibrate_batch_norm(model, engine.calibration_batches(data, BATCH))
+    wrong = engine.predict(model, data.test_images, data).argmax(1) != data.test_labels
+    return 100 * wrong.float().mean().item()
+
+
+def same(setting: dict[str, Any]) -> str:
+    """A key that settings share that mean the same."""
+    return json.dumps(USUAL | setting, sort_keys=True)
+
+
+def missing(panels: list[str]) -> Iterator[tuple[str, dict[str, Any], int]]:
+    """Trials without a row, seed by seed; on MNIST the methods and the outer step alone."""
+    kept = {(row["task"], same(row["setting"]), row["seed"]) for row in record.read("claim")}
+    for seed in SEEDS:
+        for name in TASKS:
+            for panel in panels:
+                for setting in PANELS[panel] if name.startswith("cifar") or panel in ("method", "outer_step") else ():
+                    if (name, same(setting), seed) not in kept:
+                        kept.add((name, same(setting), seed))
+                        yield name, setting, seed
+
+
+def errors(task: str, setting: dict[str, Any]) -> list[float]:
+    """Of the trials kept, seed by seed."""
+    rows = (row for row in record.read("claim") if row["task"] == task and same(row["setting"]) == same(setting))
+    return [row["error"] for row in rows]
+
+
+def verdict(ours: list[float], theirs: list[float]) -> str:
+    """The difference of the means, and whether it is more than two standard errors of it."""
+    if min(len(ours), len(theirs)) < 2:
+        return "not run"
+    difference = statistics.mean(ours) - statistics.mean(theirs)
+    error = (statistics.variance(ours) / len(ours) + statistics.variance(theirs) / len(theirs)) ** 0.5
+    word = "ties" if abs(difference) <= 2 * error else "wins" if difference < 0 else "loses"
+    return f"{word}, {difference:+.2f}"
+
+
+def table() -> str:
+    """Each method against SGD with as many mini-batches of a replica, and with as many gradients in all."""
+    names = ("sgd", "sgd, 3 times as long", "entropy-sgd", "elastic-sgd", "parle-paper", "parle")
+    baselines = [SGD, SGD | dict(longer=3)]
+    header = ["task", "method", "gradients", "test error", "against as many mini-batches", "against as many gradients"]
+    lines = []
+    for task in TASKS:
+        for name, setting in zip(names, PANELS["method"], strict=True):
+            if found := errors(task, setting):
+                values = USUAL | setting
+                gradients = values["replicas"] * values["longer"] * TASKS[task].batches
+                against = [errors(task, SGD), errors(task, baselines[gradients > TASKS[task].batches])]
+                words = ["" if name.startswith("sgd") else verdict(found, other) for other in against]
+                lines.append([task, name, f"{gradients:,}", record.spread(found), *words])
+    return record.table(header, lines)
+
+
+def sweeps() -> str:
+    """Every other panel: the test error of each of its settings."""
+    lines = []
+    for task in TASKS:
+        for panel, settings in PANELS.items():
+            found = [(setting, errors(task, setting)) for setting in settings if panel != "method"]
+            cells = [f"{label(setting)}: {record.spread(values)}" for setting, values in found if values]
+            if cells:
+                lines.append([task, panel, "; ".join(cells)])
+    return record.table(["task", "what is changed", "test error"], lines)
+
+
+def label(setting: dict[str, Any]) -> str:
+    """What a setting changes, in words."""
+    if setting | SGD == setting:
+        return ", ".join(["sgd", *(f"{value:g}" for name, value in setting.items() if name not in SGD)])
+    values = [value for name, value in setting.items()]
+    return (
+        f"{values[0]:g}"
+        if len(setting) == 1 and not isinstance(values[0], bool | str)
+        else ", ".join(
+            value if isinstance(value, str) else name if value else f"no {name}" for name, value in setting.items()
+        )
+    )
+
+
+def figure(path: Path, task: str = "cifar-5000") -> None:
+    """Small multiples: test error over one setting each, beside SGD's."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = [
+        (panel, [setting for setting in settings if panel in setting and not isinstance(setting[panel], str)])
+        for panel, settings in PANELS.items()
+        if panel not in ("method", "drops", "frac")
+    ]
+    figure, axes = pyplot.subplots(3, 3, figsize=(9, 7), sharey=True, layout="constrained")
+    for axis, (panel, settings) in zip(axes.flat, panels, strict=True):
+        points = [(setting[panel], errors(task, setting)) for setting in settings]
+        points = [(value, found) for value, found in points if len(found) > 1]
+        usual = USUAL.get(panel, TASKS[task].weight_decay)
+        for style, other in (("--", SGD), (":", SGD | dict(longer=3))):
+            if found := errors(task, other):
+                axis.axhline(statistics.mean(found), color="gray", linestyle=style, linewidth=1)
+        places = range(len(points))
+        means, spreads = ([f(found) for _, found in points] for f in (statistics.mean, statistics.stdev))
+        axis.errorbar(places, means, spreads, fmt="o-", color="tab:blue", markersize=4, linewidth=1, capsize=2)
+        axis.set_xticks(places, [f"{value:g}" + ("*" if value == usual else "") for value, _ in points])
+        axis.set_title(panel, fontsize=10)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("test error, %")
+    figure.suptitle(
+        f"{task}: {TASKS[task].batches:,} mini-batches of each replica; * is the default; "
+        "SGD as long (dashed), 3 times as long (dotted)",
+        fontsize=10,
+    )
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=90)
+
+
+def run(job: tuple[str, dict[str, Any], int, Path | None, Path]) -> dict[str, Any]:
+    return trial(*job)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("panels", nargs="*", metavar="PANEL", help=f"of {', '.join(PANELS)} (all)")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="raw data, as torchvision lays it out")
+    parser.add_argument("--proc", type=Path, default=Path("proc"), metavar="DIR", help="pre-processed data")
+    parser.add_argument("--table", action="store_true", help="print what has been found")
+    parser.add_argument("--figure", action="store_true", help="draw it")
+    args = parser.parse_args()
+    if args.table:
+        print(f"{table()}\n\n{sweeps()}")
+    if args.figure:
+        figure(Path(__file__).with_name("figures") / "claim.png")
+    if args.table or args.figure:
+        return
+    jobs = [(*job, args.data, args.proc) for job in missing(args.panels or list(PANELS))]
+    with multiprocessing.get_context("spawn").Pool(len(ranks.cores())) as pool:
+        for number, row in enumerate(pool.imap_unordered(run, jobs), 1):
+            record.keep("claim", row | dict(command=record.command(), machine=record.machine()))
+            print(f"{number}/{len(jobs)}  {row['task']}  {row['setting']}  seed {row['seed']}: {row['error']:.2f} %")
+
+
+if __name__ == "__main__":
+    main()
