@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import dataclasses
-import functools
 import itertools
 import json
 import os
@@ -221,16 +220,13 @@ def run(
             if report:
                 report({"event": "checkpoint", "round": optimizer.rounds, "error": str(error)})
 
-    evaluate = functools.partial(
-        engine.evaluate,
-        optimizer,
-        evaluation_model,
-        data,
-        batch_size=args.batch_size,
-        replicas=list(replicas),
-        team=team,
-        world=world,
-    )
+    def evaluate() -> dict[str, Any]:
+        shared = dict(replicas=list(replicas), team=team, world=world)
+        averaged = {}
+        if optimizer.rounds == start["rounds"]:  # the last; before the other, which leaves what master.pt is to hold
+            averaged = engine.evaluate_averaged(optimizer, networks, evaluation_model, data, **shared)
+        return engine.evaluate(optimizer, evaluation_model, data, batch_size=args.batch_size, **shared) | averaged
+
     with interrupts.heard() as asked, _told_how_to_resume(folder, resume):
         events = engine.train(
             networks,
