@@ -87,7 +87,7 @@ class Resumed(NamedTuple):
 
 # Arguments that may change without a word: they are of the machine and of what is told, not of what is trained
 MACHINE = {"data", "proc", "out", "device", "gpus_per_replica", "timeout"}
-MACHINE |= {"resume", "checkpoint_every", "eval_every", "on_nan"}
+MACHINE |= {"resume", "checkpoint_every", "eval_every", "on_nan", "doctor"}
 
 
 def find_checkpoint(args: argparse.Namespace) -> Resumed | None:

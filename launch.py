@@ -35,6 +35,23 @@ def launched(environment: Mapping[str, str] = os.environ) -> tuple[int, int | No
     return None
 
 
+def launcher(environment: Mapping[str, str] = os.environ) -> str | None:
+    """What has started this process, where `launched` knows of it."""
+    if launched(environment) is None:
+        return None
+    return next(
+        name
+        for name, (rank, size) in LAUNCHERS.items()
+        if rank in environment and (size is None or size in environment)
+    )
+
+
+def mpiexec() -> str | None:
+    """The one beside this Python, also where the environment is not activated, or else on the PATH."""
+    beside = Path(sys.executable).with_name("mpiexec")
+    return str(beside) if beside.exists() else shutil.which("mpiexec")
+
+
 def start(count: int) -> int | None:
     """Run this very command again as `count` ranks and give their exit status. None where one rank is enough.
 
@@ -47,9 +64,8 @@ def start(count: int) -> int | None:
         return None
     if STARTED in os.environ:
         raise OSError("this mpiexec does not tell its ranks their number: start them with the launcher of your MPI")
-    beside = Path(sys.executable).with_name("mpiexec")  # the wheel's, also where the environment is not activated
-    mpiexec = str(beside) if beside.exists() else shutil.which("mpiexec")
-    if mpiexec is None:
+    command = mpiexec()
+    if command is None:
         raise FileNotFoundError("no mpiexec beside this Python or on the PATH: pip install mpich")
     if sys.stderr.isatty():
         os.environ[TERMINAL] = str(shutil.get_terminal_size().columns)
@@ -59,7 +75,7 @@ def start(count: int) -> int | None:
     os.environ.setdefault("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")
     sys.stdout.flush()
     with tempfile.TemporaryDirectory(prefix="parle-") as folder:
-        return _watch([mpiexec, "-n", str(count), sys.executable, *sys.argv], Path(folder), count)
+        return _watch([command, "-n", str(count), sys.executable, *sys.argv], Path(folder), count)
 
 
 def _watch(command: list[str], folder: Path, count: int) -> int:
