@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -255,6 +256,61 @@ def evaluate(
         replicas: numbers of the replicas that live here.
         team, world: who shares one replica, and all there are.
     """
+
+    def recalibrate(replica: int | None, sharers: Team) -> None:
+        recalibrate_batch_norm(model, calibration_batches(data, batch_size, sharers), sharers)
+
+    return _evaluate(optimizer, model, data, recalibrate, replicas, team, world)
+
+
+def evaluate_averaged(
+    optimizer: ReplicaOptimizer,
+    networks: Sequence[nn.Module],
+    model: nn.Module,
+    data: Dataset,
+    *,
+    replicas: list[int],
+    team: Team = ALONE,
+    world: Team = ALONE,
+) -> dict[str, Any]:
+    """The errors that `evaluate` gives, but with the batch-norm statistics that were averaged while training.
+
+    They are a replica's own running statistics, the mean over the ranks that share it, for the master the mean of the
+    replicas', and in the ensemble each one's own. A replica that was lost has none, so what depends on it is NaN.
+
+    Args:
+        networks: that trained the replicas that live here. Those without batch norm give no errors.
+    """
+    if not _statistics(model):
+        return {}
+    own = [torch.cat([value.cpu().double() for value in _statistics(network)]) / team.size for network in networks]
+    mean = sum(own) / optimizer.num_replicas
+    world.add(mean)
+    for vector in own:
+        team.add(vector)
+    lost = [replica for replica, vector in zip(replicas, own, strict=True) if not vector.isfinite().all()]
+
+    def put(replica: int | None, sharers: Team) -> None:
+        vector, statistics = mean if replica is None else own[replica], _statistics(model)
+        for value, average in zip(statistics, vector.split([len(value) for value in statistics]), strict=True):
+            value.copy_(average)
+
+    result = _evaluate(optimizer, model, data, put, replicas, team, world)
+    for replica in {number for numbers in world.gather(lost) for number in numbers}:
+        result["replica_errors"][replica] = result["master_error"] = result["ensemble_error"] = math.nan
+    return {f"averaged_{name}": result[name] for name in ("master_error", "replica_errors", "ensemble_error")}
+
+
+def _evaluate(
+    optimizer: ReplicaOptimizer,
+    model: nn.Module,
+    data: Dataset,
+    prepare: Callable[[int | None, Team], None],
+    replicas: list[int],
+    team: Team,
+    world: Team,
+) -> dict[str, Any]:
+    """`prepare` gives `model` the batch-norm statistics of a replica, by its place here, or of the master, None."""
     labels = data.test_labels
     total, classes, n = len(labels), data.classes, optimizer.num_replicas
     # one message for all: each replica's errors and distance, the sum of their probabilities, the master's loss, errors
@@ -262,21 +318,21 @@ def evaluate(
     wrong, distances, probabilities, master = message.split([n, n, total * classes, 2])
     probabilities = probabilities.view(total, classes)
 
-    def test(rows: slice, sharers: Team) -> tuple[Tensor, Tensor]:
-        recalibrate_batch_norm(model, calibration_batches(data, batch_size, sharers), sharers)
+    def test(replica: int | None, rows: slice, sharers: Team) -> tuple[Tensor, Tensor]:
+        prepare(replica, sharers)
         logits = predict(model, data.test_images[rows], data)
         return logits, (logits.argmax(1) != labels[rows]).sum()
 
     rows, lengths = team.part(total), optimizer.distances()
     for here, replica in enumerate(replicas):
         optimizer.copy_replica_to(model, here)
-        logits, wrong[replica] = test(rows, team)
+        logits, wrong[replica] = test(here, rows, team)
         probabilities[rows] += logits.softmax(1).cpu()
         if team.index == 0:
             distances[replica] = lengths[here]
     optimizer.copy_master_to(model)
     rows = world.part(total)
-    logits, master[1] = test(rows, world)
+    logits, master[1] = test(None, rows, world)
     master[0] = F.cross_entropy(logits, labels[rows], reduction="sum")
     world.add(message)
 
@@ -311,7 +367,7 @@ def recalibrate_batch_norm(model: nn.Module, batches: Iterable[Tensor], team: Te
 
     The statistics of averaged weights are not the average of the statistics. torch's update_bn would leave dropout on.
     """
-    layers = [layer for layer in model.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+    layers = _batch_norms(model)
     if not layers:
         return
     momenta = [layer.momentum for layer in layers]
@@ -326,7 +382,7 @@ def recalibrate_batch_norm(model: nn.Module, batches: Iterable[Tensor], team: Te
         model(inputs)
         count += 1
 
-    statistics = [value for layer in layers for value in (layer.running_mean, layer.running_var)]
+    statistics = _statistics(model)
     sums = [value.cpu().double() * count for value in statistics]
     message = torch.cat([*sums, torch.tensor([count], dtype=torch.float64)])
     team.add(message)
@@ -340,3 +396,11 @@ def recalibrate_batch_norm(model: nn.Module, batches: Iterable[Tensor], team: Te
         layer.num_batches_tracked.fill_(int(message[-1]))
     for module, training in zip(model.modules(), was_training, strict=True):
         module.training = training
+
+
+def _batch_norms(model: nn.Module) -> list[nn.Module]:
+    return [layer for layer in model.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+
+
+def _statistics(model: nn.Module) -> list[Tensor]:
+    return [value for layer in _batch_norms(model) for value in (layer.running_mean, layer.running_var)]

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import dataclasses
-import functools
 import itertools
 import json
 import os
@@ -89,7 +88,7 @@ class Resumed(NamedTuple):
 # Arguments that may change without a word: they are of the machine and of what is told, not of what is trained
 MACHINE = {
     *("data", "proc", "out", "device", "gpus_per_replica", "timeout"),
-    *("resume", "checkpoint_every", "eval_every", "on_nan"),
+    *("resume", "checkpoint_every", "eval_every", "on_nan", "doctor"),
 }
 
 
@@ -232,16 +231,13 @@ def run(
             if report:
                 report({"event": "checkpoint", "round": optimizer.rounds, "error": str(error)})
 
-    evaluate = functools.partial(
-        engine.evaluate,
-        optimizer,
-        evaluation_model,
-        data,
-        batch_size=args.batch_size,
-        replicas=list(replicas),
-        team=team,
-        world=world,
-    )
+    def evaluate() -> dict[str, Any]:
+        shared = dict(replicas=list(replicas), team=team, world=world)
+        averaged = {}
+        if optimizer.rounds == start["rounds"]:  # the last; before the other, which leaves what master.pt is to hold
+            averaged = engine.evaluate_averaged(optimizer, networks, evaluation_model, data, **shared)
+        return engine.evaluate(optimizer, evaluation_model, data, batch_size=args.batch_size, **shared) | averaged
+
     with interrupts.heard() as asked, _told_how_to_resume(optimizer, folder, resume):
         events = engine.train(
             networks,

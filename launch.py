@@ -29,18 +29,35 @@ TERMINAL = "PARLE_TERMINAL"  # and where that is done from a terminal: its width
 
 def launched(environment: Mapping[str, str] = os.environ) -> tuple[int, int | None] | None:
     """Rank and number of ranks (None: not told) where a launcher started this process, else None."""
-    for rank, size in LAUNCHERS.values():
-        if all(environment.get(name, "").isdecimal() for name in (rank, size) if name):
+    found = _launcher(environment)
+    return found and found[1:]
+
+
+def launcher(environment: Mapping[str, str] = os.environ) -> str | None:
+    """Whose launcher started this process."""
+    found = _launcher(environment)
+    return found and found[0]
+
+
+def _launcher(environment: Mapping[str, str]) -> tuple[str, int, int | None] | None:
+    for name, (rank, size) in LAUNCHERS.items():
+        if all(environment.get(variable, "").isdecimal() for variable in (rank, size) if variable):
             ranks = None if size is None else int(environment[size])
             # a step of one task may be a shell (srun --pty bash), and what is typed there is not launched
             if environment.get("SLURM_STEP_NUM_TASKS") != "1" or ranks not in (1, None):
-                return int(environment[rank]), ranks
+                return name, int(environment[rank]), ranks
     return None
 
 
 def python() -> str:
     """What runs this program again: its Python, by the name that a shell finds it under if there is one."""
     return "python" if shutil.which("python") == sys.executable else shlex.quote(sys.executable)
+
+
+def mpiexec() -> str | None:
+    """The one beside this Python, also where the environment is not activated, or else on the PATH."""
+    beside = Path(sys.executable).with_name("mpiexec")
+    return str(beside) if beside.exists() else shutil.which("mpiexec")
 
 
 def start(count: int) -> int | None:
@@ -55,9 +72,8 @@ def start(count: int) -> int | None:
         return None
     if STARTED in os.environ:
         raise OSError("this mpiexec does not tell its ranks their number: start them with the launcher of your MPI")
-    beside = Path(sys.executable).with_name("mpiexec")  # the wheel's, also where the environment is not activated
-    mpiexec = str(beside) if beside.exists() else shutil.which("mpiexec")
-    if mpiexec is None:
+    command = mpiexec()
+    if command is None:
         raise FileNotFoundError("no mpiexec beside this Python or on the PATH: pip install mpich")
     if sys.stderr.isatty():
         os.environ[TERMINAL] = str(shutil.get_terminal_size().columns)
@@ -67,7 +83,7 @@ def start(count: int) -> int | None:
     os.environ.setdefault("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")
     sys.stdout.flush()
     with tempfile.TemporaryDirectory(prefix="parle-") as folder:
-        return _watch([mpiexec, "-n", str(count), sys.executable, *sys.argv], Path(folder), count)
+        return _watch([command, "-n", str(count), sys.executable, *sys.argv], Path(folder), count)
 
 
 def _watch(command: list[str], folder: Path, count: int) -> int:

@@ -203,9 +203,9 @@ def load(name: str, raw: Path | None = None, proc: Path = Path("proc"), whiten: 
     if raw is not None and not os.path.isdir(raw):
         raise DataError(f"--data {raw}: there is no such folder")
     origin = None if raw is None or name == "digits" else str(raw.resolve())
-    folder = proc / (f"{name}-whitened" if whiten else name)
+    folder = cache(name, proc, whiten)
     for _ in range(3):
-        if not _is_current(folder, origin):
+        if not is_current(folder, origin):
             source = SOURCES[name]
             train, test = source.read(source.kind, proc / "raw" if raw is None else raw, raw is None)
             _check_arrays(name, train, test, source.classes)
@@ -220,7 +220,12 @@ def load(name: str, raw: Path | None = None, proc: Path = Path("proc"), whiten: 
     raise DataError(f"{folder} is damaged ({missing}): delete it and it is built anew")
 
 
-def _is_current(folder: Path, origin: str | None) -> bool:
+def cache(name: str, proc: Path, whiten: bool) -> Path:
+    """Where a data set is kept pre-processed."""
+    return proc / (f"{name}-whitened" if whiten else name)
+
+
+def is_current(folder: Path, origin: str | None) -> bool:
     """Whether `folder` holds this format and, where raw data was named, comes from there."""
     try:
         meta = _read_meta(folder)
@@ -294,7 +299,7 @@ def _put(temporary: Path, folder: Path, origin: str | None) -> None:
         with contextlib.suppress(FileNotFoundError):  # another run has just moved it away
             if "meta.json" not in os.listdir(folder):
                 raise DataError(f"{folder} is not this program's: name another folder with --proc")
-            if _is_current(folder, origin):
+            if is_current(folder, origin):
                 return
             with tempfile.TemporaryDirectory(dir=folder.parent) as trash:
                 os.rename(folder, Path(trash) / "old")

@@ -163,6 +163,7 @@ def parser(prog: str, description: str) -> Parser:
         metavar="NAME",
         help="restart the replica, or stop",
     )
+    add("--doctor", action="store_true", help="tell what is here and what synchronization costs; train nothing")
     add("--timeout", type=POSITIVE, default=1800.0, metavar="S", help="seconds to wait for other ranks (%(default)g)")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, … (%(default)s)")
     add("--amp", type=_one_of(("off", "bf16")), default="off", metavar="NAME", help="off or bf16 (%(default)s)")

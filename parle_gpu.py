@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import DataParallel
 
+import doctor
 import experiment
 import interrupts
 import launch
@@ -136,7 +137,10 @@ def main() -> None:
     )
     interrupts.await_training()
     try:
-        status = 0 if run(options.parse(parser)) else interrupts.STOPPED
+        given = options.parse(parser)
+        if given.doctor and not doctor.examine(given, mpi=False):
+            sys.exit(1)
+        status = 0 if run(given) else interrupts.STOPPED
     except (options.Mistake, loader.DataError, FloatingPointError, CheckpointError) as error:
         options.tell(parser.prog, error)
         status = 1 if isinstance(error, FloatingPointError | CheckpointError) else 2
@@ -145,7 +149,7 @@ def main() -> None:
 
 
 def run(given: argparse.Namespace) -> bool:
-    """Train as the arguments say. Returns whether the run has come to its end."""
+    """Train as the arguments say, or only tell what that would take. Returns whether the run has come to its end."""
     if (launch.launched() or (0, 1))[1] != 1:
         raise options.Mistake("one process holds all replicas: no mpirun, or mpirun -n 3 python parle_mpi.py")
     args = options.resolve(given, None)
@@ -154,7 +158,7 @@ def run(given: argparse.Namespace) -> bool:
     places = spread(devices, args)
     if devices[0].type == "cpu":  # as many as a rank would have, so that both programs round alike
         torch.set_num_threads(ranks.threads(len(ranks.cores()), args.replicas))
-    args, data = experiment.load(given, size=None, read=read, first=True)
+    args, data = experiment.load(given, size=None, read=doctor.synthetic if given.doctor else read, first=True)
     try:
         return train(
             args, data, places, idle=[str(device) for device in devices if not any(device in place for place in places)]
@@ -210,8 +214,11 @@ def train(args: argparse.Namespace, data: loader.Dataset, places: list[list[torc
                 model.register_forward_pre_hook(lambda *_: torch.set_autocast_dtype("cuda", torch.bfloat16))
             model = DataParallel(model, [device.index for device in devices])
         replicas[number] = model, experiment.batches(args, own, number)
-    settings = experiment.hyperparameters(args, replicas[0][1].per_epoch)
+    settings = experiment.hyperparameters(args, replicas[0][1].per_epoch) | (doctor.STILL if args.doctor else {})
     optimizer = Parle([model.parameters() for model, _ in replicas.values()], **settings)
+    where = [" + ".join(map(options.name, devices)) for devices in places]
+    if args.doctor:
+        return doctor.over_devices(args, optimizer, list(replicas.values()), where)
     resumed = experiment.find_checkpoint(args)
     experiment.restore(args, resumed, optimizer, list(replicas), replicas[0][1].per_epoch)
     return experiment.run(
@@ -222,7 +229,7 @@ def train(args: argparse.Namespace, data: loader.Dataset, places: list[list[torc
         experiment.open_report(args, resumed),
         resumed,
         f"{launch.python()} {shlex.quote(sys.argv[0])}",
-        devices=[" + ".join(map(options.name, devices)) for devices in places],
+        devices=where,
         idle=idle,
     )
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+import doctor
 import engine
 import experiment
 import interrupts
@@ -116,6 +117,9 @@ def main() -> None:
     interrupts.await_training()
     comm = None
     try:
+        examines = "--doctor" in sys.argv and launch.STARTED not in os.environ  # before it starts ranks, which may fail
+        if examines and not doctor.examine(options.parse(parser), mpi=True):
+            sys.exit(1)
         if launch.launched() is None:
             args = options.resolve(options.parse(parser), None)
             options.check(args, None)
@@ -159,7 +163,7 @@ def world() -> "MPI.Comm":
 
 
 def run(given: argparse.Namespace, comm: "MPI.Comm") -> bool:
-    """Train as the arguments say. Returns whether the run has come to its end."""
+    """Train as the arguments say, or only tell what that would take. Returns whether the run has come to its end."""
     own = {"data", "proc", "out", "device"}  # what may differ between machines
     ranks.check_same(comm, {name: value for name, value in vars(given).items() if name not in own})
     ranks.patience = given.timeout
@@ -174,14 +178,17 @@ def run(given: argparse.Namespace, comm: "MPI.Comm") -> bool:
     devices = ranks.together(comm, check, True, options.Mistake)
     torch.set_num_threads(ranks.threads(len(cores), node.size))
     device = devices[node.rank % len(devices)]
-    args, data = experiment.load(given, size=comm.size, read=functools.partial(load, comm, node), first=comm.rank == 0)
+    read = doctor.synthetic if given.doctor else functools.partial(load, comm, node)
+    args, data = experiment.load(given, size=comm.size, read=read, first=comm.rank == 0)
     data = data.to(device)
 
     ranks_per_replica = comm.size // args.replicas
     replica, part = divmod(comm.rank, ranks_per_replica)
     model, batches = experiment.model(args, data), experiment.batches(args, data, replica, (part, ranks_per_replica))
-    settings = experiment.hyperparameters(args, batches.per_epoch)
+    settings = experiment.hyperparameters(args, batches.per_epoch) | (doctor.STILL if args.doctor else {})
     optimizer = Parle(model.parameters(), comm, replicas=args.replicas, **settings)
+    if args.doctor:
+        return doctor.over_ranks(args, optimizer, (model, batches), device, comm, node)
     resumed = ranks.together(comm, functools.partial(experiment.find_checkpoint, args), comm.rank == 0, options.Mistake)
     resumed = ranks.gather(comm, resumed)[0]
     restore = functools.partial(experiment.restore, args, resumed, optimizer, [replica], batches.per_epoch)

@@ -94,15 +94,17 @@ class Report:
         columns = os.environ.get(launch.TERMINAL)
         if columns or sys.stderr.isatty():
             self.bar = tqdm(
-                total=event["rounds"], desc=self.label, unit="round", ncols=int(columns) if columns else None
+                total=event["rounds"],
+                initial=event.get("round", 0),
+                desc=self.label,
+                unit="round",
+                ncols=int(columns) if columns else None,
             )
 
     def _resume(self, event: dict[str, Any]) -> None:
         self._start(event)
         changes = "".join(f"; {name} is {now}, was {was}" for name, (was, now) in event["changes"].items())
         self.say(f"resumed in round {event['round'] + 1} from {event['checkpoint']}{changes}")
-        if self.bar is not None:
-            self.bar.update(event["round"])
 
     def _lost(self, event: dict[str, Any]) -> None:
         names = ", ".join(f"replica {number}" for number in event["replicas"])
@@ -139,19 +141,19 @@ class Report:
         if self.bar is not None:
             self.bar.close()
         last = self.last_eval
-        rows = [
-            (
-                "master",
-                event["master_error"],
-                f"loss {last['master_loss']:.4f}, best {event['best_master_error']:.2f} %",
-            )
+        names = ["master", *(f"replica {number}" for number in range(len(last["replica_errors"]))), "ensemble"]
+        columns = {"recalibrated": _errors(last)}
+        if "averaged_master_error" in last:
+            columns["averaged"] = _errors(last, "averaged_")
+        notes = [
+            f"loss {last['master_loss']:.4f}, best {event['best_master_error']:.2f} %",
+            *(f"{distance:.4f} of the master's norm away from it" for distance in last["distances"]),
+            "of the replicas' probabilities",
         ]
-        for replica, (error, distance) in enumerate(zip(last["replica_errors"], last["distances"], strict=True)):
-            rows.append((f"replica {replica}", error, f"{distance:.4f} of the master's norm away from it"))
-        rows.append(("ensemble", last["ensemble_error"], "of the replicas' probabilities"))
-        self.say("test error")
-        for name, error, note in rows:
-            self.say(f"  {name:12}{error:6.2f} %   {note}")
+        header = "".join(f"{title:>14}" for title in columns) + "   batch-norm statistics" if len(columns) > 1 else ""
+        self.say(f"test error{header}")
+        for name, *errors, note in zip(names, *columns.values(), notes, strict=True):
+            self.say(f"  {name:12}{'    '.join(f'{error:8.2f} %' for error in errors)}   {note}")
         seconds, waiting = event["seconds"], event["wait_seconds"]
         idle = f", {100 * waiting / seconds:.1f} % waiting for the slowest rank" if "ranks" in self.start else ""
         self.say(
@@ -205,6 +207,12 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _errors(evaluation: dict[str, Any], kind: str = "") -> list[float]:
+    """Of the master, the replicas and the ensemble."""
+    master, replicas, ensemble = (evaluation[kind + n] for n in ("master_error", "replica_errors", "ensemble_error"))
+    return [master, *replicas, ensemble]
 
 
 def _count(number: int | str, noun: str) -> str:

@@ -299,6 +299,125 @@ def test_evaluation_by_three_ranks_of_three_replicas_gives_the_same():
             assert result[name] == pytest.approx(value, rel=1e-5), name
 
 
+def run_in(*models):
+    """Give each batch-norm statistics of its own, as training would."""
+    for number, model in enumerate(models):
+        random = torch.Generator().manual_seed(number)
+        for layer in norms(model):
+            layer.running_mean.copy_(torch.randn(layer.running_mean.shape, generator=random))
+            layer.running_var.copy_(0.5 + torch.rand(layer.running_var.shape, generator=random))
+
+
+def with_statistics(model, values):
+    model = deepcopy(model)
+    for tensor, value in zip(engine._statistics(model), values, strict=True):
+        tensor.copy_(value)
+    return model.eval()
+
+
+def error(logits, data):
+    return 100 * (logits.argmax(1) != data.test_labels).double().mean().item()
+
+
+AVERAGED = ("averaged_master_error", "averaged_replica_errors", "averaged_ensemble_error")
+
+
+def averaged_by_hand(optimizer, models, data):
+    """The errors in the order of AVERAGED."""
+    inputs = inputs_of(data, data.test_images)
+    every = [deepcopy(model).eval()(inputs) for model in models]
+    ensemble = torch.stack([logits.softmax(1) for logits in every]).mean(0)
+    master = network()
+    torch.nn.utils.vector_to_parameters(optimizer.master, master.parameters())
+    means = [torch.stack(values).mean(0) for values in zip(*map(statistics, models), strict=True)]
+    master = with_statistics(master, means)(inputs)
+    return [error(master, data), [error(logits, data) for logits in every], error(ensemble, data)]
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, lambda model: DataParallel(model, [0, 1])])
+def test_averaged_statistics_are_those_of_training_and_for_the_master_their_mean(wrap):
+    data = dataset(test=200)
+    optimizer, models = spread_replicas(3)
+    run_in(*models)
+    before = list(map(statistics, models))
+    networks = [wrap(model) for model in models]
+    result = engine.evaluate_averaged(optimizer, networks, network(), data, replicas=[0, 1, 2])
+    expected = averaged_by_hand(optimizer, models, data)
+    assert [result.pop(name) for name in AVERAGED] == [pytest.approx(value) for value in expected]
+    assert not result
+    recalibrated = engine.evaluate(optimizer, network(), data, batch_size=8, replicas=[0, 1, 2])
+    for name, value in zip(AVERAGED, expected, strict=True):
+        assert recalibrated[name.removeprefix("averaged_")] != value
+    for model, values in zip(models, before, strict=True):
+        assert all(map(torch.equal, statistics(model), values))
+
+
+@pytest.mark.parametrize("ranks_per_replica", [1, 2])
+def test_averaged_statistics_of_replicas_on_ranks_are_those_of_one_process(ranks_per_replica):
+    data = dataset(test=31)
+    one, replicas = spread_replicas(2)
+    run_in(*replicas)
+    expected = engine.evaluate_averaged(one, replicas, network(), data, replicas=[0, 1])
+
+    size, networks, optimizers = 2 * ranks_per_replica, [], []
+    for rank in range(size):
+        replica, part = divmod(rank, ranks_per_replica)
+        networks.append(deepcopy(replicas[replica]))
+        shift = part - (ranks_per_replica - 1) / 2  # each has its own, and their mean is the replica's
+        for value, before in zip(engine._statistics(networks[-1]), statistics(replicas[replica]), strict=True):
+            value.copy_(before + 0.4 * shift)
+        optimizers.append(together(networks[-1]))
+        optimizers[-1].num_replicas = 2
+        optimizers[-1].master.copy_(one.master)
+    gathered = [None] * size
+    barriers = [threading.Barrier(ranks_per_replica, timeout=20) for _ in range(2)]
+    shares = [None] * size
+
+    def work(world):
+        replica, part = divmod(world.index, ranks_per_replica)
+
+        def add(tensor):
+            shares[world.index] = tensor.clone()
+            barriers[replica].wait()
+            total = sum(shares[replica * ranks_per_replica :][:ranks_per_replica])
+            barriers[replica].wait()
+            tensor.copy_(total)
+
+        def gather(value):
+            gathered[world.index] = value
+            world.add(torch.zeros(()))  # waits for all
+            return gathered
+
+        team = engine.Team(part, ranks_per_replica, add)
+        everyone = world._replace(gather=gather)
+        where = dict(replicas=[replica], team=team, world=everyone)
+        return engine.evaluate_averaged(optimizers[world.index], [networks[world.index]], network(), data, **where)
+
+    for result in shared(size, work):
+        assert result.keys() == expected.keys()
+        for name, value in expected.items():
+            assert result[name] == pytest.approx(value), name
+
+
+def test_a_replica_that_was_lost_has_no_averaged_statistics():
+    data = dataset()
+    optimizer, models = spread_replicas(3)
+    run_in(*models)
+    expected = engine.evaluate_averaged(optimizer, models, network(), data, replicas=[0, 1, 2])
+    norms(models[1])[1].running_var[0] = float("nan")
+    result = engine.evaluate_averaged(optimizer, models, network(), data, replicas=[0, 1, 2])
+    first, _, last = expected["averaged_replica_errors"]
+    assert result["averaged_replica_errors"] == pytest.approx([first, float("nan"), last], nan_ok=True)
+    assert result["averaged_master_error"] != result["averaged_master_error"]
+    assert result["averaged_ensemble_error"] != result["averaged_ensemble_error"]
+
+
+def test_without_batch_norm_there_are_no_averaged_errors(monkeypatch):
+    monkeypatch.setattr(engine, "predict", None)
+    model = mlp()
+    assert engine.evaluate_averaged(together(model), [model], mlp(), dataset(), replicas=[0]) == {}
+
+
 def test_evaluation_changes_nothing_of_training(comm):
     data, model, evaluation_model = dataset(), network(), network()
     batches = loader.Batches(data, batch_size=8, seed=1)

@@ -250,6 +250,17 @@ def test_every_event_is_reported_and_the_master_saved_before_each_evaluation():
     assert all(map(torch.equal, last.parameters(), report.told[-3].parameters()))
 
 
+def test_the_last_evaluation_alone_tells_errors_with_averaged_statistics():
+    args, data, optimizer, replicas = parts()
+    report = Report()
+    experiment.run(args, data, optimizer, replicas, report, None, COMMAND, devices=[])
+    first, last = (told for told in report.told if isinstance(told, dict) and told["event"] == "eval")
+    assert last.keys() - first.keys() == {f"averaged_{n}" for n in ("master_error", "replica_errors", "ensemble_error")}
+    networks = [model for model, _ in replicas.values()]
+    expected = engine.evaluate_averaged(optimizer, networks, experiment.model(args, data), data, replicas=[0, 1])
+    assert expected.items() <= last.items()
+
+
 def test_the_log_starts_with_what_is_needed_to_run_it_again():
     args, data, optimizer, replicas = parts()
     report = Report()
@@ -319,6 +330,7 @@ def test_what_was_asked_for_reaches_training_and_evaluation(monkeypatch):
 
     def evaluate(*given, **named):
         arrived.update(evaluate=(given, named))
+        return {}
 
     monkeypatch.setattr(engine, "train", train)
     monkeypatch.setattr(engine, "evaluate", evaluate)

@@ -31,6 +31,7 @@ FLAGS = """--alpha 0.5 --outer-step 3 --outer-momentum 0.25 --gamma 0.02 --rho 0
 ROUND = ["round", "epoch", "loss", "error", "lr", "gamma", "rho", "spread"]
 EVAL = ["round", "epoch", "master_loss", "master_error", "replica_errors", "ensemble_error", "distances"]
 END = ["master_error", "best_master_error", "images"]
+AVERAGED = ["averaged_master_error", "averaged_replica_errors", "averaged_ensemble_error"]
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
@@ -69,6 +70,9 @@ def test_both_programs_are_the_same_run(runs):
             for name in figures:
                 assert left[name] == pytest.approx(right[name], rel=1e-6), f"{name} of {event} {left.get('round')}"
     assert one[0]["arguments"].items() >= other[0]["arguments"].items()
+    assert [name for name in of(one, "eval")[-1] if name.startswith("averaged_")] == AVERAGED
+    for name in AVERAGED:
+        assert of(one, "eval")[-1][name] == pytest.approx(of(other, "eval")[-1][name], rel=1e-6), name
 
     left, right = (runs[program].master for program in PROGRAMS)
     assert left.keys() == right.keys()

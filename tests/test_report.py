@@ -44,6 +44,11 @@ EVAL = {
     "ensemble_error": 0.4449,
     "distances": [0.12345, 0.25, 0.5],
 }
+AVERAGED = {
+    "averaged_master_error": 0.5678,
+    "averaged_replica_errors": [0.625, float("nan"), 10.0],
+    "averaged_ensemble_error": 98.7654,
+}
 END = {
     "event": "end",
     "seconds": 60.0,
@@ -191,6 +196,24 @@ def test_the_end_shows_a_table_of_errors(tell, capsys):
     last = out.splitlines()[-1]
     assert "60.0 s of training, 1,000 images/s; 2.50 % of it synchronizing, 5.0 % waiting for the slowest rank" in last
     assert str(tell.folder) in last
+
+
+def test_the_end_shows_errors_by_both_kinds_of_batch_norm_statistics(tell, capsys):
+    tell(START)
+    tell(EVAL | AVERAGED)
+    capsys.readouterr()
+    tell(END)
+    lines = [line.removeprefix(f"{LABEL}  ") for line in capsys.readouterr().out.splitlines()]
+    assert lines[:6] == [
+        "test error  recalibrated      averaged   batch-norm statistics",
+        "  master          0.46 %        0.57 %   loss 0.0123, best 0.43 %",
+        "  replica 0       0.50 %        0.62 %   0.1235 of the master's norm away from it",
+        "  replica 1       0.56 %         nan %   0.2500 of the master's norm away from it",
+        "  replica 2       0.62 %       10.00 %   0.5000 of the master's norm away from it",
+        "  ensemble        0.44 %       98.77 %   of the replicas' probabilities",
+    ]
+    logged = json.loads(tell.log.read_text().splitlines()[1])
+    assert logged["averaged_replica_errors"] == [0.625, None, 10.0]
 
 
 def test_one_process_waits_for_no_rank(tell, capsys):
@@ -397,8 +420,24 @@ def test_the_bar_of_a_run_that_goes_on_starts_where_it_was_and_ends_where_it_sto
         tell(event)
     out, err = capsys.readouterr()
     bars = [bar for bar in re.split(r"[\r\n]", err) if bar.strip()]
-    assert "7/12" in bars[-1]
+    assert "7/12" in bars[0] and "7/12" in bars[-1]
     assert err.endswith("\n") and out.splitlines()[-1].startswith(f"{LABEL}  stopped in round 8; ")
+
+
+@pytest.mark.parametrize("begin", [START, RESUME])
+def test_the_bar_tells_the_time_left_from_what_this_process_has_done(begin, tell, monkeypatch, capsys):
+    now = [1000.0]
+    monkeypatch.setenv(launch.TERMINAL, "150")
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    tell(begin)
+    first = begin.get("round", 0) + 1
+    for number in range(first, first + 3):
+        now[0] += 70.0
+        tell(round_event(number, 1.0))
+    tell(STOP)
+    *_, bar = re.split(r"[\r\n]+", capsys.readouterr().err.strip())
+    minutes, seconds = divmod(70 * (12 - first - 2), 60)
+    assert f"[03:30<{minutes:02}:{seconds:02}, 70.00s/round, loss 0.2500" in bar
 
 
 @pytest.mark.parametrize(
