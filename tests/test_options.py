@@ -27,7 +27,7 @@ METHODS = {
 ALWAYS = dict(
     **dict(seed=42, alpha=0.75, batch_size=128, lr=0.1, lr_decay=0.2, momentum=0.9),
     **dict(whiten=False, frac=1, data=None, proc=Path("proc"), out=None, eval_every=None, device="auto", amp="off"),
-    **dict(checkpoint_every=None, resume=None, on_nan="restart", timeout=1800),
+    **dict(checkpoint_every=None, resume=None, on_nan="restart", timeout=1800, doctor=False),
 )
 FLAG = r"(?<![\w-])--?[A-Za-z][\w-]*"
 FLAGS = re.findall(
