@@ -25,7 +25,7 @@ METHODS = {
 ALWAYS = dict(
     **dict(seed=42, alpha=0.75, outer_step=1, outer_momentum=0.9, batch_size=128, lr=0.1, lr_decay=0.2, momentum=0.9),
     **dict(whiten=False, frac=1, data=None, proc=Path("proc"), out=None, eval_every=None, device="auto", amp="off"),
-    **dict(checkpoint_every=None, resume=None, on_nan="restart", timeout=1800),
+    **dict(checkpoint_every=None, resume=None, on_nan="restart", doctor=False, timeout=1800),
 )
 FLAG = r"(?<![\w-])--?[A-Za-z][\w-]*"
 FLAGS = re.findall(
@@ -33,7 +33,7 @@ FLAGS = re.findall(
     """-h -m --model -d --dataset -n --replicas --method -L --sync-every --gamma --rho --alpha --outer-step
     --outer-momentum --lr --lr-drops --lr-decay --momentum --weight-decay --dropout -b --batch-size -B --epochs
     --augment --no-augment --whiten --frac --data --proc --out -s --seed --device --amp --eval-every
-    --checkpoint-every --resume --on-nan --timeout""",
+    --checkpoint-every --resume --on-nan --doctor --timeout""",
 )
 
 
