@@ -284,6 +284,7 @@ def test_the_launcher_has_a_name(environment, name):
     assert launch.launcher(environment) == name
 
 
+@pytest.mark.slow
 def test_the_program_starts_its_own_ranks_and_the_first_tells(python, tmp_path):
     done = python(ROOT / "parle_mpi.py", "--doctor", "-n", 2, "-d", "digits", "-b", 4, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
@@ -295,6 +296,7 @@ def test_the_program_starts_its_own_ranks_and_the_first_tells(python, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_under_a_launcher_its_ranks_are_used(python, tmp_path):
     done = python(ROOT / "parle_mpi.py", "--doctor", "-n", 1, "-d", "digits", "-b", 4, ranks=2, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
