@@ -1,15 +1,17 @@
 """Parle and its peers, LeNet on MNIST: same network, data, ranks, threads and seeds; test error against seconds.
 
-    python benchmarks/peers.py --data DIR               # every method; DIR as torchvision lays it out
-    python benchmarks/peers.py --data DIR parle diloco  # two of them
-    python benchmarks/peers.py --table                  # of what has been measured, and --plot
+    python benchmarks/peers.py --data DIR --choose      # settings; DIR as torchvision lays it out
+    python benchmarks/peers.py --data DIR               # then the runs that count, on a quiet machine
+    python benchmarks/peers.py --data DIR parle diloco  # of two methods alone
+    python benchmarks/peers.py --table --plot           # of the rows that are kept
 
 Starts its own ranks, one thread each. Every method computes the gradients of as many images: BATCHES mini-batches of
-128 on each rank. Where ranks share a mini-batch (data-parallel), 128 is the whole of it, so there are as many times
+128 on each rank. Where ranks share a mini-batch (data-parallel), 128 is the whole of it, so they make as many times
 more updates as there are ranks. What is tested is the mean of the ranks' weights, which at a round's end is the master.
 
-Each method's settings are chosen one after the other, GRID first, by the error on the last 10,000 training images
-after training on the others with one seed. Then it trains on all with SEEDS, and test images choose nothing.
+Each method's settings are chosen one after the other, in the order of its grid, by the error on the last 10,000
+training images after a shorter run on the others with one seed. Then it trains on all with SEEDS. The lr that drops at
+shares of the run is the local one; DiLoCo's outer lr stays.
 """
 
 import argparse
@@ -244,8 +246,7 @@ def train(
             inputs, targets = next(source)
             engine.seed(inputs.device, source.dropout_seed())
             optimizer.zero_grad()
-            loss = F.cross_entropy(network(inputs), targets, reduction="sum") * (sharers / BATCH)
-            loss.backward()
+            F.cross_entropy(network(inputs), targets).backward()
             optimizer.step()
             done += 1
         ranks.gather(comm, None)
