@@ -26,12 +26,12 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import record
 
 import engine
 import loader
 import models
 import ranks
+from benchmarks import record
 from parle import PRESETS
 from parle_gpu import Parle
 

@@ -193,7 +193,7 @@ def methods(n: int) -> dict[str, Method]:
     rule = dict(sync_every=25, decay=0.2)
     return {
         "parle": ours(),
-        "parle-outer-10": ours("--outer-step", "10", "--outer-momentum", "0"),  # lr 0.1 takes x^a all the way to z^a
+        "parle-paper": ours("--method", "parle-paper"),
         "ddp": Method(ddp, dict(decay=0.2), **shared),
         "sgd": ours("--method", "sgd", **shared, chosen_as="ddp"),
         "entropy-sgd": ours("--method", "entropy-sgd", **shared),
