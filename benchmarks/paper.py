@@ -123,8 +123,8 @@ def train(program: Path, arguments: list[str], folder: Path, where: list[str], s
     command = [sys.executable, str(program), *arguments, "--out", str(folder), *where]
     if checkpoint.found(folder / checkpoint.FOLDER):
         command.append("--resume")
-    else:
-        shutil.rmtree(folder, ignore_errors=True)  # broken off before there was anything to go on from
+    elif events:
+        shutil.rmtree(folder)  # broken off before there was anything to go on from
     with subprocess.Popen(command) as process:
         try:
             status = process.wait(seconds)
