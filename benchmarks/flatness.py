@@ -5,7 +5,7 @@
 Noise of radius r moves every parameter tensor w by r |w|, each network of a seed in the same random directions: a
 layer may be scaled, which batch norm undoes, and nothing changes. A line is (1 - t) w + t w'. Every network that is
 measured has its batch-norm statistics recomputed first, on 100 mini-batches of training images, as the programs do
-before a test; with its neighbour's one would see how far off those are. Training loss is that of the first 10,000
+before a test; with its neighbour's one would see how far off those are. Training loss is that of the first 5,000
 training images, dropout off.
 
 Parle runs with its defaults, only shorter. SGD has as many mini-batches as one replica, so a third of all that Parle
@@ -37,10 +37,10 @@ PICTURE = Path(__file__).parent / "figures" / "flatness.png"
 SEEDS = [42, 43, 44]
 PARLE = "-m lenet -d mnist -n 3 -B 0.1"  # 47 rounds of 25 mini-batches
 SGD = "-m lenet -d mnist --method sgd -B 2.505 --lr-drops 1.5 2"  # as many
-RADII = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5]
-DRAWS = 5
-SHARES = [i / 10 for i in range(11)]  # t
-TRAINING_IMAGES = 10_000
+RADII = [0.0, 0.1, 0.2, 0.3, 0.4]
+DRAWS = 3
+SHARES = [i / 6 for i in range(7)]  # t
+TRAINING_IMAGES = 5_000
 NETWORKS = ["master", "replica", "SGD"]
 LINES = {
     "replica to replica": ("replica", "another replica"),
@@ -96,7 +96,7 @@ def measure(model: nn.Module, weights: Weights, data: loader.Dataset) -> dict[st
     return {
         "train_loss": float(F.cross_entropy(training, data.train_labels[:TRAINING_IMAGES])),
         "test_loss": float(F.cross_entropy(test, data.test_labels)),
-        "test_error": 100 * float((test.argmax(1) != data.test_labels).float().mean()),
+        "test_error": 100 * float((test.argmax(1) != data.test_labels).double().mean()),
     }
 
 
