@@ -104,7 +104,8 @@ def train(seed: int, folder: Path, where: list[str], data: loader.Dataset) -> di
     """Both runs of a seed, unless they have been made: the networks that they have found."""
     folders = [folder / f"{name}-{seed}" for name in ("parle", "sgd")]
     for flags, own in zip((PARLE, SGD), folders, strict=True):
-        paper.train(paper.ROOT / "parle_mpi.py", [*flags.split(), "-s", str(seed)], own, where)
+        if not paper.train(paper.ROOT / "parle_mpi.py", [*flags.split(), "-s", str(seed)], own, where):
+            sys.exit(f"{own} was stopped; the same command goes on")
     (master, replicas), (sgd, _) = (read(own, data) for own in folders)
     return {"master": master, "replica": replicas[0], "another replica": replicas[1], "SGD": sgd}
 
@@ -155,9 +156,23 @@ def chord(losses: np.ndarray) -> np.ndarray:
 
 def table() -> str:
     """Two, in Markdown: under noise, and on the lines; mean ± standard deviation over the seeds."""
-    figures, noise, lines = Figures(), [], []
+    figures = Figures()
     if not figures.seeds:
         return "Nothing has been measured yet."
+    return "\n\n".join(
+        [
+            f"Seeds {', '.join(map(str, figures.seeds))}. Noise and lengths are relative to the norm of the weights. "
+            "Rise: of the training loss, over that without noise; smaller than SGD's in so many seeds.",
+            noise_table(figures),
+            "Barrier: the most by which the training loss on a line exceeds what lies straight between its ends. A "
+            "line that is short against the noise above is flat in any case.",
+            line_table(figures),
+        ]
+    )
+
+
+def noise_table(figures: Figures) -> str:
+    lines = []
     for of in NETWORKS:
         for radius in RADII:
             error, rises = figures("test_error", of, radius).mean(1), rise(figures, of, radius)
@@ -165,33 +180,21 @@ def table() -> str:
             versus = f"{smaller} of {len(rises)}" if radius and of != "SGD" else ""
             losses = (figures(name, of, radius).mean(1) for name in ("train_loss", "test_loss"))
             cells = [record.spread(column.tolist(), 4) for column in (*losses, rises)]
-            noise.append([of, radius, *cells, versus, record.spread(error.tolist())])
+            lines.append([of, radius, *cells, versus, record.spread(error.tolist())])
+    header = ["network", "noise", "training loss", "test loss", "rise", "smaller than SGD's", "test error"]
+    return record.table(header, lines)
+
+
+def line_table(figures: Figures) -> str:
+    lines = []
     for of in LINES:
-        losses, error = figures("train_loss", of), figures("test_error", of)
+        losses, errors = figures("train_loss", of), figures("test_error", of)
         columns = figures("distance", of), losses[:, 0], losses[:, -1], (losses - chord(losses)).max(1)
         cells = [record.spread(column.tolist(), 4) for column in columns]
-        points = (error[:, i] for i in (0, len(SHARES) // 2, -1))
+        points = (errors[:, i] for i in (0, len(SHARES) // 2, -1))
         lines.append([of, *cells, *(record.spread(column.tolist()) for column in points)])
-    noise_header = ["network", "noise", "training loss", "test loss", "rise", "smaller than SGD's", "test error"]
-    line_header = [
-        "line",
-        "length",
-        "training loss at its start",
-        "at its end",
-        "barrier",
-        "test error",
-        "middle",
-        "end",
-    ]
-    seeds = ", ".join(map(str, figures.seeds))
-    about_noise = (
-        f"Seeds {seeds}. Noise and lengths are relative to the norm of the weights. Rise: of the training loss, over "
-        "that without noise; smaller than SGD's in so many seeds."
-    )
-    about_lines = (
-        "Barrier: the most by which the training loss on the line exceeds what lies straight between its ends."
-    )
-    return "\n\n".join([about_noise, record.table(noise_header, noise), about_lines, record.table(line_header, lines)])
+    losses, errors = ("training loss: start", "end", "barrier"), ("test error: start", "middle", "end")
+    return record.table(["line", "length", *losses, *errors], lines)
 
 
 def draw() -> None:

@@ -130,6 +130,12 @@ def test_every_question_has_an_answer(data, monkeypatch):
     assert len(line["test_loss"]) == len(flatness.SHARES)
 
 
+def test_a_run_that_was_stopped_is_not_measured(data, monkeypatch, tmp_path):
+    monkeypatch.setattr(flatness.paper, "train", lambda *_: False)
+    with pytest.raises(SystemExit, match="the same command goes on"):
+        flatness.train(42, tmp_path, [], data)
+
+
 # What is made of the rows
 
 
@@ -139,7 +145,7 @@ def keep_made_up(seed, questions=flatness.QUESTIONS, runs=(flatness.PARLE, flatn
     for of, radius in questions:
         row = dict(seed=seed, of=of, radius=radius, runs=list(runs))
         if radius is None:
-            losses = [0.1 + share * 0.2 + (0.5 if share == 0.5 else 0) for share in flatness.SHARES]
+            losses = [0.1 + share * 0.2 + (0.5 if share == 0.5 else 0.0) for share in flatness.SHARES]
             row["distance"] = 0.25
         else:
             losses = [starts[of] + slopes[of] * radius] * (flatness.DRAWS if radius else 1)
