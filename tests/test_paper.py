@@ -103,7 +103,7 @@ def test_what_was_run_with_other_flags_does_not_count(results):
     assert cells()["lenet-mnist-sgd"][1] == "not run"
 
 
-def test_hours_are_mini_batches_times_the_newest_time_of_one(results):
+def test_core_hours_are_mini_batches_times_the_newest_time_of_one(results):
     for seconds in (1.0, 0.25):
         record.keep("paper", dict(network="wrn-28-10", mini_batch_seconds=seconds, machine="a machine"))
     lines = cells()
