@@ -167,7 +167,7 @@ def kept(name: str) -> dict[int, dict[str, Any]]:
 def mini_batch_seconds(network: str) -> float:
     """A forward and a backward pass on one thread: the faster of two, after a first one.
 
-    The optimizer's step is left out: for LeNet, where it weighs most, it is 0.6 % of this.
+    Of the core, not of the clock: others may be using it. The optimizer's step is left out: for LeNet, where it weighs most, it is 0.6 % of this.
     """
     dataset, batch_size = models.RECIPES[network]["dataset"], models.COMMON["batch_size"]
     _, channels, size = DATA[dataset]
@@ -176,9 +176,9 @@ def mini_batch_seconds(network: str) -> float:
     targets, seconds = torch.arange(batch_size) % 10, []
     torch.set_num_threads(1)
     for _ in range(3):
-        start = time.perf_counter()
+        start = time.process_time()
         F.cross_entropy(model(images), targets).backward()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
     return min(seconds[1:])
 
 
@@ -210,7 +210,7 @@ def table() -> str:
     notes = [
         f"- {network}: {result['mini_batch_seconds']:.3g} s on {result['machine']}" for network, result in timed.items()
     ]
-    title = "Core-hours are mini-batches, those of all replicas, times the seconds of one on one thread:"
+    title = "Core-hours are mini-batches, those of all replicas, times what one takes of a core:"
     return "\n".join([record.table(header, lines), *(["", title, "", *notes] if timed else [])])
 
 
