@@ -167,7 +167,8 @@ def kept(name: str) -> dict[int, dict[str, Any]]:
 def mini_batch_seconds(network: str) -> float:
     """A forward and a backward pass on one thread: the faster of two, after a first one.
 
-    Of the core, not of the clock: others may be using it. The optimizer's step is left out: for LeNet, where it weighs most, it is 0.6 % of this.
+    Seconds are the core's, not the clock's: others may be using it. The optimizer's step is left out: for LeNet,
+    where it weighs most, it is 0.6 % of this.
     """
     dataset, batch_size = models.RECIPES[network]["dataset"], models.COMMON["batch_size"]
     _, channels, size = DATA[dataset]
