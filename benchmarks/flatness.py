@@ -162,7 +162,7 @@ def table() -> str:
     return "\n\n".join(
         [
             f"Seeds {', '.join(map(str, figures.seeds))}. Noise and lengths are relative to the norm of the weights. "
-            "Rise: of the training loss, over that without noise; smaller than SGD's in so many seeds.",
+            "Rise: of the training loss, over that without noise; below 1 of SGD's is flatter, seed by seed.",
             noise_table(figures),
             "Barrier: the most by which the training loss on a line exceeds what lies straight between its ends. A "
             "line that is short against the noise above is flat in any case.",
@@ -176,12 +176,11 @@ def noise_table(figures: Figures) -> str:
     for of in NETWORKS:
         for radius in RADII:
             error, rises = figures("test_error", of, radius).mean(1), rise(figures, of, radius)
-            smaller = int((rises < rise(figures, "SGD", radius)).sum())
-            versus = f"{smaller} of {len(rises)}" if radius and of != "SGD" else ""
+            ratio = record.spread((rises / rise(figures, "SGD", radius)).tolist()) if radius and of != "SGD" else ""
             losses = (figures(name, of, radius).mean(1) for name in ("train_loss", "test_loss"))
             cells = [record.spread(column.tolist(), 4) for column in (*losses, rises)]
-            lines.append([of, radius, *cells, versus, record.spread(error.tolist())])
-    header = ["network", "noise", "training loss", "test loss", "rise", "smaller than SGD's", "test error"]
+            lines.append([of, radius, *cells, ratio, record.spread(error.tolist())])
+    header = ["network", "noise", "training loss", "test loss", "rise", "rise / SGD's", "test error"]
     return record.table(header, lines)
 
 
@@ -204,14 +203,17 @@ def draw() -> None:
     for axes, names, positions in ((left, NETWORKS, RADII), (right, LINES, SHARES)):
         for number, of in enumerate(names):
             colour = f"C{number}" if axes is left else f"C{number + len(NETWORKS)}"
-            for name, style in (("test_loss", "-"), ("train_loss", "--")):
-                points = figures(name, of).T if of in LINES else [figures(name, of, r).ravel() for r in RADII]
-                axes.plot(positions, [point.mean() for point in points], style, color=colour)
-                if name == "test_loss":
-                    low, high = ([end(point) for point in points] for end in (np.min, np.max))
-                    axes.fill_between(positions, low, high, color=colour, alpha=0.2, linewidth=0, label=of)
-        axes.set_yscale("log")
-        axes.legend()
+            label = of if axes is left else f"{of}, {figures('distance', of).mean():.2f} long"
+            training, test = (
+                figures(name, of).T if axes is right else [figures(name, of, radius).ravel() for radius in RADII]
+                for name in ("train_loss", "test_loss")
+            )
+            axes.plot(positions, [losses.mean() for losses in training], "--", color=colour)
+            axes.plot(positions, [losses.mean() for losses in test], color=colour, label=label)
+            low, high = ([end(losses) for losses in test] for end in (np.min, np.max))
+            axes.fill_between(positions, low, high, color=colour, alpha=0.15, linewidth=0)
+        axes.legend(loc="upper left")
+    left.set_ylim(bottom=0)
     left.set_xlabel("noise, relative to each tensor's norm")
     left.set_ylabel("loss: test (solid), training (dashed)")
     right.set_xlabel("along the line")
