@@ -149,7 +149,7 @@ def run(name: str, seed: int, program: str, folder: Path, where: list[str], seco
         print(f"{name}, seed {seed}: not at its end yet; the same command goes on")
         return
     start, *_, end = events = read_log(folder)
-    figures = {key: end[key] for key in ("master_error", "best_master_error", "images", "seconds")}
+    figures = {key: end[key] for key in ("master_error", "best_master_error", "images")}
     revisions = list(dict.fromkeys(event["revision"] for event in events if "revision" in event))
     facts = dict(row=name, seed=seed, command=shlex.join(["python", program, *flags(row, seed)]), **figures)
     record.keep("paper", facts | dict(machine=record.machine(), devices=start["devices"], revisions=revisions))
