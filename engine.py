@@ -1,8 +1,10 @@
 """Train and evaluate. Knows replicas and their optimizer; knows neither MPI nor the name of a data set."""
 
 import contextlib
+import ctypes
 import dataclasses
 import math
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -102,6 +104,7 @@ def train(
         progress: of a run to go on with, whose optimizer has been restored.
         team, world: who shares one replica's mini-batches, and all there are.
     """
+    _keep_freed_memory()
     nb, batch_size = batches[0].per_epoch, batches[0].batch_size
     rounds = count_rounds(epochs, nb)
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, drop_rounds(lr_drops, nb), lr_decay)
@@ -109,7 +112,9 @@ def train(
     progress, asked = progress or Progress(), asked or Asked()
     for source in batches:
         source.drawn = progress.batches
-    precision = torch.autocast(devices(models[0])[0].type, torch.bfloat16) if amp else contextlib.nullcontext()
+    places = [devices(model) for model in models]
+    sums = [riders.unbind() for riders in optimizer.riders]  # views: the optimizer keeps its riders where they are
+    precision = torch.autocast(places[0][0].type, torch.bfloat16) if amp else contextlib.nullcontext()
     for model in models:
         model.train()
 
@@ -127,18 +132,19 @@ def train(
 
     while optimizer.rounds < rounds:
         optimizer.zero_grad()
-        for model, source, riders in zip(models, batches, optimizer.riders, strict=True):
+        for model, source, where, riders in zip(models, batches, places, sums, strict=True):
             inputs, targets = next(source)
-            for part, place in enumerate(devices(model)):
+            for part, place in enumerate(where):
                 seed(place, source.dropout_seed(part))
             with precision:
                 logits = model(inputs)
             # scaled so that the mean over the team is the mean over the whole batch, however that was cut
             loss = F.cross_entropy(logits.float(), targets, reduction="sum") * (team.size / batch_size)
             loss.backward()
-            riders[LOSS] += loss.detach()
-            riders[WRONG] += (logits.detach().argmax(1) != targets).sum() * (team.size / batch_size)
-            riders[SAVE], riders[STOP] = float(asked.save), float(asked.stop)
+            riders[LOSS].add_(loss.detach())
+            riders[WRONG].add_((logits.detach().argmax(1) != targets).sum() * (team.size / batch_size))
+            riders[SAVE].fill_(asked.save)
+            riders[STOP].fill_(asked.stop)
         optimizer.step()
         progress.batches, progress.since = progress.batches + 1, progress.since + 1
         progress.images += images_per_step
@@ -203,6 +209,17 @@ def train(
         "wait_seconds": progress.wait_seconds,
         "images": progress.images,
     }
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc give nothing back to the kernel.
+
+    Else every mini-batch returns megabytes of activations and gets them again, cleared, with a fault for every page.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        trim_threshold, mmap_threshold = -1, -3  # malloc.h
+        libc.mallopt(trim_threshold, 2**31 - 1)
+        libc.mallopt(mmap_threshold, 2**31 - 1)
 
 
 def devices(model: nn.Module) -> list[torch.device]:

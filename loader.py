@@ -62,7 +62,7 @@ class Dataset(NamedTuple):
 
     def inputs(self, images: Tensor) -> Tensor:
         """A network's input from (B, H, W, C) images: (B, C, H, W), normalised float32, channels_last in memory."""
-        return ((images.float() - self.mean) / self.std).permute(0, 3, 1, 2)
+        return (images - self.mean).div_(self.std).permute(0, 3, 1, 2)
 
 
 # Raw data: each reader takes the raw folder and whether to download what is missing; it gives train and test arrays
@@ -478,9 +478,10 @@ class Batches:
         passes = torch.cat(list(self._orders.values())) if last > first else self._orders[first]
         indices = passes[start - first * share :][: self.batch_size][self.rows]
         indices = self._send(indices)
-        images = self._crop(indices) if self.augment else self.data.train_images[indices]
+        # index_select copies whole images, 30 times faster on a CPU than indexing, which copies pixels
+        images = self._crop(indices) if self.augment else self.data.train_images.index_select(0, indices)
         self.drawn += 1
-        return self.data.inputs(images), self.data.train_labels[indices]
+        return self.data.inputs(images), self.data.train_labels.index_select(0, indices)
 
     def dropout_seed(self, part: int = 0) -> int:
         """Of the batch that was drawn last; `part` counts the devices here that share it."""
