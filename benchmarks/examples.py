@@ -1,0 +1,90 @@
+"""What the commands of the README's first screen give here: the master's test error, and seconds of training.
+
+python benchmarks/examples.py --data DIR       # those that have not been run; DIR as torchvision lays it out
+python benchmarks/examples.py --table
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import record
+
+SEEDS = (42, 43, 44)
+EXAMPLES = {
+    "LeNet, digits": "parle_mpi.py -n 3 -d digits",
+    "LeNet, MNIST": "parle_mpi.py -n 3 -d mnist -B 0.25",
+    "LeNet, MNIST, SGD as long": "parle_mpi.py -n 1 --method sgd -d mnist -B 6.24 --lr-drops",
+}
+
+
+def run(example: str, seed: int, data: Path | None, proc: Path) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        given = [*EXAMPLES[example].split(), "-s", str(seed)]
+        where = ["--proc", str(proc), "--out", f"{folder}/run", *(["--data", str(data)] if data else [])]
+        subprocess.run([sys.executable, *given, *where], cwd=ROOT, check=True)
+        log = [json.loads(line) for line in Path(folder, "run", "log.jsonl").read_text().splitlines()]
+    start, end = log[0], log[-1]
+    record.keep(
+        "examples",
+        dict(
+            example=example,
+            command=f"python {' '.join(given)}",
+            seed=seed,
+            replicas=start["replicas"],
+            rounds=start["rounds"],
+            error=end["master_error"],
+            seconds=end["seconds"],
+            wait_seconds=end["wait_seconds"],
+            sync_seconds=end["sync_seconds"],
+            revision=start["revision"],
+            machine=record.machine(),
+        ),
+    )
+
+
+def table() -> str:
+    rows = record.read("examples")
+    lines = []
+    for example, command in EXAMPLES.items():
+        own = [row for row in rows if row["example"] == example]
+        if own:
+            seconds = [row["seconds"] for row in own]
+            lines.append(
+                [
+                    example,
+                    own[0]["replicas"],
+                    own[0]["rounds"],
+                    record.spread([row["error"] for row in own]),
+                    f"{min(seconds):.0f} to {max(seconds):.0f}",
+                    f"`python {command}`",
+                    ", ".join(str(row["seed"]) for row in own),
+                ]
+            )
+    return record.table(["network, data", "n", "rounds", "test error, %", "seconds", "command", "seeds"], lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, metavar="DIR", help="raw data, as torchvision lays it out")
+    parser.add_argument("--proc", type=Path, default=Path("proc"), metavar="DIR", help="pre-processed data")
+    parser.add_argument("--table", action="store_true", help="print what has been measured, and end")
+    args = parser.parse_args()
+    if args.table:
+        print(table())
+        return
+    kept = {(row["example"], row["seed"]) for row in record.read("examples")}
+    for seed in SEEDS:
+        for example in EXAMPLES:
+            if (example, seed) not in kept:
+                run(example, seed, args.data, args.proc)
+
+
+if __name__ == "__main__":
+    main()
