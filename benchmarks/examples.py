@@ -11,11 +11,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import record
 
+ROOT = Path(__file__).parent.parent
 SEEDS = (42, 43, 44)
 EXAMPLES = {
     "LeNet, digits": "parle_mpi.py -n 3 -d digits",
