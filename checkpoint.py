@@ -95,10 +95,10 @@ def _moment(path: Path) -> list[int]:
     return [int(number) for number in path.name.split("-")]
 
 
-def put_aside_later(path: Path) -> None:
+def put_aside_later(path: Path, counters: dict[str, Any]) -> None:
     """A run that goes on from `path` goes another way than those after it; the next save removes them."""
     for later in found(path.parent):
-        if _moment(later) > _moment(path):
+        if _moment(later) > [counters["rounds"], counters["batches"]]:
             os.rename(later, later.with_name(f".{later.name}-later"))
 
 

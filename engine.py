@@ -53,7 +53,8 @@ class Progress:
     seconds_logged: float = 0.0  # at the last line
     sync_seconds: float = 0.0
     wait_seconds: float = 0.0
-    master_error: float | None = None  # when it was tested last
+    evaluated: int = 0  # the last round with an evaluation
+    master_error: float | None = None  # of that
     best_master_error: float | None = None
 
 
@@ -123,6 +124,16 @@ def train(
     synced = optimizer.sync_seconds
     images_per_step = batch_size * optimizer.num_replicas
 
+    def is_due(done: int) -> bool:
+        return done % nb == 0 or done == rounds or (eval_every is not None and done % eval_every == 0)
+
+    def tested(done: int) -> dict[str, Any]:
+        result = evaluate()
+        error, best = result["master_error"], progress.best_master_error
+        progress.master_error, progress.best_master_error = error, error if best is None else min(best, error)
+        progress.evaluated = done
+        return {"event": "eval", "round": done, "epoch": done / nb, "seconds": progress.seconds, **result}
+
     def keep() -> None:
         nonlocal mark
         progress.seconds += time.perf_counter() - mark
@@ -130,6 +141,9 @@ def train(
         save(progress)
         asked.save, mark = False, time.perf_counter()
 
+    if progress.evaluated < optimizer.rounds and optimizer.batches == 0 and is_due(optimizer.rounds):
+        yield tested(optimizer.rounds)  # it was killed before it could
+        mark = time.perf_counter()
     while optimizer.rounds < rounds:
         optimizer.zero_grad()
         for model, source, where, riders in zip(models, batches, places, sums, strict=True):
@@ -158,7 +172,7 @@ def train(
         if world.size > 1:  # what any rank was asked, and all now know
             saves, stops = (optimizer.riders[0][SAVE:] > 0).tolist()
         ends_epoch = ended and (done % nb == 0 or done == rounds)
-        evaluates = ended and (ends_epoch or (eval_every is not None and done % eval_every == 0))
+        evaluates = ended and is_due(done)
         saves |= stops or ends_epoch or (ended and checkpoint_every is not None and done % checkpoint_every == 0)
         lr = optimizer.param_groups[0]["lr"]
         if ended:
@@ -189,10 +203,7 @@ def train(
         if evaluates:
             if stops and done < rounds:  # who has asked may not wait for the evaluation
                 keep()
-            result = evaluate()
-            error, best = result["master_error"], progress.best_master_error
-            progress.master_error, progress.best_master_error = error, error if best is None else min(best, error)
-            yield {"event": "eval", "round": done, "epoch": done / nb, "seconds": progress.seconds, **result}
+            yield tested(done)
             mark = time.perf_counter()
         if saves:
             keep()

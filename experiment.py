@@ -141,7 +141,7 @@ def open_report(args: argparse.Namespace, resumed: Resumed | None) -> Report:
             own = resumed is not None and resumed.path.parent.resolve() == (args.out / checkpoint.FOLDER).resolve()
             report = Report(args.out, label, resumed.manifest["log_bytes"] if own else None)
             if own:
-                checkpoint.put_aside_later(resumed.path)
+                checkpoint.put_aside_later(resumed.path, resumed.manifest["counters"])
             return report
         for suffix in ("", *(f"-{i}" for i in range(2, 100))):  # runs may start in the same second
             with contextlib.suppress(FileExistsError):

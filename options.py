@@ -238,7 +238,7 @@ def check(args: argparse.Namespace, size: int | None) -> None:
     if args.sync_every == "auto" and args.lr > LONGEST * args.gamma:
         raise Mistake(f"-L auto is lr / gamma, and {args.lr:g} / {args.gamma:g} is too long: --gamma 0.01")
     threads = os.environ.get("OMP_NUM_THREADS", "1").split(",")[0]
-    if not (threads.strip().isdecimal() and 1 <= int(threads) <= MOST_THREADS):
+    if not (threads.strip().isdecimal() and len(threads) < 9 and 1 <= int(threads) <= MOST_THREADS):
         raise Mistake(f"OMP_NUM_THREADS is {threads!r}, not a number of threads from 1 to {MOST_THREADS}")
     if args.data is not None and not os.path.isdir(args.data):
         raise Mistake(f"--data {args.data}: there is no such folder")

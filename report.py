@@ -68,6 +68,8 @@ class Report:
 
     def say(self, text: str) -> None:
         """A line on the screen, with what is trained on what in front."""
+        if sys.stdout is None:  # closed before the program began
+            return
         try:
             tqdm.write(f"{self.label}  {text}")
             sys.stdout.flush()
