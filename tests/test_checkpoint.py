@@ -512,8 +512,9 @@ def test_what_rides_with_a_message_stays_a_mean_whoever_joins(tmp_path, now):
 class Expected:
     """n replicas of Parle in float64 numpy, of which those in `lost` are left out of a round's mean and restarted."""
 
-    def __init__(self, start, n, L, nb, lr, momentum, gamma, rho, alpha):
+    def __init__(self, start, n, L, nb, lr, momentum, gamma, rho, alpha, outer_step, outer_momentum):
         self.n, self.L, self.nb, self.lr, self.mu = n, L, nb, lr, momentum
+        self.eta, self.outer_mu = outer_step, outer_momentum
         self.gamma, self.rho, self.alpha = gamma, rho, alpha
         self.x, self.vx = start.copy(), np.zeros_like(start)
         self.xa, self.u, self.v = np.tile(start, (n, 1)), np.zeros((n, len(start))), np.zeros((n, len(start)))
@@ -522,7 +523,8 @@ class Expected:
     def round(self, gradients, lost=()):
         """gradients: (L, n, P)"""
         growth = (1 + 1 / (2 * self.nb)) ** self.k
-        gamma, c = min(self.gamma * growth, 1), min(self.rho * self.L * self.n * growth, 10)
+        cap = 10 if self.L == 1 else min(10, 1 / self.eta)
+        gamma, c = min(self.gamma * growth, 1), min(self.rho * self.L * self.n * growth, cap)
         healthy = [a for a in range(self.n) if a not in lost]
         y, z = self.xa.copy(), self.xa.copy()
         for g in gradients:
@@ -535,11 +537,11 @@ class Expected:
         else:
             mean = z[healthy].mean(0)
             d = (self.xa - z) + c * (self.xa - mean)
-            self.v = self.mu * self.v + d
-            self.xa = self.xa - self.lr * (d + self.mu * self.v)
+            self.v = self.outer_mu * self.v + d
+            self.xa = self.xa - self.eta * (d + self.outer_mu * self.v)
             d = (1 + c) * (self.x - mean)
-            self.vx = self.mu * self.vx + d
-            self.x = self.x - self.lr * (d + self.mu * self.vx)
+            self.vx = self.outer_mu * self.vx + d
+            self.x = self.x - self.eta * (d + self.outer_mu * self.vx)
         for a in lost:
             self.xa[a], self.u[a], self.v[a] = self.x, 0, 0
         self.k += 1
@@ -563,7 +565,7 @@ def agrees(optimizer, expected):
 @pytest.mark.parametrize("lost", [(1,), (0,), (0, 2)])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_a_bad_replica_has_no_part_in_the_mean_and_restarts_from_the_master(length, lost, value):
-    settings = dict(lr=0.1, momentum=0.9, gamma=0.3, rho=0.1, alpha=0.75)
+    settings = dict(lr=0.1, momentum=0.9, gamma=0.3, rho=0.1, alpha=0.75, outer_step=0.5, outer_momentum=0.4)
     start = torch.linspace(-1, 1, 6, dtype=torch.float64)
     weights = [nn.Parameter(start.clone()) for _ in range(3)]
     optimizer = Parle([[w] for w in weights], sync_every=length, batches_per_epoch=4, **settings)
