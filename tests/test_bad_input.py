@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import importlib
 import json
 import os
 import pickle
@@ -202,6 +203,12 @@ def test_a_wrong_name_is_told_with_all_there_are(flag, refused):
         ("--lr-decay 0", "--lr-decay: 0 is not"),
         ("-b 1", "-b/--batch-size: 1 is not a whole number of at least 2 (batch norm needs two)"),
         (f"-s {2**63}", f"-s/--seed: {2**63} is not"),
+        ("--lr 1e39", "--lr: 1e39 is not a number of at least 0 and up to 1e6, such as 0.01"),
+        ("--gamma 1e39", "--gamma: 1e39 is not a number of at least 0 and up to 1e6"),
+        ("--weight-decay 1000001", "--weight-decay: 1000001 is not"),
+        (f"-L {10**10}", f"-L/--sync-every: {10**10} is not a whole number of at least 1 and up to 1e9, such as 25"),
+        ("-L auto --gamma 1e-320", "-L auto is lr / gamma, and 0.1 / 9.99989e-321 is too long: --gamma 0.01"),
+        ("-L auto --gamma 1e-10 --lr 1", "-L auto is lr / gamma, and 1 / 1e-10 is too long: --gamma 0.01"),
         ("-L Auto", "-L/--sync-every: Auto is not a whole number of at least 1 and up to 1e9, such as 25, or auto"),
         ("-L auto --gamma 0", "-L auto needs a pull towards the anchor: --gamma 0.01"),
         ("-L auto --method sgd", "-L auto needs a pull towards the anchor: --gamma 0.01"),
@@ -241,6 +248,35 @@ def test_a_wrong_command_line_is_told_in_one_line(line, told, proc, refused):
 )
 def test_a_number_that_nothing_can_hold_is_told_in_one_line(line, flag, proc, tmp_path, refused):
     refused(*f"{TINY} --proc {proc} --out {tmp_path / 'run'} {line}".split(), told=[flag])
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("abc", "", "1.5", "0", "99999", "-1", " ", "x,4", "²"),
+        pytest.param(
+            "1" * 5000,
+            marks=pytest.mark.xfail(raises=ValueError, strict=True, reason="options.check reads no more digits"),
+            id="of 5000 digits",
+        ),
+    ],
+)
+@pytest.mark.parametrize("program", ["parle_gpu", "parle_mpi"])
+def test_a_number_of_threads_that_is_none_is_told_in_one_line(value, program, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("OMP_NUM_THREADS", value)
+    monkeypatch.setattr(sys, "argv", [f"{program}.py", *TINY.split(), "--out", str(tmp_path / "run")])
+    monkeypatch.setattr(launch, "start", None)
+    with pytest.raises(SystemExit) as exit:
+        importlib.import_module(program).main()
+    line = f"{program}.py: error: OMP_NUM_THREADS is {value.split(',')[0]!r}, not a number of threads from 1 to 1024\n"
+    assert (exit.value.code, *capsys.readouterr()) == (2, "", " ".join(line.split()) + "\n")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("value", ["1", "1,1", " 1"])
+def test_a_number_of_threads_for_each_level_is_one(value, proc, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", value)
+    assert start(monkeypatch, *TINY.split(), "--proc", proc, "--out", tmp_path / "run") == 0
 
 
 def test_what_is_advised_for_a_share_of_too_few_images_is_enough(proc, refused):

@@ -509,6 +509,33 @@ def test_the_end_tells_the_last_and_the_best_error(comm):
     assert (events[-1]["master_error"], events[-1]["best_master_error"]) == (20.0, 10.0)
 
 
+@pytest.mark.parametrize(
+    ("at", "calls"),
+    [
+        (5, ["save", "evaluate", "save"]),  # what is killed while it evaluates has lost nothing
+        (4, ["save"]),
+        (10, ["evaluate", "save", "evaluate", "save"]),
+        (99, ["evaluate", "save", "evaluate", "save"]),
+    ],
+)
+def test_who_asks_to_stop_does_not_wait_for_the_evaluation(comm, at, calls):
+    model, batches, optimizer = start(comm)
+    asked, done = engine.Asked(), []
+
+    def evaluate():
+        done.append("evaluate")
+        return {"master_error": 50.0}
+
+    def ask(*_):
+        asked.stop = optimizer.rounds >= at
+
+    optimizer.register_step_post_hook(ask)
+    events = train(model, batches, optimizer, evaluate, asked=asked, save=lambda progress: done.append("save"))
+    assert done == calls
+    assert optimizer.rounds == min(at, 10)
+    assert [event["event"] for event in events[-1:]] == {4: [], 5: ["eval"]}.get(at, ["end"])
+
+
 def test_the_time_of_evaluation_is_not_counted_as_training(comm):
     def evaluate():
         time.sleep(0.15)

@@ -1,5 +1,6 @@
 import os
 import re
+import shlex
 import signal
 import stat
 import subprocess
@@ -79,6 +80,19 @@ def test_importing_it_starts_nothing(python):
         # srun --pty bash, where Slurm's MpiDefault is pmix or pmi2
         ("SLURM_PROCID=0 SLURM_STEP_NUM_TASKS=1 PMIX_RANK=0 PMIX_NAMESPACE=slurm.pmix.7.0", None),
         ("SLURM_PROCID=0 SLURM_STEP_NUM_TASKS=1 PMI_RANK=0 PMI_SIZE=1", None),
+        # what is no number is no launcher's
+        ("PMI_RANK=abc PMI_SIZE=3", None),
+        ("PMI_RANK=1 PMI_SIZE=abc", None),
+        ("PMI_RANK= PMI_SIZE=3", None),
+        ("PMI_RANK=1 PMI_SIZE=", None),
+        ("PMI_RANK=-1 PMI_SIZE=3", None),
+        ("PMI_RANK=1.5 PMI_SIZE=3", None),
+        ("PMI_RANK=² PMI_SIZE=3", None),
+        ("OMPI_COMM_WORLD_RANK=x OMPI_COMM_WORLD_SIZE=4", None),
+        ("SLURM_PROCID=x SLURM_STEP_NUM_TASKS=8", None),
+        ("SLURM_PROCID=0 SLURM_STEP_NUM_TASKS=many", None),
+        ("PMIX_RANK=abc", None),
+        ("PMI_RANK=abc PMI_SIZE=3 PMIX_RANK=2", (2, None)),
     ],
 )
 def test_launchers_are_known_by_their_environment(environment, launched):
@@ -92,6 +106,32 @@ def test_launched_reads_this_process_environment(monkeypatch):
     monkeypatch.setenv("PMI_RANK", "1")
     monkeypatch.setenv("PMI_SIZE", "3")
     assert launch.launched() == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("executable", "on_path", "named"),
+    [
+        ("bin/python", ["bin/python"], "python"),
+        ("bin/python", ["other/python", "bin/python"], "bin/python"),
+        ("bin/python", ["bin/python", "other/python"], "python"),
+        ("bin/python", ["other/python3"], "bin/python"),
+        ("bin/python", [], "bin/python"),
+        ("bin/python3", ["bin/python"], "bin/python3"),
+        ("my bin/python", ["my bin/python"], "python"),
+        ("my bin/python", [], "'my bin/python'"),
+        ("my bin/it's", [], "'my bin/it'\"'\"'s'"),
+    ],
+)
+def test_python_is_named_as_a_shell_finds_this_very_one(executable, on_path, named, tmp_path, monkeypatch):
+    folders = [str((tmp_path / name).parent) for name in on_path]
+    for name in {executable, *on_path}:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        mpiexec(tmp_path / name, "")
+    monkeypatch.setattr(sys, "executable", str(tmp_path / executable))
+    monkeypatch.setenv("PATH", ":".join(folders))
+    assert launch.python().replace(f"{tmp_path}/", "") == named
+    if named != "python":
+        assert shlex.split(launch.python()) == [sys.executable]
 
 
 @pytest.fixture
@@ -117,8 +157,8 @@ def place(tmp_path, monkeypatch):
         yield folders
 
 
-def mpiexec(folder):
-    path = folder / "mpiexec"
+def mpiexec(folder, name="mpiexec"):
+    path = folder / name
     path.write_text("#!/bin/sh\n")
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
     return str(path)
@@ -267,6 +307,52 @@ def test_an_exception_has_the_last_word(python, script):
     done = python(script(body + "    ranks.wait(MPI.COMM_WORLD.Ibarrier())\nranks.run(main)"), timeout=20)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == "rank 1: ValueError: wrong"
+
+
+EARLY = """
+def main():
+    launch.leave_word("python this --resume that")
+    if rank == 1:
+        {end}
+    from mpi4py import MPI
+    MPI.COMM_WORLD.Barrier()
+
+ranks.run(main)
+"""
+
+
+@pytest.mark.parametrize("end", ["return", "sys.exit(0)", "os._exit(0)"])
+def test_a_rank_that_ends_before_mpi_starts_on_the_others_is_named(begin, script, end):
+    path = script(EARLY.format(end=end))
+    path.write_text(path.read_text().replace("import launch, ranks\n", "import launch, ranks\nlaunch.GRACE = 2.0\n"))
+    process = begin(path)
+    _, erred = process.communicate(timeout=60)
+    assert process.returncode not in (0, 75)
+    assert erred.splitlines()[-1] == "rank 1: ended before the others; go on with: python this --resume that"
+
+
+def test_ranks_that_end_one_after_the_other_within_the_grace_end_well(begin, script):
+    process = begin(script("ranks.run(lambda: time.sleep(rank))"))
+    assert process.communicate(timeout=60) == ("", "")
+    assert process.returncode == 0
+
+
+def test_a_killed_mpiexec_is_named(begin, script, tmp_path):
+    process = begin(script(HEAR.replace("def hear", "launch.leave_word('python this --resume that')\ndef hear")))
+    until(lambda: len(list(tmp_path.glob("ready-*"))) == 3, seconds=60)
+    (mpiexec,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(mpiexec), signal.SIGKILL)
+    _, erred = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGKILL
+    assert erred.splitlines()[-1] == "mpiexec: killed; go on with: python this --resume that"
+
+
+def test_without_room_for_it_no_word_is_left_and_the_run_goes_on(tmp_path, monkeypatch, no_launcher):
+    monkeypatch.setenv("PMI_RANK", "1")
+    monkeypatch.setenv("PMI_SIZE", "3")
+    monkeypatch.setenv(launch.STARTED, str(tmp_path / "gone"))
+    launch.leave_word("this")
+    assert not (tmp_path / "gone").exists()
 
 
 def test_ranks_that_fail_by_themselves_have_the_last_word(python, script):

@@ -361,6 +361,27 @@ def test_sync_ends_a_round_early_and_does_nothing_between_rounds(build):
     assert torch.equal(parameter.detach(), master)
 
 
+@pytest.mark.parametrize("sync_every", [1, 3])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_riders_that_are_not_finite_make_the_replica_a_lost_one(build, sync_every, value):
+    optimizer = build([nn.Parameter(torch.ones(2))], sync_every=sync_every)
+    optimizer.riders[0][2] = value
+    with pytest.raises(FloatingPointError, match="no replica is finite any more after round 1: try a lower lr"):
+        for _ in range(sync_every):
+            optimizer.step()
+    assert optimizer.master.isfinite().all()
+
+
+def test_a_master_that_overflows_though_the_replica_is_finite_is_an_error(build):
+    parameter = nn.Parameter(torch.tensor([3e38, 1.0]))
+    optimizer = build([parameter], gamma=0, rho=0, outer_step=1)
+    optimizer.master[0] = -3e38
+    with pytest.raises(FloatingPointError, match="the master is not finite any more after round 1: try a lower lr"):
+        for _ in range(3):
+            optimizer.step()
+    assert parameter.isfinite().all()
+
+
 def test_the_master_is_copied_by_order_by_name_or_not_at_all(build):
     model, other = network(), network()
     weights_first = [

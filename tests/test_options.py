@@ -1,12 +1,18 @@
 import re
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+import checkpoint
+import engine
+import experiment
+import launch
 import options
 from loader import SOURCES
+from parle_gpu import Parle
 
 pytestmark = pytest.mark.usefixtures("no_launcher")
 
@@ -149,6 +155,90 @@ def test_elastic_sgd_starts_at_rho_n_of_one(line, size):
     args = parse(f"--method elastic-sgd {line}", size)
     assert args.rho * args.replicas == pytest.approx(1)
     assert (args.sync_every, args.gamma) == (1, 0)
+
+
+def launched(monkeypatch, size, started=False):
+    monkeypatch.setenv("PMI_RANK", "0")
+    monkeypatch.setenv("PMI_SIZE", str(size))
+    if started:
+        monkeypatch.setenv(launch.STARTED, "folder")
+
+
+@pytest.fixture
+def resume(tmp_path, monkeypatch):
+    """The arguments of a run that goes on from one with `line`, when `more` are given anew."""
+    monkeypatch.delenv(launch.STARTED, raising=False)
+
+    def resume(line, *more, size=None):
+        was = parse(line)
+        weights = [[torch.nn.Parameter(torch.zeros(2))] for _ in range(was.replicas)]
+        optimizer = Parle(weights, lr=1, batches_per_epoch=1)
+        facts = dict(arguments=experiment._plain(was) | dict(program="parle_mpi.py"), progress={}, log_bytes=0)
+        numbers = list(range(was.replicas))
+        checkpoint.save(tmp_path / checkpoint.FOLDER, optimizer, numbers, facts, engine.ALONE, engine.ALONE)
+        monkeypatch.setattr(sys, "argv", ["parle_mpi.py", "--resume", str(tmp_path), *more])
+        return options.resolve(options.parse(options.parser("parle_mpi.py", "Parle.")), size)
+
+    return resume
+
+
+ENTROPY, PARLE = "--method entropy-sgd -n 2", "--method parle -n 3"
+
+
+@pytest.mark.parametrize(
+    ("line", "more", "size", "started", "replicas"),
+    [
+        (ENTROPY, "", None, False, 2),
+        (ENTROPY, "", 2, True, 2),
+        (ENTROPY, "", 1, False, 2),
+        (PARLE, "", None, False, 3),
+        (PARLE, "", 3, True, 3),
+        (PARLE, "", 1, False, 3),
+        (PARLE, "", 5, False, 5),
+        (PARLE, "-n 1", 5, False, 1),
+        (PARLE, "-n 5", 5, True, 5),
+        (PARLE, "-n 5", None, False, 5),
+        ("--method sgd -n 3", "", 3, True, 3),
+    ],
+)
+def test_a_run_that_goes_on_has_as_many_replicas_unless_a_launcher_has_other_ranks(
+    line, more, size, started, replicas, resume, monkeypatch
+):
+    if size is not None:
+        launched(monkeypatch, size, started)
+    assert resume(line, *more.split(), size=size).replicas == replicas
+
+
+ELASTIC = "--method elastic-sgd -n 3"
+
+
+@pytest.mark.parametrize(
+    ("line", "more", "size", "rho"),
+    [
+        (f"{ELASTIC} --rho 0.1", "", None, 0.1),
+        (f"{ELASTIC} --rho 0.1", "-n 5", None, 0.1),
+        (f"{ELASTIC} --rho 0.1", "", 5, 0.1),
+        (f"{ELASTIC} --rho 0.1", "--rho 0.3", None, 0.3),
+        (f"{ELASTIC} --rho 0", "-n 5", None, 0),
+        (ELASTIC, "", None, 1 / 3),
+        (ELASTIC, "-n 5", None, 1 / 5),
+        (ELASTIC, "", 5, 1 / 5),
+        (ELASTIC, "-n 5 --rho 0.1", None, 0.1),
+        ("--method parle -n 3 --rho 0.5", "-n 5", None, 0.5),
+    ],
+)
+def test_a_run_that_goes_on_keeps_the_rho_that_was_given_and_else_rho_n_of_one(
+    line, more, size, rho, resume, monkeypatch
+):
+    if size is not None:
+        launched(monkeypatch, size)
+    assert resume(line, *more.split(), size=size).rho == rho
+
+
+def test_the_program_is_the_one_that_runs_now(resume):
+    assert resume(PARLE).program == "parle_mpi.py"
+    sys.argv[0] = "parle_gpu.py"
+    assert options.parse(options.parser("parle_gpu.py", "Parle.")).program == "parle_gpu.py"
 
 
 @pytest.mark.parametrize(

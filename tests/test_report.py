@@ -310,6 +310,54 @@ def test_a_second_run_in_the_same_folder_leaves_the_first_as_it_was(tell):
     assert tell.log.read_bytes() == before
 
 
+def test_a_second_run_in_the_same_folder_goes_on_only_once_the_first_has_ended(tmp_path):
+    first = report.Report(tmp_path, LABEL)
+    first(START)
+    before = first.log.read_bytes()
+    for log_bytes in (0, len(before)):
+        with pytest.raises(FileExistsError, match=re.escape(f"another run is writing {tmp_path / 'log.jsonl'}")):
+            report.Report(tmp_path, LABEL, log_bytes)
+        assert first.log.read_bytes() == before
+    first(EVAL)
+    before = first.log.read_bytes()
+    del first
+    second = report.Report(tmp_path, LABEL, len(before))
+    second(RESUME)
+    assert second.log.read_bytes().startswith(before)
+
+
+def closed_pipe():
+    reads, writes = os.pipe()
+    os.close(reads)
+    return os.fdopen(writes, "w")
+
+
+OUTPUTS = {"full": lambda: open("/dev/full", "w"), "a pipe that nobody reads": closed_pipe}  # noqa: SIM115
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+@pytest.mark.parametrize("terminal", [False, True])
+def test_an_output_that_takes_nothing_does_not_end_a_run(output, terminal, tell, monkeypatch):
+    if terminal:
+        monkeypatch.setenv(launch.TERMINAL, "100")
+    with OUTPUTS[output]() as file:
+        monkeypatch.setattr(sys, "stdout", file)
+        for event in events():
+            tell(event)
+        monkeypatch.undo()
+    assert [json.loads(line) for line in tell.log.read_text().splitlines()] == events()
+
+
+@pytest.mark.xfail(raises=AttributeError, strict=True, reason="Report.say flushes a sys.stdout that is None")
+def test_an_output_that_was_closed_from_the_start_does_not_end_a_run(tell, monkeypatch):
+    """As by `>&-`."""
+    monkeypatch.setattr(sys, "stdout", None)
+    for event in events():
+        tell(event)
+    monkeypatch.undo()
+    assert [json.loads(line) for line in tell.log.read_text().splitlines()] == events()
+
+
 def test_a_folder_that_is_there_already_is_used(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     report.Report(tmp_path, LABEL)
@@ -361,6 +409,20 @@ def test_a_failure_while_saving_is_told_and_leaves_the_old_master(tell, model, m
     tell.save_master(model)
     assert "WARNING" in capsys.readouterr().out
     assert (tell.folder / "master.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["0.weight", "0.bias", "1.running_mean", "1.running_var"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_master_that_is_not_finite_leaves_the_old_one_and_is_told(tell, model, name, value, capsys):
+    tell.save_master(model)
+    before = (tell.folder / "master.pt").read_bytes()
+    model.state_dict()[name][-1] = value
+    capsys.readouterr()
+    tell.save_master(model)
+    line = f"{LABEL}  WARNING: {tell.folder}/master.pt is not the newest master: that one has NaN or infinity\n"
+    assert tuple(capsys.readouterr()) == (line, "")
+    assert (tell.folder / "master.pt").read_bytes() == before
+    assert {path.name for path in tell.folder.iterdir()} == {"log.jsonl", "master.pt"}
 
 
 def test_surroundings_say_when_what_and_where(monkeypatch):

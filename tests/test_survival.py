@@ -22,6 +22,7 @@ from tests.test_checkpoint import result
 
 SETTINGS = shlex.split("-d digits --device cpu -L 5 -b 48 --frac 0.15 --lr-drops 0.6 --checkpoint-every 1")
 MPI, GPU = "parle_mpi.py", "parle_gpu.py"
+BARE = "/usr/bin:/bin"  # for a PATH: no Python of an environment is there
 
 
 @pytest.fixture
@@ -43,7 +44,7 @@ def start(tmp_path, proc):
         started.append(process)
         return process
 
-    start.again = lambda command: begin(["bash", "-c", f"exec {command}"], dict(OMP_NUM_THREADS="1"))
+    start.again = lambda command, **changes: begin(["bash", "-c", command], dict(OMP_NUM_THREADS="1") | changes)
     yield start
     for process in started:
         if process.poll() is None:
@@ -105,7 +106,6 @@ FAULTS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "fault", ["kill:1:4", *(pytest.param(name, marks=pytest.mark.slow) for name in ("raise:2:3", "stall:1:5"))]
 )
@@ -136,7 +136,7 @@ def test_the_killed_rank_is_the_one_that_is_named(start, rank, attempt):
 def test_killed_before_the_first_checkpoint_it_names_the_rank(start, tmp_path):
     done = finish(start(MPI, "-n", 2, PARLE_FAULT="kill:1:1"))
     assert done.status not in (0, 75)
-    assert re.fullmatch("rank [01]: killed", done.erred.splitlines()[-1])
+    assert done.erred.splitlines()[-1] == "rank 1: killed"
     assert saved(tmp_path / "run") == []
 
 
@@ -187,16 +187,19 @@ def process_of(rank, out):
 @pytest.mark.parametrize("rank", [0, 2])
 def test_a_signal_to_one_rank_is_heard_by_all(start, tmp_path, number, rank):
     out = tmp_path / "run"
-    process = start(MPI, "-B", 4, "--checkpoint-every", 15, ranks=3)
+    process = start(MPI, "-B", 1, "--frac", 1, "--checkpoint-every", 1000, ranks=3)  # no other checkpoint than the last
     until(lambda: (out / "log.jsonl").exists() and len(log_of(out)) > 1, process)
     os.kill(process_of(rank, out), number)
     done = finish(process)
+    rounds = log_of(out)[0]["rounds"]
+    kept = [int(name[:8]) for name in saved(out)]
     if number == signal.SIGUSR1:
         assert (done.status, done.erred) == (0, "")
         assert log_of(out)[-1]["event"] == "end"
+        assert len(kept) == 2 and 0 < kept[1] < kept[0] == rounds
     else:
         assert (done.status, done.erred) == (75, "")
-        assert log_of(out)[-1]["round"] == int(saved(out)[0][:8]) < 20
+        assert kept == [log_of(out)[-1]["round"]] and 0 < kept[0] < rounds
         assert command_of(done.printed) == log_of(out)[-1]["command"]
 
 
@@ -218,18 +221,67 @@ def test_sigterm_and_sigint_to_all_ranks_stop_once(start, tmp_path, ranks):
 @pytest.mark.slow
 @pytest.mark.parametrize("program", [MPI, GPU])
 def test_a_second_sigint_stops_at_once(start, tmp_path, program):
-    process = start(program, "-n", 3, "-B", 40, "--checkpoint-every", 2)
+    # one that neither ends its mini-batch nor its round
+    process = start(program, "-n", 3, "-B", 40, PARLE_FAULT="stall:0:3")
     trains(tmp_path / "run", process)
+    time.sleep(0.5)
     process.send_signal(signal.SIGINT)
+    time.sleep(1)
+    assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    time.sleep(0.05)
-    if process.poll() is None:
-        process.send_signal(signal.SIGINT)
     told = time.time()
     done = finish(process)
-    assert done.status != 0
-    assert done.ended - told < 5
+    assert done.status not in (0, 75)
+    assert done.ended - told < 15
     checkpoint.newest(checkpoint.found(tmp_path / "run" / "checkpoints"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", [MPI, GPU])
+def test_the_command_that_is_printed_runs_where_path_finds_no_python(start, tmp_path, program):
+    out = tmp_path / "run"
+    done = finish(start(program, "-n", 2, "-B", 1, PARLE_FAULT="raise:1:3", PATH=BARE))
+    assert done.status not in (0, 75)
+    command = command_of(done.erred)
+    assert command == f"{shlex.quote(sys.executable)} {program} --resume {out}"
+    finished(start.again(command, PATH=BARE))
+    assert [line["round"] for line in log_of(out, "resume")] == [2]
+    assert log_of(out)[-1]["event"] == "end"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", [MPI, GPU])
+@pytest.mark.parametrize(
+    "redirected",
+    [
+        *("> /dev/full", "> /dev/full 2>&1", "| true"),
+        pytest.param(">&-", marks=pytest.mark.xfail(strict=True, reason="both programs flush a sys.stdout of None")),
+    ],
+)
+def test_an_output_that_takes_nothing_does_not_end_the_run(start, tmp_path, proc, program, redirected):
+    out = tmp_path / "run"
+    words = [sys.executable, program, *SETTINGS, "--proc", proc, "--out", out, "-n", 2, "-B", 0.4]
+    done = finish(start.again(f"{shlex.join(map(str, words))} {redirected}"))
+    assert (done.status, done.printed) == (0, ""), done.erred
+    assert log_of(out)[-1]["event"] == "end"
+    assert saved(out) == ["00000002-0000", "00000001-0000"]
+    assert (out / "master.pt").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", [MPI, GPU])
+def test_a_second_run_in_the_same_folder_is_refused_while_the_first_lives(start, tmp_path, program):
+    out = tmp_path / "run"
+    first = start(program, "-n", 2, "-B", 4000)
+    trains(out, first)
+    second = finish(start(program, "--resume"))
+    assert (second.status, second.printed) == (2, "")
+    assert second.erred == f"{program}: error: --out: another run is writing {out}/log.jsonl; name a new folder\n"
+    first.terminate()
+    done = finish(first)
+    assert (done.status, done.erred) == (75, "")
+    assert [line["event"] for line in log_of(out, "start", "resume", "stop", "checkpoint")] == ["start", "stop"]
+    finished(start(program, "--resume", "-B", int(saved(out)[0][:8]) // 5 + 1))
 
 
 @pytest.mark.slow
@@ -249,21 +301,23 @@ def test_usr1_saves_and_the_run_goes_on_to_its_end(start, tmp_path, program):
 
 def test_sigterm_stops_parle_gpu_in_mid_round(start, tmp_path):
     out = tmp_path / "run"
-    process = start(GPU, "-n", 2, "-B", 40)
-    trains(out, process)
+    process = start(GPU, "-n", 2, "-L", 100_000)
+    until(lambda: (out / "log.jsonl").exists() and log_of(out), process)
     process.terminate()
     told = time.time()
     done = finish(process)
     assert (done.status, done.erred) == (75, "")
-    assert done.ended - told < 5
+    assert done.ended - told < 15
     assert command_of(done.printed) == f"{launch.python()} parle_gpu.py --resume {out}"
-    checkpoint.read_manifest(checkpoint.found(out / "checkpoints")[0])
+    (path,) = checkpoint.found(out / "checkpoints")
+    counters = checkpoint.read_manifest(path)["counters"]
+    assert counters["rounds"] == 0 < counters["batches"]
 
 
 @pytest.mark.parametrize(
     ("n", "method", "replica"),
     [
-        pytest.param(3, "parle", 1, marks=pytest.mark.slow),
+        (3, "parle", 1),
         pytest.param(2, "parle", 0, marks=pytest.mark.slow),
         pytest.param(4, "parle", 3, marks=pytest.mark.slow),
         pytest.param(2, "elastic-sgd", 1, marks=pytest.mark.slow),
@@ -332,6 +386,7 @@ def test_from_mpi_to_gpu_and_back(start, tmp_path):
     assert log[-1]["images"] == expected_log[-1]["images"]
     resumes = log_of(out, "resume")
     assert [line["replicas"] for line in resumes] == [3, 3]
+    assert [line["changes"]["program"] for line in resumes] == [[MPI, GPU], [GPU, MPI]]
     assert ["ranks" in line for line in resumes] == [False, True]
 
 

@@ -1,0 +1,66 @@
+import os
+import signal
+import sys
+
+import pytest
+
+import interrupts
+import options
+import parle_gpu
+import parle_mpi
+
+pytestmark = pytest.mark.usefixtures("no_launcher")
+
+
+@pytest.fixture
+def fatal():
+    """Numbers of the signals that would have ended the program."""
+    seen = []
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = {number: signal.signal(number, lambda number, _: seen.append(number)) for number in numbers}
+    yield seen
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def send(number=signal.SIGUSR1):
+    os.kill(os.getpid(), number)
+
+
+def test_a_warning_before_and_after_training_is_ignored_and_within_it_saves(fatal):
+    interrupts.await_training()
+    send()
+    with interrupts.heard() as asked:
+        assert (asked.save, asked.stop) == (False, False)
+        send()
+        assert (asked.save, asked.stop) == (True, False)
+    send()
+    assert fatal == []
+    send(signal.SIGTERM)
+    assert fatal == [signal.SIGTERM]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_is_asked_for_once_and_a_second_interrupt_stops_at_once(number, fatal):
+    with pytest.raises(KeyboardInterrupt), interrupts.heard() as asked:
+        send(number)
+        assert (asked.save, asked.stop) == (False, True)
+        send(signal.SIGTERM)
+        send(signal.SIGUSR1)
+        assert (asked.save, asked.stop) == (True, True)
+        send(signal.SIGINT)
+    assert fatal == []
+
+
+@pytest.mark.parametrize("program", [parle_gpu, parle_mpi])
+def test_both_programs_ignore_a_warning_from_their_first_line_on(program, fatal, monkeypatch, capsys):
+    def parse(parser):
+        send()
+        raise options.Mistake("enough")
+
+    monkeypatch.setattr(options, "parse", parse)
+    monkeypatch.setattr(sys, "argv", ["program"])
+    with pytest.raises(SystemExit):
+        program.main()
+    assert fatal == []
+    assert capsys.readouterr().err.endswith(": error: enough\n")
