@@ -81,6 +81,8 @@ def start(count: int) -> int | None:
     os.environ.setdefault("PRTE_MCA_rmaps_default_mapping_policy", ":oversubscribe")
     os.environ.setdefault("OMPI_ALLOW_RUN_AS_ROOT", "1")
     os.environ.setdefault("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")
+    if sys.stdout is None:  # closed before the program began
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     sys.stdout.flush()
     with tempfile.TemporaryDirectory(prefix="parle-") as folder:
         return _watch([command, "-n", str(count), sys.executable, *sys.argv], Path(folder), count)

@@ -790,7 +790,6 @@ def test_a_stopped_run_goes_on_bit_for_bit(run, uninterrupted, tmp_path, setting
     assert len(log_of(out, "resume")) == len(stops)
 
 
-@pytest.mark.xfail(strict=True, reason="the checkpoint does not say that an evaluation is due")
 def test_a_run_that_is_killed_as_it_evaluates_before_it_stops_loses_nothing(run, uninterrupted, tmp_path, monkeypatch):
     expected = uninterrupted(PARLE)
     out = tmp_path / "run"
@@ -1071,7 +1070,6 @@ def test_a_checkpoint_of_a_run_goes_on_there_however_it_is_named(run, stopped, t
     assert not (where / "runs").exists()
 
 
-@pytest.mark.xfail(raises=ValueError, strict=True, reason="checkpoint.put_aside_later takes its name for a moment")
 def test_a_copy_beside_a_runs_checkpoints_goes_on_in_that_run(run, stopped):
     copy = shutil.copytree(stopped / "checkpoints" / "00000001-0002", stopped / "checkpoints" / "backup")
     assert run("--resume", copy, at={1: STOP}) == 75

@@ -348,7 +348,6 @@ def test_an_output_that_takes_nothing_does_not_end_a_run(output, terminal, tell,
     assert [json.loads(line) for line in tell.log.read_text().splitlines()] == events()
 
 
-@pytest.mark.xfail(raises=AttributeError, strict=True, reason="Report.say flushes a sys.stdout that is None")
 def test_an_output_that_was_closed_from_the_start_does_not_end_a_run(tell, monkeypatch):
     """As by `>&-`."""
     monkeypatch.setattr(sys, "stdout", None)

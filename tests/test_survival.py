@@ -255,7 +255,7 @@ def test_the_command_that_is_printed_runs_where_path_finds_no_python(start, tmp_
     "redirected",
     [
         *("> /dev/full", "> /dev/full 2>&1", "| true"),
-        pytest.param(">&-", marks=pytest.mark.xfail(strict=True, reason="both programs flush a sys.stdout of None")),
+        ">&-",
     ],
 )
 def test_an_output_that_takes_nothing_does_not_end_the_run(start, tmp_path, proc, program, redirected):
