@@ -10,11 +10,12 @@ import pickle
 import re
 import shutil
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine import Team
 from optimizer import ReplicaOptimizer
@@ -31,13 +32,20 @@ class CheckpointError(Exception):
 
 
 def save(
-    folder: Path, optimizer: ReplicaOptimizer, replicas: list[int], facts: dict[str, Any], team: Team, world: Team
+    folder: Path,
+    optimizer: ReplicaOptimizer,
+    replicas: list[int],
+    facts: dict[str, Any],
+    team: Team,
+    world: Team,
+    networks: Sequence[nn.Module] = (),
 ) -> Path:
     """Write `folder`/ROUND-BATCH. Every rank calls it; the first of each replica's ranks writes that replica.
 
     Args:
         replicas: numbers of those that live here.
         facts: what else the manifest is to hold; the first rank's is kept.
+        networks: theirs, of which every rank writes the buffers: batch-norm statistics.
 
     Raises:
         OSError: on every rank, where one could not write. What was saved before is left alone.
@@ -50,6 +58,9 @@ def save(
         if team.index == 0:
             for number, vectors in zip(replicas, optimizer.vectors, strict=True):
                 sums[_replica(number)] = _write(temporary / _replica(number), vectors)
+        for number, network in zip(replicas, networks, strict=False):
+            name = _buffers(number, team.index)
+            sums[name] = _write(temporary / name, dict(network.named_buffers()))
         if world.index == 0:
             sums[SHARED] = _write(temporary / SHARED, optimizer.shared)
     except OSError as error:
@@ -143,8 +154,17 @@ def read_manifest(path: Path, files: bool = True) -> dict[str, Any]:
     return manifest
 
 
-def load(path: Path, manifest: dict[str, Any], optimizer: ReplicaOptimizer, replicas: list[int]) -> None:
-    """Put a checkpoint into an optimizer, of as many replicas or of another number of them.
+def load(
+    path: Path,
+    manifest: dict[str, Any],
+    optimizer: ReplicaOptimizer,
+    replicas: list[int],
+    networks: Sequence[nn.Module] = (),
+    part: int = 0,
+) -> None:
+    """Put a checkpoint into an optimizer and its networks, of as many replicas or of another number of them.
+
+    `part` is which of a replica's ranks this is.
 
     New replicas start at the master. Without some of them the master is the mean of the others.
 
@@ -172,6 +192,11 @@ def load(path: Path, manifest: dict[str, Any], optimizer: ReplicaOptimizer, repl
                 _put(path, name, value, vector, saved is None)
         for name, vector in optimizer.shared.items():
             _put(path, name, shared.get(name), vector, False)
+        for number, network in zip(replicas, networks, strict=False):
+            if _buffers(number, part) in manifest["files"]:  # else it is new
+                saved = _read(path / _buffers(number, part))
+                for name, buffer in network.named_buffers():
+                    _put(path, name, saved.get(name), buffer, False)
         optimizer.counters = manifest["counters"]
 
 
@@ -192,6 +217,10 @@ def _put(path: Path, name: str, value: Tensor | None, vector: Tensor, fresh: boo
 
 def _replica(number: int) -> str:
     return f"replica-{number}.pt"
+
+
+def _buffers(number: int, part: int) -> str:
+    return f"buffers-{number}-{part}.pt"
 
 
 def _write(path: Path, content: dict[str, Tensor]) -> str:

@@ -110,7 +110,7 @@ def train(
     rounds = count_rounds(epochs, nb)
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, drop_rounds(lr_drops, nb), lr_decay)
     scheduler.last_epoch = optimizer.rounds
-    progress, asked = progress or Progress(), asked or Asked()
+    resumed, progress, asked = progress is not None and progress.batches > 0, progress or Progress(), asked or Asked()
     for source in batches:
         source.drawn = progress.batches
     places = [devices(model) for model in models]
@@ -141,7 +141,7 @@ def train(
         save(progress)
         asked.save, mark = False, time.perf_counter()
 
-    if progress.evaluated < optimizer.rounds and optimizer.batches == 0 and is_due(optimizer.rounds):
+    if resumed and progress.evaluated < optimizer.rounds and optimizer.batches == 0 and is_due(optimizer.rounds):
         yield tested(optimizer.rounds)  # it was killed before it could
         mark = time.perf_counter()
     while optimizer.rounds < rounds:

@@ -109,13 +109,22 @@ def find_checkpoint(args: argparse.Namespace) -> Resumed | None:
 
 
 def restore(
-    args: argparse.Namespace, resumed: Resumed | None, optimizer: ReplicaOptimizer, replicas: list[int], per_epoch: int
+    args: argparse.Namespace,
+    resumed: Resumed | None,
+    optimizer: ReplicaOptimizer,
+    replicas: dict[int, tuple[nn.Module, loader.Batches]],
+    part: int = 0,
 ) -> None:
-    """Put the checkpoint into the optimizer, before anything of the run's folder is touched. Raises: Mistake."""
+    """Put the checkpoint into the optimizer and the networks of the replicas that live here, by number.
+
+    `part` is which of a replica's ranks this is. Nothing of the run's folder has been touched yet. Raises: Mistake.
+    """
     if resumed is None:
         return
+    networks, sources = zip(*replicas.values(), strict=True)
+    per_epoch = sources[0].per_epoch
     try:
-        checkpoint.load(resumed.path, resumed.manifest, optimizer, replicas)
+        checkpoint.load(resumed.path, resumed.manifest, optimizer, list(replicas), networks, part)
     except checkpoint.CheckpointError as error:
         raise options.Mistake(f"--resume: {error}") from error
     if {"lr", "lr_drops", "lr_decay", "batch_size", "frac"} & resumed.changes.keys():
@@ -223,7 +232,7 @@ def run(
         if report:
             facts["log_bytes"] = report.log_bytes
         try:
-            checkpoint.save(folder / checkpoint.FOLDER, optimizer, list(replicas), facts, team, world)
+            checkpoint.save(folder / checkpoint.FOLDER, optimizer, list(replicas), facts, team, world, networks)
             launch.leave_word(resume)
             unsaved = None
         except OSError as error:

@@ -220,7 +220,7 @@ def train(args: argparse.Namespace, data: loader.Dataset, places: list[list[torc
     if args.doctor:
         return doctor.over_devices(args, optimizer, list(replicas.values()), where)
     resumed = experiment.find_checkpoint(args)
-    experiment.restore(args, resumed, optimizer, list(replicas), replicas[0][1].per_epoch)
+    experiment.restore(args, resumed, optimizer, replicas)
     return experiment.run(
         args,
         copies[places[0][0]],

@@ -164,8 +164,8 @@ def world() -> "MPI.Comm":
 
 def run(given: argparse.Namespace, comm: "MPI.Comm") -> bool:
     """Train as the arguments say, or only tell what that would take. Returns whether the run has come to its end."""
-    own = {"data", "proc", "out", "device"}  # what may differ between machines
-    ranks.check_same(comm, {name: value for name, value in vars(given).items() if name not in own})
+    local = {"data", "proc", "out", "device"}  # what may differ between machines
+    ranks.check_same(comm, {name: value for name, value in vars(given).items() if name not in local})
     ranks.patience = given.timeout
     node = ranks.node(comm)
     cores = set().union(*ranks.gather(node, ranks.cores()))  # a launcher may have bound each rank to some of its own
@@ -191,7 +191,8 @@ def run(given: argparse.Namespace, comm: "MPI.Comm") -> bool:
         return doctor.over_ranks(args, optimizer, (model, batches), device, comm, node)
     resumed = ranks.together(comm, functools.partial(experiment.find_checkpoint, args), comm.rank == 0, options.Mistake)
     resumed = ranks.gather(comm, resumed)[0]
-    restore = functools.partial(experiment.restore, args, resumed, optimizer, [replica], batches.per_epoch)
+    own = {replica: (model, batches)}
+    restore = functools.partial(experiment.restore, args, resumed, optimizer, own, part)
     ranks.together(comm, restore, True, options.Mistake)
     open_report = functools.partial(experiment.open_report, args, resumed)
     program = f"{launch.python()} {shlex.quote(sys.argv[0])}"
@@ -201,7 +202,7 @@ def run(given: argparse.Namespace, comm: "MPI.Comm") -> bool:
         args,
         data,
         optimizer,
-        {replica: (model, batches)},
+        own,
         ranks.together(comm, open_report, comm.rank == 0, options.Mistake),
         resumed,
         program,

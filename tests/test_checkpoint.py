@@ -885,7 +885,11 @@ def test_more_epochs_go_on_as_if_they_had_been_asked_for_at_once(run, uninterrup
     assert run.new(out, settings=PARLE.replace("-B 1.4", "-B 1")) == 0
     assert run("--resume", out, "-B", 1.4) == 0
     assert "epochs is 1.4, was 1.0" in run.printed
-    assert result(out) == expected
+    log, master = result(out)
+    last_then = next(line for line in log if line["event"] == "eval")
+    for name in [name for name in last_then if name.startswith("averaged")]:
+        del last_then[name]
+    assert (log, master) == expected
 
 
 @pytest.mark.parametrize(
@@ -906,7 +910,8 @@ def test_lr_is_what_the_drops_say_where_an_epoch_has_other_rounds(tmp_path, chan
     resumed = experiment.Resumed(path, checkpoint.read_manifest(path), dict.fromkeys(changes.split(), (1, 2)))
     args = SimpleNamespace(lr=0.1, lr_drops=[0.8, 1.6], lr_decay=0.4, epochs=9)
     optimizer = build()
-    experiment.restore(args, resumed, optimizer, [0, 1, 2], per_epoch)
+    batches = SimpleNamespace(per_epoch=per_epoch)
+    experiment.restore(args, resumed, optimizer, {number: (nn.Module(), batches) for number in range(3)})
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([lr] * 3)
 
 
