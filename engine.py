@@ -167,6 +167,9 @@ def train(
             continue
 
         if ended and optimizer.lost:
+            for statistics in (value for model in models for value in _statistics(model)):
+                if not statistics.isfinite().all():
+                    statistics.zero_()  # they follow the replica, now that it is sound
             yield {"event": "lost", "round": done, "replicas": optimizer.lost}
         saves, stops = asked.save, asked.stop
         if world.size > 1:  # what any rank was asked, and all now know

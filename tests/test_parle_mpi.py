@@ -104,7 +104,7 @@ runpy.run_path({str(ROOT / "parle_mpi.py")!r}, run_name="__main__")
 """)
     done = python(script, "-d", "digits", "--proc", proc, "--out", tmp_path / "run", ranks=3)
     assert done.returncode != 0
-    assert done.stderr.splitlines()[-1] == "rank 1: RuntimeError: no more batches"
+    assert done.stderr.splitlines()[-1] == "rank 1: RuntimeError: no more batches; in round 1"
 
 
 def test_a_mistake_of_one_rank_alone_is_told_once_and_ends_all(python, proc):
