@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from parle import GAMMA_CAP, PULL_CAP, descend, move_anchor, outer_rate, pull_cap, round_length, scope
+from parle import GAMMA_CAP, PULL_CAP, descend, move_anchor, round_length, scope
 
 RIDERS = 5  # floats of the caller's that travel behind the weights in a round's message
 TAIL = RIDERS + 2  # and the share of the replicas that are sound, and a float of the subclass's
@@ -101,7 +101,7 @@ class ReplicaOptimizer(torch.optim.Optimizer):
         y, x^a, z^a    the parameters themselves, state "anchor" and "inner_avg"
         u, v           state "inner_momentum_buffer" and "outer_momentum_buffer"
         x              `master`, (P,): the trainable parameters of a replica, flat
-        γ, ρ, L, η, μ' gamma, rho, sync_every, outer_step, outer_momentum
+        γ, ρ, L, s, μ' gamma, rho, sync_every, outer_step, outer_momentum
 
     A parameter without a gradient counts as one with a zero gradient, so weight decay and momentum still move it; give
     frozen ones requires_grad=False before. Each group belongs to the replica that its key `replica` names. What counts
@@ -111,16 +111,15 @@ class ReplicaOptimizer(torch.optim.Optimizer):
     Args:
         params: as for any torch optimizer; those of one replica float32 (or all float64) and on one device.
         num_replicas: n, those that live elsewhere included.
-        lr: step size of the inner update.
+        lr: step size of the inner and the outer update.
         momentum: Nesterov's, of the inner update.
         weight_decay: L2 penalty, in the inner update alone.
         sync_every: L, mini-batches per round, or "auto" for max(1, round(lr / γ_k)), with the first group's lr and γ.
         gamma: initial coefficient of the pull towards the anchor; it grows, up to 1.
         rho: initial coefficient of the pull towards the mean, per update of a replica; ρ L n grows, up to 10.
         alpha: what z^a keeps at each mini-batch; 0 makes z^a the last iterate.
-        outer_step: step size of the outer update; "lr" makes it lr, drops included. Unused, with alpha and gamma,
-            where L = 1.
-        outer_momentum: Nesterov's, of the outer update; None makes it `momentum`.
+        outer_step: step of the outer update in units of lr. Unused, with alpha and gamma, where L = 1.
+        outer_momentum: Nesterov's, of the outer update; by default as `momentum`.
         batches_per_epoch: mini-batches in one pass over the data; sets how fast gamma and rho grow.
 
     Raises:
@@ -141,8 +140,8 @@ class ReplicaOptimizer(torch.optim.Optimizer):
         gamma: float = 0.01,
         rho: float = 0.01,
         alpha: float = 0.75,
-        outer_step: float | str = 0.5,
-        outer_momentum: float | None = 0.5,
+        outer_step: float = 1.0,
+        outer_momentum: float | None = None,
         batches_per_epoch: int,
     ):
         self.num_replicas = num_replicas
@@ -235,9 +234,7 @@ class ReplicaOptimizer(torch.optim.Optimizer):
             k, nb = group["rounds"], group["batches_per_epoch"]
             group["scoped_gamma"] = scope(group["gamma"], k, nb, GAMMA_CAP)
             group["round_length"] = round_length(first["sync_every"], first["lr"], first["scoped_gamma"])
-            single = group["round_length"] == 1
-            cap = PULL_CAP if single else pull_cap(outer_rate(group["outer_step"], group["lr"]))
-            group["scoped_rho"] = scope(group["rho"] * group["round_length"] * self.num_replicas, k, nb, cap)
+            group["scoped_rho"] = scope(group["rho"] * group["round_length"] * self.num_replicas, k, nb, PULL_CAP)
         if first["round_length"] > 1:
             for replica in self._replicas.values():
                 replica.state["anchor"].copy_(replica.weights)
@@ -287,7 +284,7 @@ class ReplicaOptimizer(torch.optim.Optimizer):
                 group, mean = self.param_groups[part.group], part.gradient
                 outer = dict(
                     pull=group["scoped_rho"],
-                    lr=outer_rate(group["outer_step"], group["lr"]),
+                    lr=group["outer_step"] * group["lr"],
                     momentum=group["outer_momentum"],
                 )
                 if not single:
@@ -531,9 +528,8 @@ def _check_alike(groups: list[dict[str, Any]]) -> None:
 
 def _check_hyperparameters(group: dict[str, Any]) -> None:
     """Raises: ValueError, as torch.optim does, for what no run could mean."""
-    steps = () if group["outer_step"] == "lr" else ("outer_step",)
-    for name in ("lr", "weight_decay", "gamma", "rho", *steps):
-        if isinstance(group[name], str) or not 0.0 <= group[name] < math.inf:
+    for name in ("lr", "weight_decay", "gamma", "rho", "outer_step"):
+        if not 0.0 <= group[name] < math.inf:
             raise ValueError(f"Invalid {name} value: {group[name]}")
     for name in ("momentum", "alpha", "outer_momentum"):
         if not 0.0 <= group[name] < 1.0:

@@ -93,11 +93,6 @@ def _folder(text: str) -> Path:
     return Path(text)
 
 
-STEP = _number(
-    lambda text: text if text == "lr" else float(text),
-    lambda value: value == "lr" or 0 <= value <= 1e6,
-    "a number of at least 0 and up to 1e6, such as 0.5, or lr",
-)
 LONGEST = 10**9  # mini-batches of a round
 MOST_THREADS = 1024  # far more than any node's cores; what OpenMP cannot start ends the program
 LENGTH = _number(
@@ -124,13 +119,13 @@ def parser(prog: str, description: str) -> Parser:
     add("--gamma", type=COEFFICIENT, metavar="X", help=f"pull towards the anchor, 0 is none ({parle['gamma']})")
     add("--rho", type=COEFFICIENT, metavar="X", help=f"pull towards the mean, 0 is none ({parle['rho']})")
     add("--alpha", type=DECAY, default=0.75, metavar="X", help="what the inner average keeps (%(default)s)")
-    add("--outer-step", type=STEP, metavar="X", help=f"of the outer update, lr is as --lr ({parle['outer_step']})")
-    add("--outer-momentum", type=DECAY, metavar="X", help=f"of the outer update ({parle['outer_momentum']})")
+    add("--outer-step", type=COEFFICIENT, default=1.0, metavar="X", help="outer step in units of lr (%(default)s)")
+    add("--outer-momentum", type=DECAY, metavar="X", help="of the outer step (as --momentum)")
 
     add = parser.add_argument_group("the recipe").add_argument
     add("-b", "--batch-size", type=BATCH, metavar="N", help=f"of each replica ({COMMON['batch_size']})")
     add("-B", "--epochs", type=EPOCHS, metavar="X", help="of L passes over the data each (the model's)")
-    add("--lr", type=COEFFICIENT, metavar="X", help=f"step of the inner update ({COMMON['lr']})")
+    add("--lr", type=COEFFICIENT, metavar="X", help=f"of the inner and the outer step ({COMMON['lr']})")
     add("--lr-drops", type=EPOCHS, nargs="*", metavar="X", help="epochs at which lr drops (the model's)")
     add("--lr-decay", type=POSITIVE, metavar="X", help=f"factor of lr at a drop ({COMMON['lr_decay']})")
     add("--momentum", type=DECAY, metavar="X", help=f"Nesterov's ({COMMON['momentum']})")

@@ -10,17 +10,16 @@ one synchronization; an epoch is nb rounds, nb being the number of mini-batches 
                    z^a ← α z^a + (1−α) y
     round end      z = mean over a of z^a                               the only communication
                    d = (x^a − z^a) + c_k (x^a − z)
-                   v ← μ' v + d;   x^a ← x^a − η (d + μ' v)             move_anchor()
+                   v ← μ' v + d;   x^a ← x^a − s lr (d + μ' v)          move_anchor()
     scoping        γ_k = min(γ (1 + 1/(2 nb))^k, 1)                     scope()
-                   c_k = min(ρ L n (1 + 1/(2 nb))^k, 10, 1/η)
+                   c_k = min(ρ L n (1 + 1/(2 nb))^k, 10)
 
 With L = 1 there is no inner loop: y is the anchor itself, and each step is descend() towards the master with c_k in
 the place of γ_k, after which x = mean over a of y.
 
 γ and ρ are coefficients, and 0 switches the coupling off. The paper and the original's README write their inverses,
 100 (1 − 1/(2 nb))^k, which fall where these grow. ρ stands for one update of one replica; a round stands for L
-updates of n replicas, hence c_k's factor L n, as in the published code. The authors' η is lr, and μ' is μ: the
-preset parle-paper. Ours were chosen by benchmarks/claim.py.
+updates of n replicas, hence c_k's factor L n, as in the published code.
 """
 
 from torch import Tensor
@@ -29,15 +28,12 @@ from torch.optim.sgd import sgd
 GAMMA_CAP = 1.0  # of γ_k, as in the authors' code
 PULL_CAP = 10.0  # of c_k, as in the authors' code
 
-_PAPER = dict(outer_step="lr", outer_momentum=None)
-# What makes each special case of the algorithm. `replicas` None is the user's number, outer_momentum None is momentum;
-# elastic-sgd starts at ρ n = 1.
+# What makes each special case of the algorithm. `replicas` None is the user's number; elastic-sgd starts at ρ n = 1.
 PRESETS = {
-    "parle": dict(replicas=None, sync_every=25, gamma=0.01, rho=0.01, outer_step=0.5, outer_momentum=0.5),
-    "parle-paper": dict(replicas=None, sync_every=25, gamma=0.01, rho=0.01, **_PAPER),
-    "entropy-sgd": dict(replicas=1, sync_every=25, gamma=0.01, rho=0.0, **_PAPER),
-    "elastic-sgd": dict(replicas=None, sync_every=1, gamma=0.0, rho="1/n", **_PAPER),
-    "sgd": dict(replicas=1, sync_every=1, gamma=0.0, rho=0.0, **_PAPER),
+    "parle": dict(replicas=None, sync_every=25, gamma=0.01, rho=0.01),
+    "entropy-sgd": dict(replicas=1, sync_every=25, gamma=0.01, rho=0.0),
+    "elastic-sgd": dict(replicas=None, sync_every=1, gamma=0.0, rho="1/n"),
+    "sgd": dict(replicas=1, sync_every=1, gamma=0.0, rho=0.0),
 }
 
 
@@ -52,16 +48,6 @@ def scope(coefficient: float, rounds: int, batches_per_epoch: int, cap: float) -
 def round_length(sync_every: int | str, lr: float, gamma: float) -> int:
     """L of the round that starts with this lr and this scoped gamma; `auto` is the original's L = gamma × lr."""
     return max(1, round(lr / gamma)) if sync_every == "auto" else sync_every
-
-
-def outer_rate(outer_step: float | str, lr: float) -> float:
-    """η: a number, or "lr", which drops when that does."""
-    return lr if outer_step == "lr" else outer_step
-
-
-def pull_cap(rate: float) -> float:
-    """Of c_k, given η: as in the authors' code, and not more than what carries an anchor all the way to the mean."""
-    return min(PULL_CAP, 1 / rate) if rate else PULL_CAP
 
 
 def nesterov(
@@ -106,7 +92,7 @@ def move_anchor(
     lr: float,
     momentum: float,
 ) -> None:
-    """The outer step of an anchor x^a, by its own z^a and the mean z of all, each (P,); `lr` is η. In place.
+    """The outer step of an anchor x^a, by its own z^a and the mean z of all, each (P,); `lr` is s lr. In place.
 
     It is linear, so the mean of the anchors obeys it too, with the mean of the z^a as its own: given the master, z,
     z and the mean momentum, it moves the master without another message.

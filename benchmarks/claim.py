@@ -68,36 +68,33 @@ TASKS = {
     "mnist-2000": Task("mnist", 2000, 1, lenet, False, 0.0, 600),
 }
 
-# What a trial has unless its setting says otherwise. Besides Parle's own hyper-parameters: how much longer it is; how
-# fast scoping goes; whether the outer step drops with lr, the inner lr does not, or u is cleared at each sync.
+# What a trial has unless its setting says otherwise. Besides Parle's own hyper-parameters: how much longer it is, and
+# how fast scoping goes. outer_step is the step itself, which stays when lr drops, or "lr", as Parle's default is.
 USUAL = PRESETS["parle"] | dict(
-    replicas=3, alpha=0.75, lr=0.1, momentum=0.9, frac=1.0,
-    longer=1, scoping=1, outer_drops=False, inner_drops=True, clear_momentum=False,
-)  # fmt: skip
-SGD = PRESETS["sgd"]
+    replicas=3, alpha=0.75, lr=0.1, momentum=0.9, frac=1.0, longer=1, scoping=1, outer_step="lr", outer_momentum=0.9
+)
+SGD = PRESETS["sgd"] | dict(outer_step="lr", outer_momentum=0.9)
+FAST = dict(outer_step=0.5, outer_momentum=0.5)
 PANELS: dict[str, list[dict[str, Any]]] = {
     "method": [
         SGD,
         SGD | dict(longer=3),
         PRESETS["entropy-sgd"],
         PRESETS["elastic-sgd"] | dict(replicas=3, rho=1 / 3),
-        PRESETS["parle-paper"] | dict(replicas=3),
         {},
+        FAST,
     ],
-    "outer_step": [dict(outer_step=value) for value in (0.1, 0.25, 0.5, 0.7)],
-    "outer_momentum": [dict(outer_momentum=value) for value in (0.0, 0.5, 0.7, 0.9)],
+    "longer": [SGD | dict(longer=4), SGD | dict(longer=12), dict(longer=4), FAST | dict(longer=4)],
+    "outer_step": [FAST | dict(outer_step=value) for value in (0.1, 0.25, 0.5, 0.7)],
+    "outer_momentum": [FAST | dict(outer_momentum=value) for value in (0.0, 0.5, 0.7, 0.9)],
     "gamma": [dict(gamma=value) for value in (0.0, 0.001, 0.003, 0.01, 0.03, 0.1)],
     "rho": [dict(rho=value) for value in (0.0, 0.001, 0.003, 0.01, 0.03, 0.1)],
     "alpha": [dict(alpha=value) for value in (0.0, 0.75, 0.9)],
-    "sync_every": [dict(sync_every=value) for value in (5, 10, 25, 50, 100)] + [dict(sync_every="auto")],
+    "sync_every": [dict(sync_every=value) for value in (5, 10, 25, 50, 100, "auto")],
     "replicas": [dict(replicas=value) for value in (1, 2, 3, 6)],
     "scoping": [dict(scoping=value) for value in (0, 1, 4)],
     "weight_decay": [dict(weight_decay=value) for value in (0.0, 1e-3, 3e-3)],
-    "drops": [dict(outer_drops=True), dict(outer_drops=True, inner_drops=False), dict(clear_momentum=True)],
-    "frac": [
-        *(dict(frac=value) for value in (0.34, 0.5)),
-        *(SGD | dict(frac=value) for value in (0.34, 0.5)),
-    ],
+    "frac": [base | dict(frac=value) for base in ({}, SGD) for value in (0.34, 0.5)],
 }
 
 
@@ -127,12 +124,14 @@ def trial(name: str, setting: dict[str, Any], seed: int, raw: Path | None, proc:
         networks.append(task.build(data).train())
         shares = dict(replica=replica, replicas=n, frac=values["frac"])
         sources.append(loader.Batches(data, batch_size=BATCH, seed=seed, augment=task.augment, **shares))
-    names = ("lr", "momentum", "sync_every", "gamma", "rho", "alpha", "outer_step", "outer_momentum")
+    names = ("lr", "momentum", "sync_every", "gamma", "rho", "alpha", "outer_momentum")
+    follows_lr = values["outer_step"] == "lr"
     per_epoch = sources[0].per_epoch
     optimizer = Parle(
         [network.parameters() for network in networks],
         weight_decay=values.get("weight_decay", task.weight_decay),
         batches_per_epoch=round(per_epoch / values["scoping"]) if values["scoping"] else 10**9,
+        outer_step=1.0 if follows_lr else values["outer_step"] / values["lr"],
         **{name: values[name] for name in names},
     )
     model, batches = task.build(data), values["longer"] * task.batches
@@ -147,14 +146,10 @@ def trial(name: str, setting: dict[str, Any], seed: int, raw: Path | None, proc:
             loss.backward()
             losses.append(loss.item())
         optimizer.step()
-        if values["clear_momentum"] and optimizer.batches == 0:
-            for vectors in optimizer.vectors:
-                vectors["inner_momentum_buffer"].zero_()
         if done in drops:
             for group in optimizer.param_groups:
-                group["lr"] *= DECAY if values["inner_drops"] else 1
-                if values["outer_drops"]:
-                    group["outer_step"] *= DECAY
+                group["lr"] *= DECAY
+                group["outer_step"] /= 1 if follows_lr else DECAY
         if done in points:
             optimizer.copy_master_to(model)
             curve.append((done, test(model, data)))
@@ -190,12 +185,12 @@ def same(setting: dict[str, Any]) -> str:
 
 
 def missing(panels: list[str]) -> Iterator[tuple[str, dict[str, Any], int]]:
-    """Trials without a row, seed by seed; on MNIST the methods and the outer step alone."""
+    """Trials without a row, seed by seed; on MNIST the methods alone."""
     kept = {(row["task"], same(row["setting"]), row["seed"]) for row in record.read("claim")}
     for seed in SEEDS:
         for name in TASKS:
             for panel in panels:
-                for setting in PANELS[panel] if name.startswith("cifar") or panel in ("method", "outer_step") else ():
+                for setting in PANELS[panel] if name.startswith("cifar") or panel == "method" else ():
                     if (name, same(setting), seed) not in kept:
                         kept.add((name, same(setting), seed))
                         yield name, setting, seed
@@ -219,19 +214,26 @@ def verdict(ours: list[float], theirs: list[float]) -> str:
 
 def table() -> str:
     """Each method against SGD with as many mini-batches of a replica, and with as many gradients in all."""
-    names = ("sgd", "sgd, 3 times as long", "entropy-sgd", "elastic-sgd", "parle-paper", "parle")
-    baselines = [SGD, SGD | dict(longer=3)]
-    header = ["task", "method", "gradients", "test error", "against as many mini-batches", "against as many gradients"]
+    header = ["task", "method", "mini-batches", "gradients", "test error"]
+    header += ["against as many mini-batches", "against as many gradients"]
     lines = []
     for task in TASKS:
-        for name, setting in zip(names, PANELS["method"], strict=True):
+        for setting in PANELS["method"] + PANELS["longer"]:
             if found := errors(task, setting):
                 values = USUAL | setting
-                gradients = values["replicas"] * values["longer"] * TASKS[task].batches
-                against = [errors(task, SGD), errors(task, baselines[gradients > TASKS[task].batches])]
-                words = ["" if name.startswith("sgd") else verdict(found, other) for other in against]
-                lines.append([task, name, f"{gradients:,}", record.spread(found), *words])
+                batches, n = values["longer"] * TASKS[task].batches, values["replicas"]
+                others = (errors(task, SGD | dict(longer=values["longer"] * times)) for times in (1, n))
+                words = ["" if name(setting) == "SGD" else verdict(found, other) for other in others]
+                figures = f"{batches:,}", f"{batches * n:,}", record.spread(found)
+                lines.append([task, name(setting), *figures, *words])
     return record.table(header, lines)
+
+
+def name(setting: dict[str, Any]) -> str:
+    """Which method that is, however long."""
+    names = ("SGD", "SGD", "Entropy-SGD", "Elastic-SGD", "Parle", "Parle, outer step 0.5")
+    known = {same(known): name for known, name in zip(PANELS["method"], names, strict=True)}
+    return known[same(setting | dict(longer=1))]
 
 
 def sweeps() -> str:
@@ -239,25 +241,18 @@ def sweeps() -> str:
     lines = []
     for task in TASKS:
         for panel, settings in PANELS.items():
-            found = [(setting, errors(task, setting)) for setting in settings if panel != "method"]
-            cells = [f"{label(setting)}: {record.spread(values)}" for setting, values in found if values]
+            if panel in ("method", "longer"):
+                continue
+            found = [(setting, errors(task, setting)) for setting in settings]
+            cells = [f"{label(setting, panel)}: {record.spread(values)}" for setting, values in found if values]
             if cells:
                 lines.append([task, panel, "; ".join(cells)])
     return record.table(["task", "what is changed", "test error"], lines)
 
 
-def label(setting: dict[str, Any]) -> str:
-    """What a setting changes, in words."""
-    if setting | SGD == setting:
-        return ", ".join(["sgd", *(f"{value:g}" for name, value in setting.items() if name not in SGD)])
-    values = [value for name, value in setting.items()]
-    return (
-        f"{values[0]:g}"
-        if len(setting) == 1 and not isinstance(values[0], bool | str)
-        else ", ".join(
-            value if isinstance(value, str) else name if value else f"no {name}" for name, value in setting.items()
-        )
-    )
+def label(setting: dict[str, Any], panel: str) -> str:
+    """The value that a panel changes."""
+    return f"{setting[panel]}" + (" (SGD)" if setting.get("replicas") == 1 and panel == "frac" else "")
 
 
 def figure(path: Path, task: str = "cifar-5000") -> None:
@@ -270,7 +265,7 @@ def figure(path: Path, task: str = "cifar-5000") -> None:
     panels = [
         (panel, [setting for setting in settings if panel in setting and not isinstance(setting[panel], str)])
         for panel, settings in PANELS.items()
-        if panel not in ("method", "drops", "frac")
+        if panel not in ("method", "longer", "frac")
     ]
     figure, axes = pyplot.subplots(3, 3, figsize=(9, 7), sharey=True, layout="constrained")
     for axis, (panel, settings) in zip(axes.flat, panels, strict=True):

@@ -19,9 +19,7 @@ ROOT = Path(__file__).parent.parent
 SEEDS = (42, 43, 44)
 EXAMPLES = {
     "LeNet, digits": "parle_mpi.py -n 3 -d digits",
-    "LeNet, MNIST": "parle_mpi.py -n 3 -d mnist -B 0.25 --lr-drops 0.125 0.19",
-    "LeNet, MNIST, the authors' outer step": "parle_mpi.py --method parle-paper -n 3 -d mnist -B 0.25 --lr-drops",
-    "LeNet, MNIST, SGD": "parle_mpi.py --method sgd -n 1 -d mnist -B 6.24 --lr-drops 3.12 4.74",
+    "LeNet, MNIST": "parle_mpi.py -n 3 -d mnist -B 0.25",
 }
 
 

@@ -35,7 +35,7 @@ from parle_gpu import Parle
 
 PICTURE = Path(__file__).parent / "figures" / "flatness.png"
 SEEDS = [42, 43, 44]
-PARLE = "-m lenet -d mnist --method parle-paper -n 3 -B 0.1"  # 47 rounds of 25 mini-batches
+PARLE = "-m lenet -d mnist -n 3 -B 0.1"  # 47 rounds of 25 mini-batches
 SGD = "-m lenet -d mnist --method sgd -B 2.505 --lr-drops 1.5 2"  # as many
 RADII = [0.0, 0.1, 0.2, 0.3, 0.4]
 DRAWS = 3

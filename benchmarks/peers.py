@@ -193,7 +193,6 @@ def methods(n: int) -> dict[str, Method]:
     rule = dict(sync_every=25, decay=0.2)
     return {
         "parle": ours(),
-        "parle-paper": ours("--method", "parle-paper"),
         "ddp": Method(ddp, dict(decay=0.2), **shared),
         "sgd": ours("--method", "sgd", **shared, chosen_as="ddp"),
         "entropy-sgd": ours("--method", "entropy-sgd", **shared),

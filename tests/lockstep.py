@@ -32,9 +32,8 @@ CASES = [
     ("parle, caps", None, dict(sync_every=2, gamma0=0.9, rho0=3.0)),
     ("parle, L = 1", None, dict(sync_every=1, gamma0=0.1, rho0=0.2)),
     ("parle, L = auto", None, dict(sync_every="auto", gamma0=0.02, rho0=0.02)),
-    ("parle, other outer step", None, dict(sync_every=3, gamma0=0.1, rho0=0.02, eta=0.3, outer_momentum=0.3)),
-    ("parle, no outer momentum", None, dict(sync_every=3, gamma0=0.1, rho0=0.02, eta=0.5, outer_momentum=0.0)),
-    ("parle, full pull", None, dict(sync_every=2, gamma0=0.1, rho0=3.0, eta=0.4, outer_momentum=0.5)),
+    ("parle, other outer step", None, dict(sync_every=3, gamma0=0.1, rho0=0.02, s=3.0, outer_momentum=0.3)),
+    ("parle, no outer momentum", None, dict(sync_every=3, gamma0=0.1, rho0=0.02, s=5.0, outer_momentum=0.0)),
     ("elastic-sgd", None, dict(sync_every=1, gamma0=0.0, rho0="1/n")),
     ("entropy-sgd", 1, dict(sync_every=4, gamma0=0.1, rho0=0.0)),
     ("sgd", 1, dict(sync_every=1, gamma0=0.0, rho0=0.0)),
@@ -74,7 +73,7 @@ def flat(tensors):
     return np.concatenate([tensor.numpy(force=True).reshape(-1) for tensor in tensors])
 
 
-def lockstep(build, here, replicas, team, dtype, tolerance, *, sync_every, gamma0, rho0, eta="lr", outer_momentum=None):
+def lockstep(build, here, replicas, team, dtype, tolerance, *, sync_every, gamma0, rho0, s=1.0, outer_momentum=None):
     """Yields after each mini-batch, with every buffer compared, the optimizer and whether a round ended.
 
     `build` makes the optimizer, of the parameters of each replica of this process and of settings. `here` lists these
@@ -84,7 +83,7 @@ def lockstep(build, here, replicas, team, dtype, tolerance, *, sync_every, gamma
     x0 = np.random.default_rng(1).normal(size=P).astype(np.float32)
     settings = dict(lr=0.1, momentum=0.9, weight_decay=0.01, alpha=0.75)
     reference = Reference(
-        x0, replicas, sync_every, nb=4, gamma0=gamma0, rho0=rho0, eta=eta, outer_momentum=outer_momentum, **settings
+        x0, replicas, sync_every, nb=4, gamma0=gamma0, rho0=rho0, s=s, outer_momentum=outer_momentum, **settings
     )
     parameters = []
     for number, part, device in here:
@@ -97,7 +96,7 @@ def lockstep(build, here, replicas, team, dtype, tolerance, *, sync_every, gamma
         sync_every=sync_every,
         gamma=gamma0,
         rho=rho0,
-        outer_step=eta,
+        outer_step=s,
         outer_momentum=outer_momentum,
         batches_per_epoch=4,
         **settings,

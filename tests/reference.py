@@ -7,13 +7,12 @@ import numpy as np
 class Reference:
     """n replicas that start at `x0`, (P,). One call of `step` is one mini-batch of every replica.
 
-    gamma0 and rho0 are the coefficients at the start, nb the mini-batches per epoch. L is a number or "auto", eta, the
-    outer step, a number or "lr"; outer_momentum None is momentum.
+    gamma0 and rho0 are the coefficients at the start, nb the mini-batches per epoch. L is a number or "auto".
     """
 
-    def __init__(self, x0, n, L, nb, lr, momentum, weight_decay, gamma0, rho0, alpha, eta="lr", outer_momentum=None):
+    def __init__(self, x0, n, L, nb, lr, momentum, weight_decay, gamma0, rho0, alpha, s=1.0, outer_momentum=None):
         self.n, self.L, self.nb, self.lr, self.mu, self.weight_decay = n, L, nb, lr, momentum, weight_decay
-        self.gamma0, self.rho0, self.alpha, self.eta = gamma0, rho0, alpha, eta
+        self.gamma0, self.rho0, self.alpha, self.s = gamma0, rho0, alpha, s
         self.outer_mu = momentum if outer_momentum is None else outer_momentum
         self.k = 0  # rounds done
         self.i = 0  # mini-batches done in this round
@@ -26,12 +25,10 @@ class Reference:
         """gradients: (n, P), of the loss at the replicas' y."""
         growth = (1 + 1 / (2 * self.nb)) ** self.k
         gamma = min(self.gamma0 * growth, 1.0)
-        eta = self.lr if self.eta == "lr" else self.eta
         if self.i == 0:
             self.L_k = max(1, round(self.lr / gamma)) if self.L == "auto" else self.L
-            self.cap = 10.0 if self.L_k == 1 else min(10.0, 1 / eta)
             self.y, self.z = self.xa.copy(), self.xa.copy()
-        c = min(self.rho0 * self.L_k * self.n * growth, self.cap)
+        c = min(self.rho0 * self.L_k * self.n * growth, 10.0)
         self.i += 1
 
         if self.L_k == 1:
@@ -52,7 +49,7 @@ class Reference:
                 for a in range(self.n):
                     d = (self.xa[a] - self.z[a]) + c * (self.xa[a] - z)
                     self.v[a] = self.outer_mu * self.v[a] + d
-                    self.xa[a] = self.xa[a] - eta * (d + self.outer_mu * self.v[a])
+                    self.xa[a] = self.xa[a] - self.s * self.lr * (d + self.outer_mu * self.v[a])
                 self.x = self.xa.mean(0)
                 self.y = self.xa.copy()
         if self.i == self.L_k:

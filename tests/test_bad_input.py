@@ -138,7 +138,7 @@ COUNTS = [
 NAMES = {
     "-m/--model": "lenet, allcnn",
     "-d/--dataset": "mnist, fashion",
-    "--method": "parle, parle-paper",
+    "--method": "parle, entropy-sgd",
     "--on-nan": "restart, stop",
     "--amp": "off, bf16",
 }

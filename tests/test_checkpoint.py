@@ -514,7 +514,7 @@ class Expected:
 
     def __init__(self, start, n, L, nb, lr, momentum, gamma, rho, alpha, outer_step, outer_momentum):
         self.n, self.L, self.nb, self.lr, self.mu = n, L, nb, lr, momentum
-        self.eta, self.outer_mu = outer_step, outer_momentum
+        self.eta, self.outer_mu = outer_step * lr, outer_momentum
         self.gamma, self.rho, self.alpha = gamma, rho, alpha
         self.x, self.vx = start.copy(), np.zeros_like(start)
         self.xa, self.u, self.v = np.tile(start, (n, 1)), np.zeros((n, len(start))), np.zeros((n, len(start)))
@@ -565,7 +565,7 @@ def agrees(optimizer, expected):
 @pytest.mark.parametrize("lost", [(1,), (0,), (0, 2)])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_a_bad_replica_has_no_part_in_the_mean_and_restarts_from_the_master(length, lost, value):
-    settings = dict(lr=0.1, momentum=0.9, gamma=0.3, rho=0.1, alpha=0.75, outer_step=0.5, outer_momentum=0.4)
+    settings = dict(lr=0.1, momentum=0.9, gamma=0.3, rho=0.1, alpha=0.75, outer_step=5, outer_momentum=0.4)
     start = torch.linspace(-1, 1, 6, dtype=torch.float64)
     weights = [nn.Parameter(start.clone()) for _ in range(3)]
     optimizer = Parle([[w] for w in weights], sync_every=length, batches_per_epoch=4, **settings)

@@ -54,7 +54,6 @@ def weights(model):
     ("name", "value"),
     [
         *((name, value) for name in ("lr", "weight_decay", "gamma", "rho", "outer_step") for value in (-1, math.nan)),
-        ("outer_step", "auto"),
         *((name, math.inf) for name in ("lr", "weight_decay", "gamma", "rho", "outer_step")),
         *((name, value) for name in ("momentum", "alpha", "outer_momentum") for value in (-0.1, 1, math.nan)),
         *((name, value) for name in ("sync_every", "batches_per_epoch") for value in (0, -3, 2.5, "often", None)),

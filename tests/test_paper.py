@@ -62,9 +62,7 @@ def test_a_row_is_a_command_line_of_the_programs(name):
     assert name.startswith(f"{args.model}-{args.dataset}-")
     *_, share, method = name.split("-")
     assert args.frac == {"half": 0.5, "quarter": 0.25}.get(share, 1.0)
-    assert args.method == {"entropy": "entropy-sgd", "elastic": "elastic-sgd", "parle": "parle-paper"}.get(
-        method, method
-    )
+    assert args.method == {"entropy": "entropy-sgd", "elastic": "elastic-sgd"}.get(method, method)
     assert args.seed == 43
     assert all(drop < args.epochs for drop in args.lr_drops)
 

@@ -28,7 +28,6 @@ CURVATURE = rng.uniform(0.5, 2.0, P)
 TARGETS = rng.normal(size=(STEPS, 2, P))  # where each rank's loss, ½ Σ h (y − b)², is least at each step
 SHORT = {  # so that something happens within 12 steps
     "parle": dict(sync_every=3),
-    "parle-paper": dict(sync_every=3),
     "entropy-sgd": dict(sync_every=3),
     "elastic-sgd": dict(rho=0.3),
     "postlocal-sgd": dict(sync_every=3, warmup=4),
