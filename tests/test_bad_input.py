@@ -26,7 +26,7 @@ import parle_gpu
 from tests.conftest import ROOT
 from tests.test_loader import write_raw
 
-pytestmark = pytest.mark.timeout(20)
+pytestmark = pytest.mark.timeout(60)
 TINY = "-d digits -n 1 -L 1 -b 4 -B 1e-9 --frac 0.01 --device cpu"
 LONG = "a" * 300  # longer than a file name may be
 needs_permissions = pytest.mark.skipif(os.geteuid() == 0, reason="root may read and write everything")

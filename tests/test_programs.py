@@ -25,7 +25,7 @@ from tests.conftest import OFFLINE, ROOT
 pytestmark = pytest.mark.usefixtures("no_launcher")
 
 PROGRAMS = ["parle_gpu.py", "parle_mpi.py"]
-FLAGS = """--alpha 0.5 --outer-step 0.3 --outer-momentum 0.25 --gamma 0.02 --rho 0.03 --lr 0.08 --momentum 0.75
+FLAGS = """--alpha 0.5 --outer-step 3 --outer-momentum 0.25 --gamma 0.02 --rho 0.03 --lr 0.08 --momentum 0.75
     --weight-decay 0.001 --dropout 0.125 -b 64 -L 5 -B 0.35 --lr-drops 0.25 --lr-decay 0.5 --frac 0.75 --augment -s 7
     --eval-every 3"""
 ROUND = ["round", "epoch", "loss", "error", "lr", "gamma", "rho", "spread"]
@@ -160,7 +160,7 @@ def test_every_flag_arrives_where_it_acts(program, monkeypatch, proc, tmp_path):
         main.main()
 
     steps = dict(lr=0.08, momentum=0.75, weight_decay=0.001, sync_every=5)
-    coupling = dict(gamma=0.02, rho=0.03, alpha=0.5, outer_step=0.3, outer_momentum=0.25, batches_per_epoch=17)
+    coupling = dict(gamma=0.02, rho=0.03, alpha=0.5, outer_step=3, outer_momentum=0.25, batches_per_epoch=17)
     assert arrived["Parle"].items() >= (steps | coupling).items()
     share = dict(batch_size=64, seed=7, replica=0, replicas=1, frac=0.75, augment=True, part=(0, 1))
     assert arrived["Batches"].items() >= share.items()
