@@ -39,7 +39,7 @@ class Report:
         if log_bytes is None or not self.log.exists():
             self.log.touch(exist_ok=False)
         handle = os.open(self.log, os.O_RDWR)
-        weakref.finalize(self, os.close, handle)  # which gives up the lock
+        self.release = weakref.finalize(self, os.close, handle)  # the lock, at the end or with the process
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -116,6 +116,7 @@ class Report:
         self.say(f"WARNING: no checkpoint of round {event['round']}: {event['error']}")
 
     def _stop(self, event: dict[str, Any]) -> None:
+        self.release()
         if self.bar is not None:
             self.bar.close()
         self.say(f"stopped in round {event['round'] + 1}; go on with: {event['command']}")
@@ -140,6 +141,7 @@ class Report:
         )
 
     def _end(self, event: dict[str, Any]) -> None:
+        self.release()
         if self.bar is not None:
             self.bar.close()
         last = self.last_eval

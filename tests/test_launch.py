@@ -331,6 +331,7 @@ def test_a_rank_that_ends_before_mpi_starts_on_the_others_is_named(begin, script
     assert erred.splitlines()[-1] == "rank 1: ended before the others; go on with: python this --resume that"
 
 
+@pytest.mark.slow
 def test_ranks_that_end_one_after_the_other_within_the_grace_end_well(begin, script):
     process = begin(script("ranks.run(lambda: time.sleep(rank))"))
     assert process.communicate(timeout=60) == ("", "")

@@ -50,6 +50,7 @@ def test_two_replicas_over_four_ranks_share_their_batches(train):
     assert 0 < rounds[0]["loss"] < 4 and 0 < rounds[0]["error"] < 95  # as those of whole batches
 
 
+@pytest.mark.slow
 def test_sgd_is_data_parallel_over_the_ranks(train):
     log, _ = train("--method", "sgd", "-B", 2, ranks=3)
     assert (log[0]["replicas"], log[0]["ranks"], log[0]["sync_every"]) == (1, 3, 1)

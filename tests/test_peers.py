@@ -180,6 +180,7 @@ def main():
         print("all equal")
 
 
+@pytest.mark.slow
 def test_two_ranks_step_as_numpy_does_and_send_what_is_said(python, proc):
     loader.load("digits", proc=proc)
     done = python(__file__, proc, ranks=2)

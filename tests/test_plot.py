@@ -304,6 +304,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(arguments, told, write, main, 
     assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {"log.jsonl"}
 
 
+@pytest.mark.slow
 def test_the_log_of_a_real_run_is_drawn(main, proc, monkeypatch, python):
     settings = ("-d", "digits", "-n", 2, "-L", 2, "-B", 0.5, "-b", 64, "--proc", proc, "--out", "run")
     monkeypatch.setattr(sys, "argv", ["parle_gpu.py", *map(str, settings)])

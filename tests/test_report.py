@@ -517,3 +517,12 @@ def test_the_bar_tells_the_time_left_from_what_this_process_has_done(begin, tell
 )
 def test_clock(seconds, shown):
     assert report._clock(seconds) == shown
+
+
+@pytest.mark.parametrize("last", [STOP, "the end"])
+def test_a_run_that_has_ended_lets_another_go_on_at_once(tmp_path, last):
+    first = report.Report(tmp_path, LABEL)
+    for event in events() if last == "the end" else [START, last]:
+        first(event)
+    report.Report(tmp_path, LABEL, 0)
+    assert first.log.exists()

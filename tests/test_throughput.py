@@ -22,6 +22,7 @@ print(faults[2] - faults[1])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's malloc is tuned")
 def test_a_round_gets_no_memory_from_the_kernel(python):
     run = python("-c", FAULTS)
