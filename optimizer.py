@@ -78,12 +78,15 @@ class Replica:
             start += parameter.numel()
         return views
 
-    def gather_gradient(self) -> None:
-        """Copy the parameters' gradients into `gradient`. None is zero: no rank may skip what another one sends."""
+    def check_parameters(self) -> None:
+        """Raises: RuntimeError, where they are no longer what Parle was built from."""
         if [parameter.data_ptr() for parameter in self.parameters] != self.addresses:
             raise RuntimeError("A parameter has left the optimizer's vector: build Parle after model.to(...)")
         if any(parameter.grad is not None for parameter in self.frozen):
             raise RuntimeError("A parameter was frozen when Parle was built and has a gradient now: build a new one")
+
+    def gather_gradient(self) -> None:
+        """Copy the parameters' gradients into `gradient`. None is zero: no rank may skip what another one sends."""
         pairs = [
             (view, parameter.grad)
             for view, parameter in zip(self.gradient_views, self.parameters, strict=True)
@@ -229,6 +232,8 @@ class ReplicaOptimizer(torch.optim.Optimizer):
         return loss
 
     def _begin_round(self) -> None:
+        for replica in self._replicas.values():
+            replica.check_parameters()  # 50 µs of LeNet's 12 ms, so not at every step
         first = self.param_groups[0]
         for group in self.param_groups:
             k, nb = group["rounds"], group["batches_per_epoch"]

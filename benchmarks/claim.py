@@ -12,6 +12,7 @@ replica; `sgd, x n` has as many gradients as the three replicas have together.
 
 import argparse
 import json
+import math
 import multiprocessing
 import statistics
 import sys
@@ -68,34 +69,46 @@ TASKS = {
     "mnist-2000": Task("mnist", 2000, 1, lenet, False, 0.0, 600),
 }
 
-# What a trial has unless its setting says otherwise. Besides Parle's own hyper-parameters: how much longer it is, and
-# how fast scoping goes. outer_step is the step itself, which stays when lr drops, or "lr", as Parle's default is.
+# What a trial has unless its setting says otherwise. Besides Parle's own hyper-parameters: how much longer it is, how
+# fast scoping goes, whether the inner lr drops, and whether the inner momentum outlives a sync. outer_step is the step
+# itself, which stays when lr drops, or "lr", as Parle's default is.
 USUAL = PRESETS["parle"] | dict(
     replicas=3, alpha=0.75, lr=0.1, momentum=0.9, frac=1.0, longer=1, scoping=1, outer_step="lr", outer_momentum=0.9
 )
+USUAL |= dict(inner_drops=True, keeps_momentum=True)
 SGD = PRESETS["sgd"] | dict(outer_step="lr", outer_momentum=0.9)
 FAST = dict(outer_step=0.5, outer_momentum=0.5)
-PANELS: dict[str, list[dict[str, Any]]] = {
-    "method": [
-        SGD,
-        SGD | dict(longer=3),
-        PRESETS["entropy-sgd"],
-        PRESETS["elastic-sgd"] | dict(replicas=3, rho=1 / 3),
-        {},
-        FAST,
-    ],
-    "longer": [SGD | dict(longer=4), SGD | dict(longer=12), dict(longer=4), FAST | dict(longer=4)],
-    "outer_step": [FAST | dict(outer_step=value) for value in (0.1, 0.25, 0.5, 0.7)],
-    "outer_momentum": [FAST | dict(outer_momentum=value) for value in (0.0, 0.5, 0.7, 0.9)],
-    "gamma": [dict(gamma=value) for value in (0.0, 0.001, 0.003, 0.01, 0.03, 0.1)],
-    "rho": [dict(rho=value) for value in (0.0, 0.001, 0.003, 0.01, 0.03, 0.1)],
-    "alpha": [dict(alpha=value) for value in (0.0, 0.75, 0.9)],
-    "sync_every": [dict(sync_every=value) for value in (5, 10, 25, 50, 100, "auto")],
-    "replicas": [dict(replicas=value) for value in (1, 2, 3, 6)],
-    "scoping": [dict(scoping=value) for value in (0, 1, 4)],
-    "weight_decay": [dict(weight_decay=value) for value in (0.0, 1e-3, 3e-3)],
-    "frac": [base | dict(frac=value) for base in ({}, SGD) for value in (0.34, 0.5)],
+METHODS: dict[str, dict[str, Any]] = {
+    "SGD": SGD,
+    "Entropy-SGD": PRESETS["entropy-sgd"],
+    "Elastic-SGD": PRESETS["elastic-sgd"] | dict(replicas=3, rho=1 / 3),
+    "Parle": {},
+    "Parle, outer step 0.5": FAST,
 }
+# What is changed, to which values, around which methods.
+SWEEPS: dict[str, tuple[tuple[Any, ...], tuple[str, ...]]] = {
+    "outer_step": ((0.1, 0.25, 0.5, 0.7), ("Parle, outer step 0.5",)),
+    "outer_momentum": ((0.0, 0.5, 0.7, 0.9), ("Parle, outer step 0.5",)),
+    "gamma": ((0.0, 0.001, 0.003, 0.01, 0.03, 0.1), ("Parle", "Parle, outer step 0.5")),
+    "rho": ((0.0, 0.001, 0.003, 0.01, 0.03, 0.1), ("Parle", "Parle, outer step 0.5")),
+    "alpha": ((0.0, 0.75, 0.9), ("Parle, outer step 0.5",)),
+    "sync_every": ((5, 10, 25, 50, 100, "auto"), ("Parle, outer step 0.5",)),
+    "replicas": ((1, 2, 3, 6), ("Parle, outer step 0.5",)),
+    "scoping": ((0, 1, 4), ("Parle, outer step 0.5",)),
+    "weight_decay": ((0.0, 1e-3, 3e-3), ("Parle, outer step 0.5",)),
+    "frac": ((0.34, 0.5, 1.0), ("SGD", "Parle", "Parle, outer step 0.5")),
+    "inner_drops": ((False, True), ("Parle", "Parle, outer step 0.5")),
+    "keeps_momentum": ((False, True), ("Parle", "Parle, outer step 0.5")),
+}
+PANELS: dict[str, list[dict[str, Any]]] = {
+    "method": [SGD, SGD | dict(longer=3), *list(METHODS.values())[1:]],
+    "longer": [*(SGD | dict(longer=times) for times in (4, 12)), *(base | dict(longer=4) for base in ({}, FAST))],
+}
+PANELS |= {
+    changed: [METHODS[method] | {changed: value} for method in methods for value in values]
+    for changed, (values, methods) in SWEEPS.items()
+}
+PANELS |= {"longest": [base | dict(longer=12) for base in ({}, FAST)]}
 
 
 def load(task: Task, raw: Path | None, proc: Path) -> loader.Dataset:
@@ -116,7 +129,7 @@ def load(task: Task, raw: Path | None, proc: Path) -> loader.Dataset:
 def trial(name: str, setting: dict[str, Any], seed: int, raw: Path | None, proc: Path) -> dict[str, Any]:
     """Train once, on one thread. Gives the row to keep."""
     torch.set_num_threads(1)
-    task, values, began = TASKS[name], USUAL | setting, time.perf_counter()
+    task, values, began = TASKS[name], usual(name) | setting, time.perf_counter()
     data, n = load(task, raw, proc), values["replicas"]
     networks, sources = [], []
     for replica in range(n):
@@ -126,10 +139,12 @@ def trial(name: str, setting: dict[str, Any], seed: int, raw: Path | None, proc:
         sources.append(loader.Batches(data, batch_size=BATCH, seed=seed, augment=task.augment, **shares))
     names = ("lr", "momentum", "sync_every", "gamma", "rho", "alpha", "outer_momentum")
     follows_lr = values["outer_step"] == "lr"
+    inner_drop = DECAY if values["inner_drops"] else 1.0
+    outer_drop = DECAY if follows_lr or not values["inner_drops"] else 1.0
     per_epoch = sources[0].per_epoch
     optimizer = Parle(
         [network.parameters() for network in networks],
-        weight_decay=values.get("weight_decay", task.weight_decay),
+        weight_decay=values["weight_decay"],
         batches_per_epoch=round(per_epoch / values["scoping"]) if values["scoping"] else 10**9,
         outer_step=1.0 if follows_lr else values["outer_step"] / values["lr"],
         **{name: values[name] for name in names},
@@ -137,6 +152,7 @@ def trial(name: str, setting: dict[str, Any], seed: int, raw: Path | None, proc:
     model, batches = task.build(data), values["longer"] * task.batches
     drops, points = ([round(share * batches) for share in shares] for shares in (DROPS, CURVE))
     curve, losses = [], []
+    row = dict(task=name, setting=setting, seed=seed, batches=batches, gradients=batches * n)
     for done in range(1, batches + 1):
         optimizer.zero_grad()
         for network, source in zip(networks, sources, strict=True):
@@ -145,22 +161,23 @@ def trial(name: str, setting: dict[str, Any], seed: int, raw: Path | None, proc:
             loss = F.cross_entropy(network(inputs), targets)
             loss.backward()
             losses.append(loss.item())
-        optimizer.step()
+        try:
+            optimizer.step()
+        except FloatingPointError:
+            return row | dict(error=None, diverged=done, curve=curve)
+        if optimizer.batches == 0 and not values["keeps_momentum"]:
+            for vectors in optimizer.vectors:
+                vectors["inner_momentum_buffer"].zero_()
         if done in drops:
             for group in optimizer.param_groups:
-                group["lr"] *= DECAY
-                group["outer_step"] /= 1 if follows_lr else DECAY
+                group["lr"] *= inner_drop
+                group["outer_step"] *= outer_drop / inner_drop
         if done in points:
             optimizer.copy_master_to(model)
             curve.append((done, test(model, data)))
     optimizer.sync()
     last = engine.evaluate(optimizer, model, data, batch_size=BATCH, replicas=list(range(n)))
-    return dict(
-        task=name,
-        setting=setting,
-        seed=seed,
-        batches=batches,
-        gradients=batches * n,
+    return row | dict(
         error=last["master_error"],
         loss=last["master_loss"],
         replica_errors=last["replica_errors"],
@@ -179,27 +196,33 @@ def test(model: nn.Module, data: loader.Dataset) -> float:
     return 100 * wrong.float().mean().item()
 
 
-def same(setting: dict[str, Any]) -> str:
-    """A key that settings share that mean the same."""
-    return json.dumps(USUAL | setting, sort_keys=True)
+def usual(task: str) -> dict[str, Any]:
+    return USUAL | dict(weight_decay=TASKS[task].weight_decay)
+
+
+def same(task: str, setting: dict[str, Any]) -> str:
+    """A key that settings of a task share that mean the same."""
+    return json.dumps(usual(task) | setting, sort_keys=True)
 
 
 def missing(panels: list[str]) -> Iterator[tuple[str, dict[str, Any], int]]:
     """Trials without a row, seed by seed; on MNIST the methods alone."""
-    kept = {(row["task"], same(row["setting"]), row["seed"]) for row in record.read("claim")}
+    kept = {(row["task"], same(row["task"], row["setting"]), row["seed"]) for row in record.read("claim")}
     for seed in SEEDS:
         for name in TASKS:
             for panel in panels:
                 for setting in PANELS[panel] if name.startswith("cifar") or panel == "method" else ():
-                    if (name, same(setting), seed) not in kept:
-                        kept.add((name, same(setting), seed))
+                    if (name, same(name, setting), seed) not in kept:
+                        kept.add((name, same(name, setting), seed))
                         yield name, setting, seed
 
 
 def errors(task: str, setting: dict[str, Any]) -> list[float]:
-    """Of the trials kept, seed by seed."""
-    rows = (row for row in record.read("claim") if row["task"] == task and same(row["setting"]) == same(setting))
-    return [row["error"] for row in rows]
+    """Of the trials kept, seed by seed; NaN where one diverged."""
+    rows = (
+        row for row in record.read("claim") if row["task"] == task and same(task, row["setting"]) == same(task, setting)
+    )
+    return [math.nan if row["error"] is None else row["error"] for row in rows]
 
 
 def verdict(ours: list[float], theirs: list[float]) -> str:
@@ -218,75 +241,70 @@ def table() -> str:
     header += ["against as many mini-batches", "against as many gradients"]
     lines = []
     for task in TASKS:
-        for setting in PANELS["method"] + PANELS["longer"]:
+        for setting in PANELS["method"] + PANELS["longer"] + PANELS["longest"]:
             if found := errors(task, setting):
-                values = USUAL | setting
+                values, method = USUAL | setting, name(setting)
                 batches, n = values["longer"] * TASKS[task].batches, values["replicas"]
                 others = (errors(task, SGD | dict(longer=values["longer"] * times)) for times in (1, n))
-                words = ["" if name(setting) == "SGD" else verdict(found, other) for other in others]
-                figures = f"{batches:,}", f"{batches * n:,}", record.spread(found)
-                lines.append([task, name(setting), *figures, *words])
+                words = ["" if method == "SGD" else verdict(found, other) for other in others]
+                lines.append([task, method, f"{batches:,}", f"{batches * n:,}", record.spread(found), *words])
     return record.table(header, lines)
 
 
 def name(setting: dict[str, Any]) -> str:
     """Which method that is, however long."""
-    names = ("SGD", "SGD", "Entropy-SGD", "Elastic-SGD", "Parle", "Parle, outer step 0.5")
-    known = {same(known): name for known, name in zip(PANELS["method"], names, strict=True)}
-    return known[same(setting | dict(longer=1))]
+    return next(name for name, known in METHODS.items() if USUAL | known == USUAL | setting | dict(longer=1))
 
 
 def sweeps() -> str:
-    """Every other panel: the test error of each of its settings."""
+    """The test error for every value of what is changed, around each method."""
     lines = []
     for task in TASKS:
-        for panel, settings in PANELS.items():
-            if panel in ("method", "longer"):
-                continue
-            found = [(setting, errors(task, setting)) for setting in settings]
-            cells = [f"{label(setting, panel)}: {record.spread(values)}" for setting, values in found if values]
-            if len(cells) > 1:
-                lines.append([task, panel, "; ".join(cells)])
-    return record.table(["task", "what is changed", "test error"], lines)
+        for changed, (values, methods) in SWEEPS.items():
+            for method in methods:
+                found = [(value, errors(task, METHODS[method] | {changed: value})) for value in values]
+                cells = [f"{value}: {spread(errors)}" for value, errors in found if errors]
+                if len(cells) > 1:
+                    lines.append([task, changed, method, "; ".join(cells)])
+    return record.table(["task", "what is changed", "around", "test error"], lines)
 
 
-def label(setting: dict[str, Any], panel: str) -> str:
-    """The value that a panel changes."""
-    return f"{setting[panel]}" + (" (SGD)" if setting.get("replicas") == 1 and panel == "frac" else "")
+def spread(found: list[float]) -> str:
+    diverged = sum(map(math.isnan, found))
+    return f"diverged ({diverged} of {len(found)})" if diverged else record.spread(found)
 
 
 def figure(path: Path, task: str = "cifar-5000") -> None:
-    """Small multiples: test error over one setting each, beside SGD's."""
+    """Small multiples: test error over what is changed, around Parle and around its larger outer step, beside SGD's."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     panels = [
-        (panel, [setting for setting in settings if panel in setting and not isinstance(setting[panel], str)])
-        for panel, settings in PANELS.items()
-        if panel not in ("method", "longer", "frac")
+        changed for changed, (values, _) in SWEEPS.items() if changed != "frac" and not isinstance(values[0], bool)
     ]
     figure, axes = pyplot.subplots(3, 3, figsize=(9, 7), sharey=True, layout="constrained")
-    for axis, (panel, settings) in zip(axes.flat, panels, strict=True):
-        points = [(setting[panel], errors(task, setting)) for setting in settings]
-        points = [(value, found) for value, found in points if len(found) > 1]
-        usual = USUAL.get(panel, TASKS[task].weight_decay)
-        for style, other in (("--", SGD), (":", SGD | dict(longer=3))):
-            if found := errors(task, other):
-                axis.axhline(statistics.mean(found), color="gray", linestyle=style, linewidth=1)
-        places = range(len(points))
-        means, spreads = ([f(found) for _, found in points] for f in (statistics.mean, statistics.stdev))
-        axis.errorbar(places, means, spreads, fmt="o-", color="tab:blue", markersize=4, linewidth=1, capsize=2)
-        axis.set_xticks(places, [f"{value:g}" + ("*" if value == usual else "") for value, _ in points])
-        axis.set_title(panel, fontsize=10)
+    for axis, changed in zip(axes.flat, panels, strict=True):
+        values, methods = SWEEPS[changed]
+        for style, times in (("--", 1), (":", 3)):
+            mean = statistics.mean(errors(task, SGD | dict(longer=times)))
+            axis.axhline(mean, color="gray", linestyle=style, linewidth=1, label=f"SGD, {times} x as long")
+        for method in methods:
+            points = [(place, errors(task, METHODS[method] | {changed: value})) for place, value in enumerate(values)]
+            points = [(place, found) for place, found in points if len(found) > 1 and not any(map(math.isnan, found))]
+            means, spreads = ([f(found) for _, found in points] for f in (statistics.mean, statistics.stdev))
+            color = "tab:blue" if method == "Parle" else "tab:orange"
+            axis.errorbar(
+                *([place for place, _ in points], means, spreads, "o-"),
+                **dict(color=color, markersize=4, linewidth=1, capsize=2, label=method),
+            )
+        axis.set_xticks(range(len(values)), map(str, values))
+        axis.set_title(changed, fontsize=10)
     for axis in axes[:, 0]:
         axis.set_ylabel("test error, %")
-    figure.suptitle(
-        f"{task}: {TASKS[task].batches:,} mini-batches of each replica; * is the default; "
-        "SGD as long (dashed), 3 times as long (dotted)",
-        fontsize=10,
-    )
+    figure.suptitle(f"{task}: {TASKS[task].batches:,} mini-batches of each replica", fontsize=10)
+    figure.legend(*axes.flat[panels.index("gamma")].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=90)
 
@@ -313,7 +331,9 @@ def main() -> None:
     with multiprocessing.get_context("spawn").Pool(len(ranks.cores())) as pool:
         for number, row in enumerate(pool.imap_unordered(run, jobs), 1):
             record.keep("claim", row | dict(command=record.command(), machine=record.machine()))
-            print(f"{number}/{len(jobs)}  {row['task']}  {row['setting']}  seed {row['seed']}: {row['error']:.2f} %")
+            print(
+                f"{number}/{len(jobs)}  {row['task']}  {row['setting']}  seed {row['seed']}: {row['error']}", flush=True
+            )
 
 
 if __name__ == "__main__":

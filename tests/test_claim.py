@@ -44,14 +44,53 @@ def test_each_is_compared_with_sgd_of_as_many_mini_batches_and_of_as_many_gradie
 
 def test_what_has_a_row_is_not_run_again_however_its_setting_is_written(rows):
     before = list(claim.missing(["method"]))
-    assert len(before) == len({(task, claim.same(setting), seed) for task, setting, seed in before}) == 36
+    assert len(before) == len({(task, claim.same(task, setting), seed) for task, setting, seed in before}) == 36
     rows(dict(replicas=3, gamma=0.01), 1.0)
     assert ("mnist-2000", {}, 42) in before
     assert ("mnist-2000", {}, 42) not in claim.missing(["method"])
 
 
-def test_every_setting_of_a_panel_is_named():
-    for panel, settings in claim.PANELS.items():
-        for setting in settings:
-            assert panel in ("method", "longer") or claim.label(setting, panel)
-            assert panel not in ("method", "longer") or claim.name(setting)
+def test_every_method_has_its_name_however_long():
+    assert {claim.name(s) for panel in ("method", "longer", "longest") for s in claim.PANELS[panel]} == {*claim.METHODS}
+
+
+def test_a_sweep_says_of_every_value_what_was_found_and_how_often_it_diverged(rows):
+    rows(dict(gamma=0.0), 1.0, 1.1, 0.9)
+    rows(dict(gamma=0.01), 2.0)
+    rows(dict(gamma=0.1), 3.0, None, None)
+    assert claim.sweeps().splitlines()[-1].split(" | ")[1:] == [
+        "gamma",
+        "Parle",
+        "0.0: 1.00 ± 0.10; 0.01: 2.00; 0.1: diverged (2 of 3) |",
+    ]
+
+
+def test_a_trial_that_diverges_is_kept_as_that(tmp_path, monkeypatch):
+    monkeypatch.setitem(claim.TASKS, "tiny", claim.Task("digits", 300, 1, claim.lenet, False, 0.0, 30))
+    row = claim.trial("tiny", dict(sync_every=2, lr=1e12), 42, None, tmp_path)
+    assert row["error"] is None and 0 < row["diverged"] <= 30
+
+
+@pytest.mark.parametrize(
+    ("changed", "inner", "outer"),
+    [
+        (dict(), 0.004, 0.004),
+        (dict(inner_drops=False), 0.1, 0.004),
+        (dict(outer_step=0.5), 0.004, 0.5),
+        (dict(outer_step=0.5, inner_drops=False), 0.1, 0.02),
+    ],
+)
+def test_what_drops_is_what_the_setting_says(tmp_path, monkeypatch, changed, inner, outer):
+    monkeypatch.setitem(claim.TASKS, "tiny", claim.Task("digits", 300, 1, claim.lenet, False, 0.0, 4))
+    monkeypatch.setattr(claim, "CURVE", ())
+    seen = []
+    evaluate = claim.engine.evaluate
+    monkeypatch.setattr(
+        claim.engine,
+        "evaluate",
+        lambda optimizer, *rest, **kw: (seen.append(optimizer), evaluate(optimizer, *rest, **kw))[1],
+    )
+    row = claim.trial("tiny", changed | dict(replicas=2, sync_every=2), 42, None, tmp_path)
+    group = seen[0].param_groups[0]
+    assert group["lr"] == pytest.approx(inner) and group["outer_step"] * group["lr"] == pytest.approx(outer)
+    assert (row["batches"], row["gradients"], len(row["replica_errors"])) == (4, 8, 2)

@@ -261,7 +261,7 @@ def test_a_parameter_moved_after_building_is_an_error_not_a_silent_loss(build):
     train(model, optimizer, range(2))
     model.double()
     with pytest.raises(RuntimeError, match="has left the optimizer's vector"):
-        train(model.float(), optimizer, range(2, 4))
+        train(model.float(), optimizer, range(2, 4))  # the second begins a round
 
 
 def test_a_parameter_thawed_after_building_is_an_error_not_a_silent_loss(build):
@@ -269,6 +269,8 @@ def test_a_parameter_thawed_after_building_is_an_error_not_a_silent_loss(build):
     optimizer = build([frozen, free])
     optimizer.step()
     frozen.requires_grad_().grad = torch.ones(2)
+    optimizer.step()
+    optimizer.step()  # the round's last
     with pytest.raises(RuntimeError, match="frozen when Parle was built"):
         optimizer.step()
 
