@@ -17,7 +17,7 @@ import multiprocessing
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,12 +33,14 @@ import loader
 import models
 import ranks
 from benchmarks import record
-from parle import PRESETS
+from parle import PRESETS, PULL_CAP
 from parle_gpu import Parle
 
 SEEDS = (42, 43, 44)
 BATCH = 128
 DROPS, DECAY = (0.5, 0.75), 0.2  # of lr, at shares of a run; the same for all
+LENGTHS = (1, 4, 12)
+TOP = 66  # of the figure, percent
 CURVE = (0.1, 0.2, 0.4, 0.6, 0.8)  # shares of a run after which the master is tested, besides the end
 
 
@@ -83,7 +85,17 @@ METHODS: dict[str, dict[str, Any]] = {
     "Entropy-SGD": PRESETS["entropy-sgd"],
     "Elastic-SGD": PRESETS["elastic-sgd"] | dict(replicas=3, rho=1 / 3),
     "Parle": {},
+    "Parle, rho 0.1": dict(rho=0.1),
     "Parle, outer step 0.5": FAST,
+    "Parle, outer step 0.5, no scoping": FAST | dict(scoping=0),
+}
+COLORS = {
+    "SGD": "gray",
+    "Elastic-SGD": "tab:green",
+    "Parle": "tab:blue",
+    "Parle, rho 0.1": "tab:purple",
+    "Parle, outer step 0.5": "tab:orange",
+    "Parle, outer step 0.5, no scoping": "tab:red",
 }
 # What is changed, to which values, around which methods.
 SWEEPS: dict[str, tuple[tuple[Any, ...], tuple[str, ...]]] = {
@@ -102,13 +114,13 @@ SWEEPS: dict[str, tuple[tuple[Any, ...], tuple[str, ...]]] = {
 }
 PANELS: dict[str, list[dict[str, Any]]] = {
     "method": [SGD, SGD | dict(longer=3), *list(METHODS.values())[1:]],
-    "longer": [*(SGD | dict(longer=times) for times in (4, 12)), *(base | dict(longer=4) for base in ({}, FAST))],
+    "longer": [SGD | dict(longer=12), *(METHODS[name] | dict(longer=4) for name in METHODS if name != "Entropy-SGD")],
 }
 PANELS |= {
     changed: [METHODS[method] | {changed: value} for method in methods for value in values]
     for changed, (values, methods) in SWEEPS.items()
 }
-PANELS |= {"longest": [base | dict(longer=12) for base in ({}, FAST)]}
+PANELS["longest"] = [dict(longer=12), SGD | dict(longer=36)]
 
 
 def load(task: Task, raw: Path | None, proc: Path) -> loader.Dataset:
@@ -164,7 +176,8 @@ def trial(name: str, setting: dict[str, Any], seed: int, raw: Path | None, proc:
         try:
             optimizer.step()
         except FloatingPointError:
-            return row | dict(error=None, diverged=done, curve=curve)
+            losses.append(math.nan)
+            break
         if optimizer.batches == 0 and not values["keeps_momentum"]:
             for vectors in optimizer.vectors:
                 vectors["inner_momentum_buffer"].zero_()
@@ -175,6 +188,9 @@ def trial(name: str, setting: dict[str, Any], seed: int, raw: Path | None, proc:
         if done in points:
             optimizer.copy_master_to(model)
             curve.append((done, test(model, data)))
+    train_loss = statistics.mean(losses[-100 * n :])
+    if not train_loss <= math.log(data.classes):  # no better than guessing
+        return row | dict(error=None, diverged=done, curve=curve)
     optimizer.sync()
     last = engine.evaluate(optimizer, model, data, batch_size=BATCH, replicas=list(range(n)))
     return row | dict(
@@ -183,7 +199,7 @@ def trial(name: str, setting: dict[str, Any], seed: int, raw: Path | None, proc:
         replica_errors=last["replica_errors"],
         ensemble_error=last["ensemble_error"],
         distance=statistics.mean(last["distances"]),
-        train_loss=statistics.mean(losses[-100 * n :]),
+        train_loss=train_loss,
         curve=curve,
         seconds=round(time.perf_counter() - began, 1),
     )
@@ -247,13 +263,27 @@ def table() -> str:
                 batches, n = values["longer"] * TASKS[task].batches, values["replicas"]
                 others = (errors(task, SGD | dict(longer=values["longer"] * times)) for times in (1, n))
                 words = ["" if method == "SGD" else verdict(found, other) for other in others]
-                lines.append([task, method, f"{batches:,}", f"{batches * n:,}", record.spread(found), *words])
+                lines.append([task, method, f"{batches:,}", f"{batches * n:,}", spread(found), *words])
     return record.table(header, lines)
 
 
 def name(setting: dict[str, Any]) -> str:
     """Which method that is, however long."""
     return next(name for name, known in METHODS.items() if USUAL | known == USUAL | setting | dict(longer=1))
+
+
+def summary() -> str:
+    """The test error of each method over how long it was, beside SGD's with three times the mini-batches."""
+    lines = []
+    for task in TASKS:
+        for longer in LENGTHS:
+            columns = [SGD | dict(longer=longer), SGD | dict(longer=3 * longer)]
+            columns += [known | dict(longer=longer) for known in list(METHODS.values())[1:]]
+            cells = [errors(task, setting) for setting in columns]
+            if sum(map(bool, cells)) > 1:
+                batches = f"{longer * TASKS[task].batches:,}"
+                lines.append([task, batches, *(spread(found) if found else "" for found in cells)])
+    return record.table(["task", "mini-batches", "SGD", "SGD, 3 x as many", *list(METHODS)[1:]], lines)
 
 
 def sweeps() -> str:
@@ -274,39 +304,70 @@ def spread(found: list[float]) -> str:
     return f"diverged ({diverged} of {len(found)})" if diverged else record.spread(found)
 
 
+def first_outer_step(setting: dict[str, Any]) -> float:
+    """By how much of x - z the master moves in the first round, momentum aside: s lr (1 + c_0)."""
+    values = USUAL | setting
+    step = values["lr"] if values["outer_step"] == "lr" else values["outer_step"]
+    return step * (1 + min(values["rho"] * values["sync_every"] * values["replicas"], PULL_CAP))
+
+
 def figure(path: Path, task: str = "cifar-5000") -> None:
-    """Small multiples: test error over what is changed, around Parle and around its larger outer step, beside SGD's."""
+    """Small multiples: test error over the length of a run, the size of the outer step, and each thing changed."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    panels = [
-        changed for changed, (values, _) in SWEEPS.items() if changed != "frac" and not isinstance(values[0], bool)
-    ]
-    figure, axes = pyplot.subplots(3, 3, figsize=(9, 7), sharey=True, layout="constrained")
-    for axis, changed in zip(axes.flat, panels, strict=True):
+    figure, axes = pyplot.subplots(2, 5, figsize=(13, 6), sharey=True, layout="constrained")
+    axes[0, 0].set(ylim=(29, TOP + 1), ylabel="test error, % (x: diverged)")
+    axes[1, 0].set(ylabel="test error, %")
+
+    def draw(axis: Any, places: Iterable[float], settings: list[dict[str, Any]], method: str, style: str) -> None:
+        found = [(place, errors(task, setting)) for place, setting in zip(places, settings, strict=True)]
+        diverged = [place for place, values in found if any(map(math.isnan, values))]
+        found = [(place, values) for place, values in found if values and place not in diverged]
+        means = [statistics.mean(values) for _, values in found]
+        spreads = [statistics.stdev(values) if len(values) > 1 else 0 for _, values in found]
+        look = dict(color=COLORS[method], markersize=4, linewidth=1, capsize=2, label=method)
+        axis.errorbar([place for place, _ in found], means, spreads, fmt=style, **look)
+        axis.plot(diverged, [TOP] * len(diverged), "x", color=COLORS[method])
+
+    first, second, *others = axes.flat
+    first.set_title("mini-batches of a replica", fontsize=10)
+    for method in COLORS:
+        settings = [METHODS[method] | dict(longer=longer) for longer in LENGTHS]
+        draw(first, range(len(LENGTHS)), settings, method, "o-")
+    settings = [SGD | dict(longer=3 * longer) for longer in LENGTHS]
+    draw(first, range(len(LENGTHS)), settings, "SGD", "o:")
+    first.set_xticks(range(len(LENGTHS)), [f"{longer * TASKS[task].batches:,}" for longer in LENGTHS])
+
+    second.set_title("s lr (1 + c), first round", fontsize=10)
+    second.set_xscale("log")
+    second.minorticks_off()
+    second.set_xticks([0.1, 0.3, 1, 3], ["0.1", "0.3", "1", "3"])
+    for method in ("Parle", "Parle, outer step 0.5"):
+        settings = [METHODS[method] | {key: value} for key in ("outer_step", "rho") for value in SWEEPS[key][0]]
+        settings = [setting for setting in settings if errors(task, setting)]
+        draw(second, map(first_outer_step, settings), settings, method, "o")
+
+    changes = (changed for changed, (values, _) in SWEEPS.items() if changed not in ("outer_step", "frac"))
+    for axis, changed in zip(others, changes, strict=False):  # and not those after that, which are switches
         values, methods = SWEEPS[changed]
-        for style, times in (("--", 1), (":", 3)):
-            mean = statistics.mean(errors(task, SGD | dict(longer=times)))
-            axis.axhline(mean, color="gray", linestyle=style, linewidth=1, label=f"SGD, {times} x as long")
         for method in methods:
-            points = [(place, errors(task, METHODS[method] | {changed: value})) for place, value in enumerate(values)]
-            points = [(place, found) for place, found in points if len(found) > 1 and not any(map(math.isnan, found))]
-            means, spreads = ([f(found) for _, found in points] for f in (statistics.mean, statistics.stdev))
-            color = "tab:blue" if method == "Parle" else "tab:orange"
-            axis.errorbar(
-                *([place for place, _ in points], means, spreads, "o-"),
-                **dict(color=color, markersize=4, linewidth=1, capsize=2, label=method),
-            )
-        axis.set_xticks(range(len(values)), map(str, values))
+            settings = [METHODS[method] | {changed: value} for value in values]
+            draw(axis, range(len(values)), settings, method, "o-")
+        for style, times in (("--", 1), (":", 3)):
+            axis.axhline(statistics.mean(errors(task, SGD | dict(longer=times))), color="gray", linestyle=style)
+        axis.set_xticks(range(len(values)), [str(value).lstrip("0") or "0" for value in values], fontsize=8)
         axis.set_title(changed, fontsize=10)
-    for axis in axes[:, 0]:
-        axis.set_ylabel("test error, %")
-    figure.suptitle(f"{task}: {TASKS[task].batches:,} mini-batches of each replica", fontsize=10)
-    figure.legend(*axes.flat[panels.index("gamma")].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    title = (
+        f"{task}; all but the first for {TASKS[task].batches:,} mini-batches of each replica; dotted: SGD, 3 x as many"
+    )
+    figure.suptitle(title, fontsize=10)
+    handles, labels = first.get_legend_handles_labels()
+    figure.legend(handles[:-1], labels[:-1], loc="outside lower center", ncols=len(COLORS), fontsize=9)
     path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, dpi=90)
+    figure.savefig(path, dpi=80)
 
 
 def run(job: tuple[str, dict[str, Any], int, Path | None, Path]) -> dict[str, Any]:

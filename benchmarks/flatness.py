@@ -8,8 +8,8 @@ measured has its batch-norm statistics recomputed first, on 100 mini-batches of 
 before a test; with its neighbour's one would see how far off those are. Training loss is that of the first 5,000
 training images, dropout off.
 
-Parle runs with its defaults, only shorter. SGD has as many mini-batches as one replica, so a third of all that Parle
-had, and drops of lr that suit it.
+Parle runs with its defaults, only shorter. SGD has as many mini-batches as one replica, and once more three times as
+many: as many gradients as all of Parle's; its lr drops at the same shares of both.
 """
 
 import argparse
@@ -36,16 +36,19 @@ from parle_gpu import Parle
 PICTURE = Path(__file__).parent / "figures" / "flatness.png"
 SEEDS = [42, 43, 44]
 PARLE = "-m lenet -d mnist -n 3 -B 0.1"  # 47 rounds of 25 mini-batches
-SGD = "-m lenet -d mnist --method sgd -B 2.505 --lr-drops 1.5 2"  # as many
+SGD = "-m lenet -d mnist --method sgd -B 2.505 --lr-drops 1.5 2"  # as many mini-batches
+LONG = "-m lenet -d mnist --method sgd -B 7.516 --lr-drops 4.5 6"  # as many as three replicas
+RUNS = {"parle": PARLE, "sgd": SGD, "sgd-long": LONG}
 RADII = [0.0, 0.1, 0.2, 0.3, 0.4]
 DRAWS = 3
 SHARES = [i / 6 for i in range(7)]  # t
 TRAINING_IMAGES = 5_000
-NETWORKS = ["master", "replica", "SGD"]
+AGAINST = "SGD, as many gradients"
+NETWORKS = ["master", "replica", "SGD", AGAINST]
 LINES = {
     "replica to replica": ("replica", "another replica"),
     "replica to master": ("replica", "master"),
-    "master to SGD": ("master", "SGD"),
+    "master to SGD": ("master", AGAINST),
 }
 QUESTIONS = [(of, radius) for of in NETWORKS for radius in RADII] + [(of, None) for of in LINES]  # of each seed
 
@@ -101,13 +104,13 @@ def measure(model: nn.Module, weights: Weights, data: loader.Dataset) -> dict[st
 
 
 def train(seed: int, folder: Path, where: list[str], data: loader.Dataset) -> dict[str, Weights]:
-    """Both runs of a seed, unless they have been made: the networks that they have found."""
-    folders = [folder / f"{name}-{seed}" for name in ("parle", "sgd")]
-    for flags, own in zip((PARLE, SGD), folders, strict=True):
+    """The runs of a seed, unless they have been made: the networks that they have found."""
+    folders = [folder / f"{name}-{seed}" for name in RUNS]
+    for flags, own in zip(RUNS.values(), folders, strict=True):
         if not paper.train(paper.ROOT / "parle_mpi.py", [*flags.split(), "-s", str(seed)], own, where):
             sys.exit(f"{own} was stopped; the same command goes on")
-    (master, replicas), (sgd, _) = (read(own, data) for own in folders)
-    return {"master": master, "replica": replicas[0], "another replica": replicas[1], "SGD": sgd}
+    (master, replicas), (sgd, _), (long, _) = (read(own, data) for own in folders)
+    return {"master": master, "replica": replicas[0], "another replica": replicas[1], "SGD": sgd, AGAINST: long}
 
 
 def answer(
@@ -126,8 +129,8 @@ def answer(
 
 
 def kept() -> dict[tuple[int, str, float | None], dict[str, Any]]:
-    """What has been measured of the two runs as they are defined now, by seed and question."""
-    rows = [row for row in record.read("flatness") if row["runs"] == [PARLE, SGD]]
+    """What has been measured of the runs as they are defined now, by seed and question."""
+    rows = [row for row in record.read("flatness") if row["runs"] == list(RUNS.values())]
     return {(row["seed"], row["of"], row["radius"]): row for row in rows}
 
 
@@ -162,7 +165,8 @@ def table() -> str:
     return "\n\n".join(
         [
             f"Seeds {', '.join(map(str, figures.seeds))}. Noise and lengths are relative to the norm of the weights. "
-            "Rise: of the training loss, over that without noise; below 1 of SGD's is flatter, seed by seed.",
+            "Rise: of the training loss, over that without noise; below 1 of that of SGD with as many gradients is "
+            "flatter, seed by seed.",
             noise_table(figures),
             "Barrier: the most by which the training loss on a line exceeds what lies straight between its ends. A "
             "line that is short against the noise above is flat in any case.",
@@ -176,7 +180,7 @@ def noise_table(figures: Figures) -> str:
     for of in NETWORKS:
         for radius in RADII:
             error, rises = figures("test_error", of, radius).mean(1), rise(figures, of, radius)
-            ratio = record.spread((rises / rise(figures, "SGD", radius)).tolist()) if radius and of != "SGD" else ""
+            ratio = record.spread((rises / rise(figures, AGAINST, radius)).tolist()) if radius and of != AGAINST else ""
             losses = (figures(name, of, radius).mean(1) for name in ("train_loss", "test_loss"))
             cells = [record.spread(column.tolist(), 4) for column in (*losses, rises)]
             lines.append([of, radius, *cells, ratio, record.spread(error.tolist())])
@@ -237,7 +241,7 @@ def main() -> None:
         networks = train(seed, args.runs, where, data)
         model = models.build("lenet", data.channels, data.size, data.classes)
         for of, radius in missing:
-            about = dict(seed=seed, of=of, radius=radius, runs=[PARLE, SGD])
+            about = dict(seed=seed, of=of, radius=radius, runs=list(RUNS.values()))
             where_from = dict(command=record.command(), machine=record.machine())
             record.keep("flatness", about | answer(of, radius, networks, model, data) | where_from)
     if not args.table:

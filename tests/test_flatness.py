@@ -118,14 +118,14 @@ def test_every_question_has_an_answer(data, monkeypatch):
     model, weights = network()
     networks = {
         name: [tensor + i for tensor in weights]
-        for i, name in enumerate(["master", "replica", "another replica", "SGD"])
+        for i, name in enumerate(["master", "replica", "another replica", "SGD", flatness.AGAINST])
     }
     answers = {question: flatness.answer(*question, networks, model, data) for question in flatness.QUESTIONS}
     assert len(answers["master", 0.0]["test_loss"]) == 1
     assert len(set(answers["SGD", 0.3]["test_loss"])) == flatness.DRAWS
     line = answers["master to SGD", None]
-    assert line["distance"] == flatness.distance(networks["master"], networks["SGD"])
-    ends = [float(networks[name][0].sum()) for name in ("master", "SGD")]
+    assert line["distance"] == flatness.distance(networks["master"], networks[flatness.AGAINST])
+    ends = [float(networks[name][0].sum()) for name in ("master", flatness.AGAINST)]
     assert [line["test_loss"][0], line["test_loss"][-1]] == pytest.approx(ends)
     assert len(line["test_loss"]) == len(flatness.SHARES)
 
@@ -139,11 +139,12 @@ def test_a_run_that_was_stopped_is_not_measured(data, monkeypatch, tmp_path):
 # What is made of the rows
 
 
-def keep_made_up(seed, questions=flatness.QUESTIONS, runs=(flatness.PARLE, flatness.SGD)):
+def keep_made_up(seed, questions=flatness.QUESTIONS, parle=flatness.PARLE):
     """SGD's loss rises with the noise from 0.1, the master's half as fast from 0.2, the replica's twice as fast."""
-    starts, slopes = dict(master=0.2, replica=0.1, SGD=0.1), dict(master=0.5, replica=2.0, SGD=1.0)
+    starts = {"master": 0.2, "replica": 0.1, "SGD": 0.1, flatness.AGAINST: 0.1}
+    slopes = {"master": 0.5, "replica": 2.0, "SGD": 3.0, flatness.AGAINST: 1.0}
     for of, radius in questions:
-        row = dict(seed=seed, of=of, radius=radius, runs=list(runs))
+        row = dict(seed=seed, of=of, radius=radius, runs=[parle, flatness.SGD, flatness.LONG])
         if radius is None:
             losses = [0.1 + share * 0.2 + (0.5 if share == 0.5 else 0.0) for share in flatness.SHARES]
             row["distance"] = 0.25
@@ -164,7 +165,8 @@ def test_the_tables_compare_the_rise_of_the_loss_with_that_of_sgd(results):
     same = " ± 0.0000"
     assert lines["master", "0.2"] == [f"0.3000{same}", f"0.3000{same}", f"0.1000{same}", "0.50 ± 0.00", "3.00 ± 0.00"]
     assert lines["replica", "0.2"][3] == "2.00 ± 0.00"
-    assert lines["SGD", "0.2"][2:4] == [f"0.2000{same}", ""]
+    assert lines["SGD", "0.2"][3] == "3.00 ± 0.00"
+    assert lines[flatness.AGAINST, "0.2"][2:4] == [f"0.2000{same}", ""]
     assert lines["master to SGD", f"0.2500{same}"][2] == f"0.5000{same}"  # the barrier, above a line from 0.1 to 0.3
     assert lines["master to SGD", f"0.2500{same}"][3:] == ["1.00 ± 0.00", "7.00 ± 0.00", "3.00 ± 0.00"]
 
@@ -173,7 +175,7 @@ def test_only_seeds_of_which_nothing_is_missing_count(results):
     assert flatness.table() == "Nothing has been measured yet."
     keep_made_up(42)
     keep_made_up(43, flatness.QUESTIONS[:-1])
-    keep_made_up(44, runs=("-m allcnn", flatness.SGD))
+    keep_made_up(44, parle="-m allcnn")
     assert "Seeds 42." in flatness.table()
 
 
@@ -186,8 +188,12 @@ def test_the_picture_is_small(results):
     assert len(content) < 100_000
 
 
-@pytest.mark.parametrize("flags", [flatness.PARLE, flatness.SGD])
-def test_both_runs_take_as_many_mini_batches_per_worker(flags):
-    args = options.resolve(options.parser("parle_mpi.py", "").parse_args(flags.split()), None)
-    options.check(args, None)
-    assert engine.count_rounds(args.epochs, 469) * args.sync_every == 1175
+def test_sgd_takes_as_many_mini_batches_as_a_replica_and_as_all_of_them():
+    taken = {}
+    for name, flags in flatness.RUNS.items():
+        args = options.resolve(options.parser("parle_mpi.py", "").parse_args(flags.split()), None)
+        options.check(args, None)
+        taken[name] = engine.count_rounds(args.epochs, 469) * args.sync_every
+        drops = [drop / args.epochs for drop in args.lr_drops]
+        assert name == "parle" or drops == pytest.approx([0.6, 0.8], abs=0.005)
+    assert taken == {"parle": 1175, "sgd": 1175, "sgd-long": 3 * 1175}
