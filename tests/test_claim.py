@@ -26,11 +26,13 @@ def test_the_tables_of_both_readmes_are_what_the_results_say():
         ([1.0, 1.1, 0.9], [2.0, 2.1, 1.9], "wins, -1.00"),
         ([2.0, 2.1, 1.9], [1.0, 1.1, 0.9], "loses, +1.00"),
         ([1.0, 2.0, 3.0], [1.5, 2.5, 3.5], "ties, -0.50"),
-        ([1.0], [2.0, 2.1], "not run"),
+        ([1.0, 1.1, 0.9], [1.2, 1.3, 1.1], "ties, -0.20"),  # 2.4 standard errors of three seeds each
+        ([1.0], [2.0, 2.1], "one seed, -1.05"),
+        ([1.0, float("nan")], [2.0, 2.1], "diverged"),
         ([1.0, 1.1], [], "not run"),
     ],
 )
-def test_a_verdict_needs_two_standard_errors_and_two_seeds(ours, theirs, words):
+def test_a_verdict_needs_a_significant_difference_and_two_seeds(ours, theirs, words):
     assert claim.verdict(ours, theirs) == words
 
 
@@ -38,8 +40,9 @@ def test_each_is_compared_with_sgd_of_as_many_mini_batches_and_of_as_many_gradie
     rows(claim.SGD, 2.0, 2.1, 1.9)
     rows(claim.SGD | dict(longer=3), 0.5, 0.6, 0.4)
     rows({}, 1.0, 1.1, 0.9)
-    cells = [cell.strip() for cell in claim.table().splitlines()[-1].split("|")[1:-1]]
-    assert cells == ["mnist-2000", "Parle", "600", "1,800", "1.00 ± 0.10", "wins, -1.00", "loses, +0.50"]
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in claim.table().splitlines()]
+    assert [line[1] for line in lines[2:]] == ["SGD", "Parle", "SGD"]  # by length
+    assert lines[3] == ["mnist-2000", "Parle", "600", "1,800", "1.00 ± 0.10", "wins, -1.00", "loses, +0.50"]
 
 
 def test_what_has_a_row_is_not_run_again_however_its_setting_is_written(rows):
@@ -78,7 +81,6 @@ def test_a_trial_that_diverges_is_kept_as_that(tmp_path, monkeypatch):
         (dict(), 0.004, 0.004),
         (dict(inner_drops=False), 0.1, 0.004),
         (dict(outer_step=0.5), 0.004, 0.5),
-        (dict(outer_step=0.5, inner_drops=False), 0.1, 0.02),
     ],
 )
 def test_what_drops_is_what_the_setting_says(tmp_path, monkeypatch, changed, inner, outer):

@@ -255,13 +255,16 @@ def test_gradients_are_left_as_they_were(build):
         assert all(torch.equal(p.grad, gradient) for p, gradient in zip(model.parameters(), before, strict=True))
 
 
-def test_a_parameter_moved_after_building_is_an_error_not_a_silent_loss(build):
+@pytest.mark.parametrize("moved", [0, 1, 2])
+def test_a_parameter_moved_after_building_is_an_error_not_a_silent_loss(build, moved):
     model = network()
     optimizer = build(model.parameters())
-    train(model, optimizer, range(2))
+    train(model, optimizer, range(moved))
     model.double()
+    rounds = optimizer.rounds
     with pytest.raises(RuntimeError, match="has left the optimizer's vector"):
-        train(model.float(), optimizer, range(2, 4))  # the second begins a round
+        train(model.float(), optimizer, range(moved, 3))
+    assert optimizer.rounds == rounds
 
 
 def test_a_parameter_thawed_after_building_is_an_error_not_a_silent_loss(build):
@@ -270,9 +273,8 @@ def test_a_parameter_thawed_after_building_is_an_error_not_a_silent_loss(build):
     optimizer.step()
     frozen.requires_grad_().grad = torch.ones(2)
     optimizer.step()
-    optimizer.step()  # the round's last
     with pytest.raises(RuntimeError, match="frozen when Parle was built"):
-        optimizer.step()
+        optimizer.step()  # the round's last
 
 
 def test_sparse_gradients_are_refused(build):
