@@ -123,7 +123,7 @@ def test_every_question_has_an_answer(data, monkeypatch):
     answers = {question: flatness.answer(*question, networks, model, data) for question in flatness.QUESTIONS}
     assert len(answers["master", 0.0]["test_loss"]) == 1
     assert len(set(answers["SGD", 0.3]["test_loss"])) == flatness.DRAWS
-    line = answers["master to SGD", None]
+    line = answers[f"master to {flatness.AGAINST}", None]
     assert line["distance"] == flatness.distance(networks["master"], networks[flatness.AGAINST])
     ends = [float(networks[name][0].sum()) for name in ("master", flatness.AGAINST)]
     assert [line["test_loss"][0], line["test_loss"][-1]] == pytest.approx(ends)
@@ -167,8 +167,10 @@ def test_the_tables_compare_the_rise_of_the_loss_with_that_of_sgd(results):
     assert lines["replica", "0.2"][3] == "2.00 ± 0.00"
     assert lines["SGD", "0.2"][3] == "3.00 ± 0.00"
     assert lines[flatness.AGAINST, "0.2"][2:4] == [f"0.2000{same}", ""]
-    assert lines["master to SGD", f"0.2500{same}"][2] == f"0.5000{same}"  # the barrier, above a line from 0.1 to 0.3
-    assert lines["master to SGD", f"0.2500{same}"][3:] == ["1.00 ± 0.00", "7.00 ± 0.00", "3.00 ± 0.00"]
+    assert (
+        lines[f"master to {flatness.AGAINST}", f"0.2500{same}"][2] == f"0.5000{same}"
+    )  # the barrier, above a line from 0.1 to 0.3
+    assert lines[f"master to {flatness.AGAINST}", f"0.2500{same}"][3:] == ["1.00 ± 0.00", "7.00 ± 0.00", "3.00 ± 0.00"]
 
 
 def test_only_seeds_of_which_nothing_is_missing_count(results):

@@ -79,6 +79,17 @@ def test_the_mean_of_the_anchors_obeys_the_outer_update_itself():
     assert torch.allclose(momentum, momenta.mean(0), rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
+@pytest.mark.parametrize("pull", [0.0, 0.75, 10.0])
+@pytest.mark.parametrize(("share", "stable"), [(0.98, True), (1.02, False)])
+def test_rounds_diverge_where_the_step_of_the_mean_is_above_the_stated_limit(momentum, pull, share, stable):
+    limit = (2 + 2 * momentum) / (1 + 2 * momentum)
+    x, z, v = torch.ones(1), torch.zeros(1), torch.zeros(1)
+    for _ in range(500):
+        move_anchor(x, z, z, v, pull=pull, lr=share * limit / (1 + pull), momentum=momentum)
+    assert (abs(x) < 0.01) == stable
+
+
 # presets
 
 
