@@ -20,6 +20,7 @@ SEEDS = (42, 43, 44)
 EXAMPLES = {
     "LeNet, digits": "parle_mpi.py -n 3 -d digits",
     "LeNet, MNIST": "parle_mpi.py -n 3 -d mnist -B 0.25",
+    "LeNet, MNIST, ρ ten times as large": "parle_mpi.py -n 3 -d mnist -B 0.25 --rho 0.1",
 }
 
 
