@@ -122,7 +122,7 @@ class ReplicaOptimizer(torch.optim.Optimizer):
         rho: initial coefficient of the pull towards the mean, per update of a replica; ρ L n grows, up to 10.
         alpha: what z^a keeps at each mini-batch; 0 makes z^a the last iterate.
         outer_step: step of the outer update in units of lr. Unused, with alpha and gamma, where L = 1. The mean of the
-            outer updates is one of s lr (1 + c_k) towards z: rounds diverge where that, with c_k up to 10, stays
+            outer updates is one of s lr (1 + c_k) towards z: rounds may diverge where that, with c_k up to 10, stays
             above (2 + 2 μ') / (1 + 2 μ').
         outer_momentum: Nesterov's, of the outer update; by default as `momentum`.
         batches_per_epoch: mini-batches in one pass over the data; sets how fast gamma and rho grow.

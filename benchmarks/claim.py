@@ -293,7 +293,7 @@ def summary() -> str:
             if sum(map(bool, cells)) > 1:
                 batches = f"{longer * TASKS[task].batches:,}"
                 lines.append([task, batches, *(spread(found) if found else "" for found in cells)])
-    return record.table(["task", "mini-batches", "SGD", "SGD, 3 x as many", *shown], lines)
+    return record.table(["task", "mini-batches", "SGD", "SGD, one network, 3 x as many", *shown], lines)
 
 
 def sweeps() -> str:
