@@ -42,6 +42,7 @@ def test_the_ranks_of_a_launcher_are_as_many_replicas(train):
     assert log[0]["threads"] == max(1, len(os.sched_getaffinity(0)) // 3)
 
 
+@pytest.mark.slow
 def test_two_replicas_over_four_ranks_share_their_batches(train):
     log, _ = train("-n", 2, "-B", 0.16, "-L", 5, "-b", 50, ranks=4)
     assert (log[0]["replicas"], log[0]["ranks"]) == (2, 4)

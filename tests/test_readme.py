@@ -49,6 +49,7 @@ def test_the_first_command_trains_to_less_than_5_percent_without_a_network(clean
     assert float(error) < 5
 
 
+@pytest.mark.slow  # .ci/run runs them
 def test_the_second_command_finds_the_tests(clean):
     done = run(commands()[1] + " --collect-only", clean)
     assert done.returncode == 0, done.stdout

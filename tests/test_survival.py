@@ -317,8 +317,8 @@ def test_sigterm_stops_parle_gpu_in_mid_round(start, tmp_path):
 @pytest.mark.parametrize(
     ("n", "method", "replica"),
     [
-        (3, "parle", 1),
-        pytest.param(2, "parle", 0, marks=pytest.mark.slow),
+        (2, "parle", 0),
+        pytest.param(3, "parle", 1, marks=pytest.mark.slow),
         pytest.param(4, "parle", 3, marks=pytest.mark.slow),
         pytest.param(2, "elastic-sgd", 1, marks=pytest.mark.slow),
         pytest.param(3, "elastic-sgd", 0, marks=pytest.mark.slow),
