@@ -53,7 +53,7 @@ def test_the_first_command_trains_to_less_than_5_percent_without_a_network(clean
 def test_the_second_command_finds_the_tests(clean):
     done = run(commands()[1] + " --collect-only", clean)
     assert done.returncode == 0, done.stdout
-    assert "tests/test_readme.py::test_the_second_command_finds_the_tests" in done.stdout
+    assert "tests/test_readme.py::test_the_two_commands_stand_at_the_top" in done.stdout
 
 
 def test_the_example_runs_and_learns(clean, python):
