@@ -2,6 +2,7 @@
 
     python benchmarks/claim.py --data DIR                  # all trials that have not been run, on all cores: hours
     python benchmarks/claim.py --data DIR method rho       # those of two panels
+    python benchmarks/claim.py --data DIR ahead --seeds 45 46 47    # by seeds that nothing was chosen by
     python benchmarks/claim.py --table                     # what results/claim.jsonl says
     python benchmarks/claim.py --figure                    # figures/claim.png
 
@@ -121,6 +122,10 @@ PANELS |= {
     for changed, (values, methods) in SWEEPS.items()
 }
 PANELS["longest"] = [dict(longer=12), dict(rho=0.1, longer=12), SGD | dict(longer=36)]
+PANELS["ahead"] = [  # where Parle was ahead, and what it was ahead of
+    *(SGD | dict(longer=longer) for longer in (4, 12, 36)),
+    *(METHODS["Parle, rho 0.1"] | dict(longer=longer) for longer in (4, 12)),
+]
 
 
 def load(task: Task, raw: Path | None, proc: Path) -> loader.Dataset:
@@ -223,10 +228,10 @@ def same(task: str, setting: dict[str, Any]) -> str:
     return json.dumps(usual(task) | setting, sort_keys=True)
 
 
-def missing(panels: list[str]) -> Iterator[tuple[str, dict[str, Any], int]]:
+def missing(panels: Iterable[str], seeds: Iterable[int] = SEEDS) -> Iterator[tuple[str, dict[str, Any], int]]:
     """Trials without a row, seed by seed; on MNIST the methods alone."""
     kept = {(row["task"], same(row["task"], row["setting"]), row["seed"]) for row in record.read("claim")}
-    for seed in SEEDS:
+    for seed in seeds:
         for name in TASKS:
             for panel in panels:
                 for setting in PANELS[panel] if name.startswith("cifar") or panel == "method" else ():
@@ -259,7 +264,7 @@ def verdict(ours: list[float], theirs: list[float]) -> str:
 
 def table() -> str:
     """Each method against SGD with as many mini-batches of a replica, and with as many gradients in all."""
-    header = ["task", "method", "mini-batches", "gradients", "test error"]
+    header = ["task", "method", "mini-batches", "gradients", "test error", "seeds"]
     header += ["against as many mini-batches", "against as many gradients"]
     lines = []
     for task in TASKS:
@@ -269,7 +274,7 @@ def table() -> str:
                 batches, n = values["longer"] * TASKS[task].batches, values["replicas"]
                 others = (errors(task, SGD | dict(longer=values["longer"] * times)) for times in (1, n))
                 words = ["" if method == "SGD" else verdict(found, other) for other in others]
-                lines.append([task, method, f"{batches:,}", f"{batches * n:,}", spread(found), *words])
+                lines.append([task, method, f"{batches:,}", f"{batches * n:,}", spread(found), len(found), *words])
     return record.table(header, lines)
 
 
@@ -388,6 +393,7 @@ def run(job: tuple[str, dict[str, Any], int, Path | None, Path]) -> dict[str, An
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("panels", nargs="*", metavar="PANEL", help=f"of {', '.join(PANELS)} (all)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, metavar="N", help="(%(default)s)")
     parser.add_argument("--data", type=Path, metavar="DIR", help="raw data, as torchvision lays it out")
     parser.add_argument("--proc", type=Path, default=Path("proc"), metavar="DIR", help="pre-processed data")
     parser.add_argument("--table", action="store_true", help="print what has been found")
@@ -401,7 +407,7 @@ def main() -> None:
         figure(Path(__file__).with_name("figures") / "claim.png")
     if args.table or args.figure:
         return
-    jobs = [(*job, args.data, args.proc) for job in missing(args.panels or list(PANELS))]
+    jobs = [(*job, args.data, args.proc) for job in missing(args.panels or PANELS, args.seeds)]
     with multiprocessing.get_context("spawn").Pool(len(ranks.cores())) as pool:
         for number, row in enumerate(pool.imap_unordered(run, jobs), 1):
             record.keep("claim", row | dict(command=record.command(), machine=record.machine()))

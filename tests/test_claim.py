@@ -42,7 +42,7 @@ def test_each_is_compared_with_sgd_of_as_many_mini_batches_and_of_as_many_gradie
     rows({}, 1.0, 1.1, 0.9)
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in claim.table().splitlines()]
     assert [line[1] for line in lines[2:]] == ["SGD", "Parle", "SGD"]  # by length
-    assert lines[3] == ["mnist-2000", "Parle", "600", "1,800", "1.00 ± 0.10", "wins, -1.00", "loses, +0.50"]
+    assert lines[3] == ["mnist-2000", "Parle", "600", "1,800", "1.00 ± 0.10", "3", "wins, -1.00", "loses, +0.50"]
 
 
 def test_what_has_a_row_is_not_run_again_however_its_setting_is_written(rows):
@@ -52,6 +52,7 @@ def test_what_has_a_row_is_not_run_again_however_its_setting_is_written(rows):
     rows(dict(replicas=3, gamma=0.01), 1.0)
     assert ("mnist-2000", {}, 42) in before
     assert ("mnist-2000", {}, 42) not in claim.missing(["method"])
+    assert ("mnist-2000", {}, 45) in claim.missing(["method"], [45])
 
 
 def test_every_method_has_its_name_however_long():

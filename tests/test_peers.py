@@ -1,4 +1,4 @@
-"""The rules of benchmarks/peers.py on two ranks beside numpy's, what they send, the choice of settings, the table.
+"""The methods of benchmarks/peers.py on two ranks beside numpy's, what they send, the choice of settings, the table.
 
 Under mpiexec this file itself steps every method: mpiexec -n 2 python tests/test_peers.py
 """
@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import loader
 import ranks
-from benchmarks import peers
+from benchmarks import peers, rules
 
 STEPS, P, NB = 12, 10, 4
 LR = 0.1
@@ -126,8 +126,8 @@ RULES = {
 
 def lockstep(comm, name):
     """Step a method and compare its weights with numpy's, where there are, and its messages with what it says."""
-    method = peers.methods(2)[name]
-    settings = peers.first(method) | SHORT.get(name, {})
+    method = rules.methods(2)[name]
+    settings = rules.first(method) | SHORT.get(name, {})
     own = {knob: value for knob, value in settings.items() if knob not in ("drops", "decay")}
     model, rule = Quadratic(), RULES.get(name, Numpy)()
     network, optimizer = method.build(model, comm, NB, **own)
@@ -154,9 +154,9 @@ def trained_alike(comm, proc):
     data = loader.load("digits", proc=proc)
     curves = []
     for name in ("ddp", "sgd"):
-        method = peers.methods(2)[name]
-        settings = peers.first(peers.methods(2)["ddp"])
-        settings = method.settings | {knob: settings[knob] for knob in peers.GRID}
+        method = rules.methods(2)[name]
+        settings = rules.first(rules.methods(2)["ddp"])
+        settings = method.settings | {knob: settings[knob] for knob in rules.GRID}
         row = peers.train(method, settings, 1, data, comm, [2, 5])
         assert row["bytes"] == 4 * 132_220 * 10  # 128 images on each rank are two steps
         curves.append([(batches, error) for batches, _, error in row["curve"]])
@@ -171,7 +171,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         store = Path(comm.bcast(folder), "store").as_uri()
         dist.init_process_group("gloo", init_method=store, rank=comm.rank, world_size=comm.size)
-        for name in peers.methods(2):
+        for name in rules.methods(2):
             lockstep(comm, name)
         trained_alike(comm, Path(sys.argv[1]))
         dist.destroy_process_group()
@@ -215,10 +215,10 @@ def test_our_sgd_takes_what_was_chosen_for_ddp(monkeypatch, comm, proc):
 @pytest.fixture
 def rows(monkeypatch):
     """Made up: two methods with two seeds each, one of them with older settings too, and a choice."""
-    methods = peers.methods(2)
+    methods = rules.methods(2)
 
     def row(name, seed, curve, sent, **changes):
-        settings = peers.first(methods[name]) | changes
+        settings = rules.first(methods[name]) | changes
         common = dict(method=name, settings=settings, seed=seed, ranks=2, batches=2000, bytes=sent)
         return common | dict(curve=curve, seconds=curve[-1][1], cpu_seconds=25, error=curve[-1][2])
 
