@@ -186,13 +186,6 @@ class Report:
 
 def surroundings() -> dict[str, Any]:
     """For the log: when, what versions, what machine, what revision of this program."""
-    folder = Path(__file__).parent
-    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
-        revision = done.stdout.strip() or None
-    except (OSError, subprocess.TimeoutExpired):
-        revision = None
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": sys.argv,
@@ -200,8 +193,23 @@ def surroundings() -> dict[str, Any]:
         "torch": torch.__version__,
         **{name: importlib.metadata.version(name) for name in ("torchvision", "numpy")},
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "revision": revision,
+        "revision": revision(),
     }
+
+
+def revision() -> str | None:
+    """The commit of this program, "-dirty" where a .py file differs from it; None where git does not know."""
+
+    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10)
+
+    try:
+        commit = git("rev-parse", "HEAD").stdout.strip()
+        changed = commit and git("diff", "--quiet", "HEAD", "--", "*.py").returncode
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return f"{commit}-dirty" if changed else commit or None
 
 
 def _finite(value: Any) -> Any:

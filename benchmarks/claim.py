@@ -2,23 +2,24 @@
 
     python benchmarks/claim.py --data DIR                  # all trials that have not been run, on all cores: hours
     python benchmarks/claim.py --data DIR method rho       # those of two panels
-    python benchmarks/claim.py --data DIR ahead --seeds 45 46 47    # by seeds that nothing was chosen by
     python benchmarks/claim.py --table                     # what results/claim.jsonl says
     python benchmarks/claim.py --figure                    # figures/claim.png
 
 A trial trains its replicas one after another on one thread, by parle_gpu.Parle on the CPU, and as many trials run at
 once as there are cores: errors are compared here, not seconds. SGD is there with as many mini-batches as a replica has
-and with as many gradients as the three have together.
+and with as many gradients as the three have together. What was chosen by SEEDS, the panel "fresh" tries with others.
+One replica with rho 0.3 has the c_k and so the outer step of three with 0.1: what these are better by is not the step.
 """
 
 import argparse
 import json
 import math
-import multiprocessing
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,7 +39,7 @@ from benchmarks import record
 from parle import PRESETS, PULL_CAP
 from parle_gpu import Parle
 
-SEEDS = (42, 43, 44)
+SEEDS, FRESH = (42, 43, 44), (45, 46, 47)
 BATCH = 128
 DROPS, DECAY = (0.5, 0.75), 0.2  # of lr, at shares of a run; the same for all
 LENGTHS = (1, 4, 12)
@@ -87,6 +88,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "Elastic-SGD": PRESETS["elastic-sgd"] | dict(replicas=3, rho=1 / 3),
     "Parle": {},
     "Parle, rho 0.1": dict(rho=0.1),
+    "One replica, rho 0.3": dict(replicas=1, rho=0.3),
     "Parle, outer step 0.5": FAST,
     "Parle, outer step 0.5, no scoping": FAST | dict(scoping=0),
 }
@@ -103,10 +105,10 @@ SWEEPS: dict[str, tuple[tuple[Any, ...], tuple[str, ...]]] = {
     "outer_step": ((0.1, 0.25, 0.5, 0.7), ("Parle, outer step 0.5",)),
     "outer_momentum": ((0.0, 0.5, 0.7, 0.9), ("Parle, outer step 0.5",)),
     "gamma": ((0.0, 0.001, 0.003, 0.01, 0.03, 0.1), ("Parle", "Parle, outer step 0.5")),
-    "rho": ((0.0, 0.001, 0.003, 0.01, 0.03, 0.1), ("Parle", "Parle, outer step 0.5")),
+    "rho": ((0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3), ("Parle", "Parle, outer step 0.5")),
     "alpha": ((0.0, 0.75, 0.9), ("Parle, outer step 0.5",)),
     "sync_every": ((5, 10, 25, 50, 100, "auto"), ("Parle, outer step 0.5",)),
-    "replicas": ((1, 2, 3, 6), ("Parle, outer step 0.5",)),
+    "replicas": ((1, 2, 3, 6, 8), ("Parle, outer step 0.5",)),
     "scoping": ((0, 1, 4), ("Parle, outer step 0.5",)),
     "weight_decay": ((0.0, 1e-3, 3e-3), ("Parle, outer step 0.5",)),
     "frac": ((0.34, 0.5, 1.0), ("SGD", "Parle", "Parle, outer step 0.5")),
@@ -121,11 +123,9 @@ PANELS |= {
     changed: [METHODS[method] | {changed: value} for method in methods for value in values]
     for changed, (values, methods) in SWEEPS.items()
 }
-PANELS["longest"] = [dict(longer=12), dict(rho=0.1, longer=12), SGD | dict(longer=36)]
-PANELS["ahead"] = [  # where Parle was ahead, and what it was ahead of
-    *(SGD | dict(longer=longer) for longer in (4, 12, 36)),
-    *(METHODS["Parle, rho 0.1"] | dict(longer=longer) for longer in (4, 12)),
-]
+CHOSEN, CONTROL = METHODS["Parle, rho 0.1"], METHODS["One replica, rho 0.3"]
+PANELS["longest"] = [*(setting | dict(longer=12) for setting in ({}, CHOSEN, CONTROL)), SGD | dict(longer=36)]
+PANELS["fresh"] = [setting | dict(longer=longer) for longer in (4, 12) for setting in (SGD, CONTROL, CHOSEN)]
 
 
 def load(task: Task, raw: Path | None, proc: Path) -> loader.Dataset:
@@ -228,24 +228,25 @@ def same(task: str, setting: dict[str, Any]) -> str:
     return json.dumps(usual(task) | setting, sort_keys=True)
 
 
-def missing(panels: Iterable[str], seeds: Iterable[int] = SEEDS) -> Iterator[tuple[str, dict[str, Any], int]]:
+def missing(panels: Iterable[str]) -> Iterator[tuple[str, dict[str, Any], int]]:
     """Trials without a row, seed by seed; on MNIST the methods alone."""
     kept = {(row["task"], same(row["task"], row["setting"]), row["seed"]) for row in record.read("claim")}
-    for seed in seeds:
+    for seed in SEEDS + FRESH:
         for name in TASKS:
             for panel in panels:
+                if (panel == "fresh") != (seed in FRESH):
+                    continue
                 for setting in PANELS[panel] if name.startswith("cifar") or panel == "method" else ():
                     if (name, same(name, setting), seed) not in kept:
                         kept.add((name, same(name, setting), seed))
                         yield name, setting, seed
 
 
-def errors(task: str, setting: dict[str, Any]) -> list[float]:
+def errors(task: str, setting: dict[str, Any], seeds: Iterable[int] = SEEDS) -> list[float]:
     """Of the trials kept, seed by seed; NaN where one diverged."""
-    rows = (
-        row for row in record.read("claim") if row["task"] == task and same(task, row["setting"]) == same(task, setting)
-    )
-    return [math.nan if row["error"] is None else row["error"] for row in rows]
+    rows = [row for row in record.read("claim") if row["task"] == task and row["seed"] in seeds]
+    found = [row["error"] for row in rows if same(task, row["setting"]) == same(task, setting)]
+    return [math.nan if error is None else error for error in found]
 
 
 def verdict(ours: list[float], theirs: list[float]) -> str:
@@ -257,9 +258,9 @@ def verdict(ours: list[float], theirs: list[float]) -> str:
     difference = statistics.mean(ours) - statistics.mean(theirs)
     if min(len(ours), len(theirs)) < 2:
         return f"one seed, {difference:+.2f}"
-    significant = stats.ttest_ind(ours, theirs, equal_var=False).pvalue < 0.05
-    word = "ties" if not significant else "wins" if difference < 0 else "loses"
-    return f"{word}, {difference:+.2f}"
+    p = stats.ttest_ind(ours, theirs, equal_var=False).pvalue
+    word = "ties" if p >= 0.05 else "wins" if difference < 0 else "loses"
+    return f"{word}, {difference:+.2f} (p {p:.2g})"
 
 
 def table() -> str:
@@ -278,6 +279,21 @@ def table() -> str:
     return record.table(header, lines)
 
 
+def fresh(task: str = "cifar-5000") -> str:
+    """What was chosen by SEEDS, with FRESH ones: against SGD and one replica, of as many mini-batches and gradients."""
+    lines = []
+    for longer, times in ((4, 1), (4, 3), (12, 1)):
+        ours = errors(task, CHOSEN | dict(longer=longer), FRESH)
+        for other in (SGD, CONTROL):
+            theirs = errors(task, other | dict(longer=longer * times), FRESH)
+            batches = [f"{count * TASKS[task].batches:,}" for count in (longer, longer * times)]
+            if ours and theirs:
+                against = [name(other), batches[1], spread(theirs), verdict(ours, theirs)]
+                lines.append([batches[0], spread(ours), *against, len(theirs)])
+    header = ["mini-batches", "Parle, rho 0.1", "against", "its mini-batches", "its error", "Parle", "seeds"]
+    return record.table(header, lines)
+
+
 def length(setting: dict[str, Any]) -> int:
     return (USUAL | setting)["longer"]
 
@@ -289,7 +305,7 @@ def name(setting: dict[str, Any]) -> str:
 
 def summary() -> str:
     """The test error of some over how long they were, beside SGD's with three times the mini-batches."""
-    shown, lines = ("Elastic-SGD", "Parle", "Parle, rho 0.1"), []
+    shown, lines = ("Elastic-SGD", "One replica, rho 0.3", "Parle", "Parle, rho 0.1"), []
     for task in TASKS:
         for longer in LENGTHS:
             columns = [SGD | dict(longer=longer), SGD | dict(longer=3 * longer)]
@@ -386,14 +402,9 @@ def figure(path: Path, task: str = "cifar-5000") -> None:
     figure.savefig(path, dpi=76)
 
 
-def run(job: tuple[str, dict[str, Any], int, Path | None, Path]) -> dict[str, Any]:
-    return trial(*job)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("panels", nargs="*", metavar="PANEL", help=f"of {', '.join(PANELS)} (all)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, metavar="N", help="(%(default)s)")
     parser.add_argument("--data", type=Path, metavar="DIR", help="raw data, as torchvision lays it out")
     parser.add_argument("--proc", type=Path, default=Path("proc"), metavar="DIR", help="pre-processed data")
     parser.add_argument("--table", action="store_true", help="print what has been found")
@@ -407,10 +418,13 @@ def main() -> None:
         figure(Path(__file__).with_name("figures") / "claim.png")
     if args.table or args.figure:
         return
-    jobs = [(*job, args.data, args.proc) for job in missing(args.panels or PANELS, args.seeds)]
-    with multiprocessing.get_context("spawn").Pool(len(ranks.cores())) as pool:
-        for number, row in enumerate(pool.imap_unordered(run, jobs), 1):
-            record.keep("claim", row | dict(command=record.command(), machine=record.machine()))
+    origin = record.origin()
+    jobs = [(*job, args.data, args.proc) for job in missing(args.panels or PANELS)]
+    with ProcessPoolExecutor(len(ranks.cores()), mp_context=get_context("spawn")) as pool:
+        trials = [pool.submit(trial, *job) for job in jobs]
+        for number, done in enumerate(as_completed(trials), 1):
+            row = done.result()
+            record.keep("claim", row | origin)
             print(
                 f"{number}/{len(jobs)}  {row['task']}  {row['setting']}  seed {row['seed']}: {row['error']}", flush=True
             )

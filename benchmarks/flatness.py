@@ -232,6 +232,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, metavar="DIR", help="raw data, as torchvision lays it out (downloaded)")
     parser.add_argument("--proc", type=Path, default=Path("proc"), metavar="DIR", help="pre-processed (%(default)s)")
     args = parser.parse_args()
+    origin = record.origin()
     where = ["--proc", str(args.proc), *(["--data", str(args.data)] if args.data else [])]
     for seed in [] if args.table else SEEDS:
         missing = [question for question in QUESTIONS if (seed, *question) not in kept()]
@@ -242,8 +243,7 @@ def main() -> None:
         model = models.build("lenet", data.channels, data.size, data.classes)
         for of, radius in missing:
             about = dict(seed=seed, of=of, radius=radius, runs=list(RUNS.values()))
-            where_from = dict(command=record.command(), machine=record.machine())
-            record.keep("flatness", about | answer(of, radius, networks, model, data) | where_from)
+            record.keep("flatness", about | answer(of, radius, networks, model, data) | origin)
     if not args.table:
         draw()
     print(table())

@@ -196,10 +196,10 @@ def measure_all(mbits: int) -> None:
 
     comm = MPI.COMM_WORLD
     done = ranks.gather(comm, kept(mbits))[0]
+    facts = dict(seed=SEED, mpi=ranks.library()) | record.origin()
     for network, method, minibatches in MEASURED:
         if (network, method) not in done:
             row = dict(mbits=mbits, ranks=comm.size) | measure(comm, network, method, minibatches)
-            facts = dict(seed=SEED, command=record.command(), machine=record.machine(), mpi=ranks.library())
             if comm.rank == 0:
                 record.keep(QUESTION, row | facts)
 

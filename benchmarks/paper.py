@@ -185,12 +185,12 @@ def mini_batch_seconds(network: str) -> float:
 
 def time_networks() -> None:
     """Keep the time of each network that has none yet on this machine."""
-    machine = record.machine()
-    timed = {result.get("network") for result in record.read("paper") if result["machine"] == machine}
+    origin = record.origin()
+    timed = {result.get("network") for result in record.read("paper") if result["machine"] == origin["machine"]}
     for network in models.RECIPES:
         if network not in timed:
             row = dict(network=network, mini_batch_seconds=mini_batch_seconds(network))
-            record.keep("paper", row | dict(command=record.command(), machine=machine))
+            record.keep("paper", row | origin)
 
 
 def table() -> str:

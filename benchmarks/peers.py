@@ -120,10 +120,11 @@ def trial(
     kept = ranks.gather(comm, kept)[0]
     if kept:
         return kept[-1]
+    origin = record.origin()
     row = key | train(method, settings, seed, data, comm, test_at)
     if comm.rank == 0:
         print(f"{name} seed {seed}: {row['error']:.2f} % after {row['seconds']:.1f} s  {settings}", flush=True)
-        record.keep(QUESTION, row | dict(command=record.command(), machine=record.machine()))
+        record.keep(QUESTION, row | origin)
     return row
 
 

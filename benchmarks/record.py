@@ -12,6 +12,13 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 
 
+def origin() -> dict[str, str | None]:
+    """Of a row: what was typed, and where; to be asked for before what is measured begins, since files may change."""
+    import report
+
+    return dict(command=command(), machine=machine(), revision=report.revision())
+
+
 def machine() -> str:
     """The processor and the versions that a number depends on, in one line."""
     import torch

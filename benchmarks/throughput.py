@@ -164,12 +164,12 @@ def measure(raw: Path, proc: Path) -> None:
     comm = MPI.COMM_WORLD
     torch.set_num_threads(1)
     torch.manual_seed(SEED + comm.rank)
+    facts = dict(seed=SEED, mpi=ranks.library()) | record.origin()
     parts = [("loop", "lenet", functools.partial(loops, comm, raw, proc))]
     other = ("step", steps) if comm.size == 1 else ("sync", syncs)
     parts += [(other[0], network, functools.partial(other[1], comm, network)) for network in SHAPES]
     measured = [(part, network, *act()) for part, network, act in parts]
     if comm.rank == 0:
-        facts = dict(seed=SEED, command=record.command(), machine=record.machine(), mpi=ranks.library())
         for part, network, seconds, core_seconds in measured:
             row = dict(part=part, network=network, ranks=comm.size, seconds=seconds, core_seconds=core_seconds)
             record.keep(QUESTION, row | facts)

@@ -436,16 +436,39 @@ def test_surroundings_say_when_what_and_where(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("git", "revision"),
+    ("changed", "expected"),
     [
-        (lambda command: subprocess.CompletedProcess(command, 0, "0123abc-dirty\n", ""), "0123abc-dirty"),
-        (lambda command: subprocess.CompletedProcess(command, 128, "", "fatal: not a git repository"), None),
-        (FileNotFoundError(2, "No such file or directory", "git"), None),
-        (subprocess.TimeoutExpired("git", 10), None),
+        (None, "{commit}"),
+        ("README.md", "{commit}"),
+        ("parle.py", "{commit}-dirty"),
     ],
-    ids=["known", "no repository", "no git", "hangs"],
 )
-def test_the_revision_is_what_git_says_if_anything(git, revision, monkeypatch):
+def test_the_revision_is_a_commit_and_whether_a_program_differs_from_it(changed, expected, tmp_path, monkeypatch):
+    def git(*arguments):
+        who = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+        return subprocess.run(["git", "-C", tmp_path, *who, *arguments], check=True, capture_output=True, text=True)
+
+    git("init", "-q")
+    for name in ("README.md", "parle.py"):
+        (tmp_path / name).write_text("before")
+    git("add", ".")
+    git("commit", "-qm", "all")
+    if changed:
+        (tmp_path / changed).write_text("after")
+    monkeypatch.setattr(report, "__file__", str(tmp_path / "report.py"))
+    assert report.revision() == expected.format(commit=git("rev-parse", "HEAD").stdout.strip())
+
+
+@pytest.mark.parametrize(
+    "git",
+    [
+        lambda command: subprocess.CompletedProcess(command, 128, "", "fatal: not a git repository"),
+        FileNotFoundError(2, "No such file or directory", "git"),
+        subprocess.TimeoutExpired("git", 10),
+    ],
+    ids=["no repository", "no git", "hangs"],
+)
+def test_without_git_there_is_no_revision(git, monkeypatch):
     def run(command, **options):
         assert command[0] == "git"
         assert options["timeout"] <= 10
@@ -454,7 +477,7 @@ def test_the_revision_is_what_git_says_if_anything(git, revision, monkeypatch):
         return git(command)
 
     monkeypatch.setattr(subprocess, "run", run)
-    assert report.surroundings()["revision"] == revision
+    assert report.revision() is None
 
 
 @pytest.mark.parametrize("told", [True, False])
