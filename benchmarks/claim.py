@@ -42,6 +42,7 @@ from parle_gpu import Parle
 SEEDS, FRESH = (42, 43, 44), (45, 46, 47)
 BATCH = 128
 DROPS, DECAY = (0.5, 0.75), 0.2  # of lr, at shares of a run; the same for all
+NEVER = 10**9  # mini-batches an epoch, with which nothing grows
 LENGTHS = (1, 4, 12)
 CURVE = (0.1, 0.2, 0.4, 0.6, 0.8)  # shares of a run after which the master is tested, besides the end
 
@@ -76,10 +77,11 @@ TASKS = {
 # What a trial has unless its setting says otherwise. Besides Parle's own hyper-parameters: how much longer it is, how
 # fast scoping goes, whether the inner lr drops, and whether the inner momentum outlives a sync. outer_step is the step
 # itself, which stays when lr drops, or "lr", as Parle's default is.
-USUAL = PRESETS["parle"] | dict(
-    replicas=3, alpha=0.75, lr=0.1, momentum=0.9, frac=1.0, longer=1, scoping=1, outer_step="lr", outer_momentum=0.9
-)
-USUAL |= dict(inner_drops=True, keeps_momentum=True)
+USUAL = {
+    **PRESETS["parle"],
+    **dict(replicas=3, alpha=0.75, lr=0.1, momentum=0.9, outer_step="lr", outer_momentum=0.9),
+    **dict(longer=1, scoping=1, frac=1.0, inner_drops=True, keeps_momentum=True),
+}
 SGD = PRESETS["sgd"] | dict(outer_step="lr", outer_momentum=0.9)
 FAST = dict(outer_step=0.5, outer_momentum=0.5)
 METHODS: dict[str, dict[str, Any]] = {
@@ -143,40 +145,18 @@ def load(task: Task, raw: Path | None, proc: Path) -> loader.Dataset:
     )
 
 
-def trial(name: str, setting: dict[str, Any], seed: int, raw: Path | None, proc: Path) -> dict[str, Any]:
+def trial(task_name: str, setting: dict[str, Any], seed: int, raw: Path | None, proc: Path) -> dict[str, Any]:
     """Train once, on one thread. Gives the row to keep."""
     torch.set_num_threads(1)
-    task, values, began = TASKS[name], usual(name) | setting, time.perf_counter()
+    task, values, began = TASKS[task_name], usual(task_name) | setting, time.perf_counter()
     data, n = load(task, raw, proc), values["replicas"]
-    networks, sources = [], []
-    for replica in range(n):
-        torch.manual_seed(seed)
-        networks.append(task.build(data).train())
-        shares = dict(replica=replica, replicas=n, frac=values["frac"])
-        sources.append(loader.Batches(data, batch_size=BATCH, seed=seed, augment=task.augment, **shares))
-    names = ("lr", "momentum", "sync_every", "gamma", "rho", "alpha", "outer_momentum")
-    follows_lr = values["outer_step"] == "lr"
-    inner_drop, outer_drop = (DECAY if drops else 1.0 for drops in (values["inner_drops"], follows_lr))
-    per_epoch = sources[0].per_epoch
-    optimizer = Parle(
-        [network.parameters() for network in networks],
-        weight_decay=values["weight_decay"],
-        batches_per_epoch=round(per_epoch / values["scoping"]) if values["scoping"] else 10**9,
-        outer_step=1.0 if follows_lr else values["outer_step"] / values["lr"],
-        **{name: values[name] for name in names},
-    )
+    networks, sources, optimizer = build(task, values, seed, data)
     model, batches = task.build(data), values["longer"] * task.batches
     drops, points = ([round(share * batches) for share in shares] for shares in (DROPS, CURVE))
     curve, losses, lost = [], [], 0
-    row = dict(task=name, setting=setting, seed=seed, batches=batches, gradients=batches * n)
+    row = dict(task=task_name, setting=setting, seed=seed, batches=batches, gradients=batches * n)
     for done in range(1, batches + 1):
-        optimizer.zero_grad()
-        for network, source in zip(networks, sources, strict=True):
-            inputs, targets = next(source)
-            engine.seed(torch.device("cpu"), source.dropout_seed())
-            loss = F.cross_entropy(network(inputs), targets)
-            loss.backward()
-            losses.append(loss.item())
+        losses += gradients(networks, sources)
         try:
             optimizer.step()
             if done == batches:
@@ -184,14 +164,13 @@ def trial(name: str, setting: dict[str, Any], seed: int, raw: Path | None, proc:
         except FloatingPointError:
             losses.append(math.nan)
             break
-        lost += len(optimizer.lost) if optimizer.batches == 0 else 0
-        if optimizer.batches == 0 and not values["keeps_momentum"]:
-            for vectors in optimizer.vectors:
-                vectors["inner_momentum_buffer"].zero_()
+        if optimizer.batches == 0:  # a round has ended
+            lost += len(optimizer.lost)
+            if not values["keeps_momentum"]:
+                for vectors in optimizer.vectors:
+                    vectors["inner_momentum_buffer"].zero_()
         if done in drops:
-            for group in optimizer.param_groups:
-                group["lr"] *= inner_drop
-                group["outer_step"] *= outer_drop / inner_drop
+            drop(optimizer, values)
         if done in points:
             optimizer.copy_master_to(model)
             curve.append((done, test(model, data)))
@@ -210,6 +189,49 @@ def trial(name: str, setting: dict[str, Any], seed: int, raw: Path | None, proc:
         curve=curve,
         seconds=round(time.perf_counter() - began, 1),
     )
+
+
+def build(
+    task: Task, values: dict[str, Any], seed: int, data: loader.Dataset
+) -> tuple[list[nn.Module], list[loader.Batches], Parle]:
+    """The replicas, which start alike, the mini-batches of each, and what couples them."""
+    networks, sources = [], []
+    for replica in range(values["replicas"]):
+        torch.manual_seed(seed)
+        networks.append(task.build(data).train())
+        shares = dict(replica=replica, replicas=values["replicas"], frac=values["frac"])
+        sources.append(loader.Batches(data, batch_size=BATCH, seed=seed, augment=task.augment, **shares))
+    names = ("lr", "momentum", "weight_decay", "sync_every", "gamma", "rho", "alpha", "outer_momentum")
+    scoping = values["scoping"]
+    optimizer = Parle(
+        [network.parameters() for network in networks],
+        batches_per_epoch=round(sources[0].per_epoch / scoping) if scoping else NEVER,
+        outer_step=1.0 if values["outer_step"] == "lr" else values["outer_step"] / values["lr"],
+        **{name: values[name] for name in names},
+    )
+    return networks, sources, optimizer
+
+
+def gradients(networks: list[nn.Module], sources: list[loader.Batches]) -> list[float]:
+    """Of the next mini-batch of every replica, left in its parameters. Gives the losses."""
+    losses = []
+    for network, source in zip(networks, sources, strict=True):
+        network.zero_grad()
+        inputs, targets = next(source)
+        engine.seed(torch.device("cpu"), source.dropout_seed())
+        loss = F.cross_entropy(network(inputs), targets)
+        loss.backward()
+        losses.append(loss.item())
+    return losses
+
+
+def drop(optimizer: Parle, values: dict[str, Any]) -> None:
+    """lr falls, or not, and the outer step falls, or not, which the optimizer has in units of lr."""
+    inner = DECAY if values["inner_drops"] else 1.0
+    outer = DECAY if values["outer_step"] == "lr" else 1.0
+    for group in optimizer.param_groups:
+        group["lr"] *= inner
+        group["outer_step"] *= outer / inner
 
 
 def test(model: nn.Module, data: loader.Dataset) -> float:
@@ -232,14 +254,13 @@ def missing(panels: Iterable[str]) -> Iterator[tuple[str, dict[str, Any], int]]:
     """Trials without a row, seed by seed; on MNIST the methods alone."""
     kept = {(row["task"], same(row["task"], row["setting"]), row["seed"]) for row in record.read("claim")}
     for seed in SEEDS + FRESH:
-        for name in TASKS:
+        for task in TASKS:
             for panel in panels:
-                if (panel == "fresh") != (seed in FRESH):
-                    continue
-                for setting in PANELS[panel] if name.startswith("cifar") or panel == "method" else ():
-                    if (name, same(name, setting), seed) not in kept:
-                        kept.add((name, same(name, setting), seed))
-                        yield name, setting, seed
+                skipped = (panel == "fresh") != (seed in FRESH) or (task.startswith("mnist") and panel != "method")
+                for setting in [] if skipped else PANELS[panel]:
+                    if (task, same(task, setting), seed) not in kept:
+                        kept.add((task, same(task, setting), seed))
+                        yield task, setting, seed
 
 
 def errors(task: str, setting: dict[str, Any], seeds: Iterable[int] = SEEDS) -> list[float]:
@@ -271,7 +292,7 @@ def table() -> str:
     for task in TASKS:
         for setting in sorted(PANELS["method"] + PANELS["longer"] + PANELS["longest"], key=length):
             if found := errors(task, setting):
-                values, method = USUAL | setting, name(setting)
+                values, method = USUAL | setting, method_name(setting)
                 batches, n = values["longer"] * TASKS[task].batches, values["replicas"]
                 others = (errors(task, SGD | dict(longer=values["longer"] * times)) for times in (1, n))
                 words = ["" if method == "SGD" else verdict(found, other) for other in others]
@@ -288,7 +309,7 @@ def fresh(task: str = "cifar-5000") -> str:
             theirs = errors(task, other | dict(longer=longer * times), FRESH)
             batches = [f"{count * TASKS[task].batches:,}" for count in (longer, longer * times)]
             if ours and theirs:
-                against = [name(other), batches[1], spread(theirs), verdict(ours, theirs)]
+                against = [method_name(other), batches[1], spread(theirs), verdict(ours, theirs)]
                 lines.append([batches[0], spread(ours), *against, len(theirs)])
     header = ["mini-batches", "Parle, rho 0.1", "against", "its mini-batches", "its error", "Parle", "seeds"]
     return record.table(header, lines)
@@ -298,7 +319,7 @@ def length(setting: dict[str, Any]) -> int:
     return (USUAL | setting)["longer"]
 
 
-def name(setting: dict[str, Any]) -> str:
+def method_name(setting: dict[str, Any]) -> str:
     """Which method that is, however long."""
     return next(name for name, known in METHODS.items() if USUAL | known == USUAL | setting | dict(longer=1))
 
@@ -324,7 +345,7 @@ def sweeps() -> str:
         for changed, (values, methods) in SWEEPS.items():
             for method in methods:
                 found = [(value, errors(task, METHODS[method] | {changed: value})) for value in values]
-                cells = [f"{value}: {spread(errors)}" for value, errors in found if errors]
+                cells = [f"{value}: {spread(trials)}" for value, trials in found if trials]
                 if len(cells) > 1:
                     lines.append([task, changed, method, "; ".join(cells)])
     return record.table(["task", "what is changed", "around", "test error"], lines)

@@ -1,6 +1,8 @@
 import pytest
+import torch
 
 from benchmarks import claim, readme, record
+from parle import scope
 
 
 @pytest.fixture
@@ -8,8 +10,8 @@ def rows(monkeypatch, tmp_path):
     """Keep rows of a task for these errors, one a seed."""
     monkeypatch.setattr(record, "RESULTS", tmp_path)
 
-    def rows(setting, *errors, task="mnist-2000"):
-        for seed, error in zip(claim.SEEDS, errors, strict=False):
+    def rows(setting, *errors, task="mnist-2000", seeds=claim.SEEDS):
+        for seed, error in zip(seeds, errors, strict=False):
             record.keep("claim", dict(task=task, setting=setting, seed=seed, error=error))
 
     return rows
@@ -23,10 +25,11 @@ def test_the_tables_of_both_readmes_are_what_the_results_say():
 @pytest.mark.parametrize(
     ("ours", "theirs", "words"),
     [
-        ([1.0, 1.1, 0.9], [2.0, 2.1, 1.9], "wins, -1.00"),
-        ([2.0, 2.1, 1.9], [1.0, 1.1, 0.9], "loses, +1.00"),
-        ([1.0, 2.0, 3.0], [1.5, 2.5, 3.5], "ties, -0.50"),
-        ([1.0, 1.1, 0.9], [1.2, 1.3, 1.1], "ties, -0.20"),  # 2.4 standard errors of three seeds each
+        ([1.0, 1.1, 0.9], [2.0, 2.1, 1.9], "wins, -1.00 (p 0.00026)"),
+        ([2.0, 2.1, 1.9], [1.0, 1.1, 0.9], "loses, +1.00 (p 0.00026)"),
+        ([1.0, 2.0, 3.0], [1.5, 2.5, 3.5], "ties, -0.50 (p 0.57)"),
+        ([1.0, 1.1, 0.9], [1.2, 1.3, 1.1], "ties, -0.20 (p 0.07)"),  # 2.4 standard errors of three seeds each
+        ([1.0, 1.0, 1.0001], [1.5, 2.0, 2.5], "ties, -1.00 (p 0.074)"),  # wins, were the variances equal
         ([1.0], [2.0, 2.1], "one seed, -1.05"),
         ([1.0, float("nan")], [2.0, 2.1], "diverged"),
         ([1.0, 1.1], [], "not run"),
@@ -42,7 +45,16 @@ def test_each_is_compared_with_sgd_of_as_many_mini_batches_and_of_as_many_gradie
     rows({}, 1.0, 1.1, 0.9)
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in claim.table().splitlines()]
     assert [line[1] for line in lines[2:]] == ["SGD", "Parle", "SGD"]  # by length
-    assert lines[3] == ["mnist-2000", "Parle", "600", "1,800", "1.00 ± 0.10", "3", "wins, -1.00", "loses, +0.50"]
+    assert lines[3] == [
+        "mnist-2000",
+        "Parle",
+        "600",
+        "1,800",
+        "1.00 ± 0.10",
+        "3",
+        "wins, -1.00 (p 0.00026)",
+        "loses, +0.50 (p 0.0036)",
+    ]
 
 
 def test_what_has_a_row_is_not_run_again_however_its_setting_is_written(rows):
@@ -52,11 +64,32 @@ def test_what_has_a_row_is_not_run_again_however_its_setting_is_written(rows):
     rows(dict(replicas=3, gamma=0.01), 1.0)
     assert ("mnist-2000", {}, 42) in before
     assert ("mnist-2000", {}, 42) not in claim.missing(["method"])
-    assert ("mnist-2000", {}, 45) in claim.missing(["method"], [45])
+
+
+def test_the_summary_sets_sgd_beside_sgd_of_three_times_the_mini_batches(rows):
+    rows(claim.SGD, 2.0)
+    rows(claim.SGD | dict(longer=2), 9.0)
+    rows(claim.SGD | dict(longer=3), 1.5)
+    rows(claim.CHOSEN, 1.0)
+    assert claim.summary().splitlines()[2:] == ["| mnist-2000 | 600 | 2.00 | 1.50 |  |  |  | 1.00 |"]
+
+
+def test_what_was_chosen_is_tried_with_seeds_of_its_own(rows):
+    assert {seed for *_, seed in claim.missing(["fresh"])} == {45, 46, 47}
+    assert {seed for *_, seed in claim.missing(["method", "longest"])} == {42, 43, 44}
+    for seeds, change in ((claim.SEEDS, 5.0), (claim.FRESH, 0.0)):
+        rows(claim.CHOSEN | dict(longer=4), 1.0 + change, 1.1 + change, task="cifar-5000", seeds=seeds)
+        rows(claim.SGD | dict(longer=12), 2.0 + change, 2.1 + change, task="cifar-5000", seeds=seeds)
+    assert claim.fresh().splitlines()[2:] == [
+        "| 4,000 | 1.05 ± 0.07 | SGD | 12,000 | 2.05 ± 0.07 | wins, -1.00 (p 0.005) | 2 |"
+    ]
+    assert "1.05" not in claim.table() and "6.05" in claim.table()
 
 
 def test_every_method_has_its_name_however_long():
-    assert {claim.name(s) for panel in ("method", "longer", "longest") for s in claim.PANELS[panel]} == {*claim.METHODS}
+    assert {claim.method_name(s) for panel in ("method", "longer", "longest") for s in claim.PANELS[panel]} == {
+        *claim.METHODS
+    }
 
 
 def test_a_sweep_says_of_every_value_what_was_found_and_how_often_it_diverged(rows):
@@ -76,6 +109,74 @@ def test_a_trial_that_diverges_is_kept_as_that(tmp_path, monkeypatch):
     assert row["error"] is None and 0 < row["diverged"] <= 30
 
 
+@pytest.fixture
+def tiny(monkeypatch):
+    """A task of four mini-batches, three to an epoch."""
+    task = claim.Task("digits", 300, 1, claim.lenet, False, 0.002, 4)
+    monkeypatch.setitem(claim.TASKS, "tiny", task)
+    monkeypatch.setattr(claim, "CURVE", ())
+    return task
+
+
+@pytest.fixture
+def built(tiny, tmp_path):
+    def built(seed=42, **changed):
+        return claim.build(tiny, claim.usual("tiny") | changed, seed, claim.load(tiny, None, tmp_path))
+
+    return built
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        (dict(), dict(lr=0.1, momentum=0.9, weight_decay=0.002, gamma=0.01, rho=0.01, alpha=0.75, sync_every=25)),
+        (dict(), dict(outer_step=1.0, outer_momentum=0.9, batches_per_epoch=3)),
+        (dict(gamma=0.3, rho=0.2, alpha=0.5), dict(gamma=0.3, rho=0.2, alpha=0.5)),
+        (dict(sync_every=5, weight_decay=0.0), dict(sync_every=5, weight_decay=0.0)),
+        (dict(outer_step=0.5, outer_momentum=0.5), dict(outer_step=5.0, outer_momentum=0.5)),
+        (dict(scoping=3), dict(batches_per_epoch=1)),
+        (dict(frac=0.5), dict(batches_per_epoch=2)),
+    ],
+)
+def test_a_setting_reaches_the_optimizer(built, changed, expected):
+    group = built(**changed)[2].param_groups[0]
+    assert {name: group[name] for name in expected} == expected
+
+
+def test_without_scoping_nothing_grows(built):
+    assert scope(0.01, 10_000, built(scoping=0)[2].param_groups[0]["batches_per_epoch"], 1.0) == pytest.approx(
+        0.01, rel=1e-4
+    )
+
+
+def test_replicas_start_alike_and_see_the_data_in_orders_of_their_own(built):
+    (first, second), sources, _ = built(replicas=2)
+    assert all(torch.equal(*pair) for pair in zip(first.parameters(), second.parameters(), strict=True))
+    (_, ours), (_, theirs) = map(next, sources)
+    assert not torch.equal(ours, theirs)
+    (other, _), _, _ = built(replicas=2, seed=43)
+    assert not torch.equal(next(first.parameters()), next(other.parameters()))
+    assert [len(source.share) for source in built(replicas=2, frac=0.5)[1]] == [150, 150]
+
+
+@pytest.fixture
+def ended(tiny, tmp_path, monkeypatch):
+    """The row of a trial of two replicas, and its optimizer as it was at the end."""
+    seen = []
+    evaluate = claim.engine.evaluate
+
+    def spy(optimizer, *rest, **options):
+        seen.append(optimizer)
+        return evaluate(optimizer, *rest, **options)
+
+    def ended(**changed):
+        monkeypatch.setattr(claim.engine, "evaluate", spy)
+        row = claim.trial("tiny", changed | dict(replicas=2, sync_every=2), 42, None, tmp_path)
+        return row, seen[-1]
+
+    return ended
+
+
 @pytest.mark.parametrize(
     ("changed", "inner", "outer"),
     [
@@ -84,17 +185,29 @@ def test_a_trial_that_diverges_is_kept_as_that(tmp_path, monkeypatch):
         (dict(outer_step=0.5), 0.004, 0.5),
     ],
 )
-def test_what_drops_is_what_the_setting_says(tmp_path, monkeypatch, changed, inner, outer):
-    monkeypatch.setitem(claim.TASKS, "tiny", claim.Task("digits", 300, 1, claim.lenet, False, 0.0, 4))
-    monkeypatch.setattr(claim, "CURVE", ())
-    seen = []
-    evaluate = claim.engine.evaluate
-    monkeypatch.setattr(
-        claim.engine,
-        "evaluate",
-        lambda optimizer, *rest, **kw: (seen.append(optimizer), evaluate(optimizer, *rest, **kw))[1],
-    )
-    row = claim.trial("tiny", changed | dict(replicas=2, sync_every=2), 42, None, tmp_path)
-    group = seen[0].param_groups[0]
+def test_what_drops_is_what_the_setting_says(ended, changed, inner, outer):
+    row, optimizer = ended(**changed)
+    group = optimizer.param_groups[0]
     assert group["lr"] == pytest.approx(inner) and group["outer_step"] * group["lr"] == pytest.approx(outer)
     assert (row["batches"], row["gradients"], len(row["replica_errors"])) == (4, 8, 2)
+
+
+def test_a_run_is_as_much_longer_as_the_setting_says(ended):
+    row, optimizer = ended(longer=3)
+    assert (row["batches"], row["gradients"], optimizer.rounds) == (12, 24, 6)
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_the_inner_momentum_is_cleared_at_a_sync_where_the_setting_says_so(ended, keeps):
+    _, optimizer = ended(keeps_momentum=keeps)
+    assert all(vectors["inner_momentum_buffer"].any() == keeps for vectors in optimizer.vectors)
+
+
+def test_a_network_is_tested_with_batch_norm_statistics_of_its_own(built, tiny, tmp_path):
+    (network, *_), _, _ = built()
+    data = claim.load(tiny, None, tmp_path)
+    before = claim.test(network, data)
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.fill_(100)
+    assert claim.test(network, data) == before

@@ -18,8 +18,9 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import loader
+import models
 import ranks
-from benchmarks import peers, rules
+from benchmarks import claim, peers, rules
 
 STEPS, P, NB = 12, 10, 4
 LR = 0.1
@@ -163,6 +164,16 @@ def trained_alike(comm, proc):
     assert curves[0] == curves[1]
 
 
+def each_has_its_own_data(comm, proc):
+    """The ranks are replicas, or share a mini-batch, as the method has it."""
+    data = loader.load("digits", proc=proc)
+    for name, own in (("ddp", dict(part=(comm.rank, 2))), ("postlocal-sgd", dict(replica=comm.rank, replicas=2))):
+        method = rules.methods(2)[name]
+        with mock.patch.object(loader, "Batches", wraps=loader.Batches) as batches:
+            peers.train(method, rules.first(method), 1, data, comm, [1])
+        assert own.items() <= batches.call_args.kwargs.items(), name
+
+
 def main():
     from mpi4py import MPI
 
@@ -173,6 +184,7 @@ def main():
         dist.init_process_group("gloo", init_method=store, rank=comm.rank, world_size=comm.size)
         for name in rules.methods(2):
             lockstep(comm, name)
+        each_has_its_own_data(comm, Path(sys.argv[1]))
         trained_alike(comm, Path(sys.argv[1]))
         dist.destroy_process_group()
         comm.Barrier()
@@ -180,12 +192,45 @@ def main():
         print("all equal")
 
 
-@pytest.mark.slow
 def test_two_ranks_step_as_numpy_does_and_send_what_is_said(python, proc):
     loader.load("digits", proc=proc)
     done = python(__file__, proc, ranks=2)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "all equal\n"
+
+
+class Recorder(torch.optim.SGD):
+    """Keeps the lr of every step."""
+
+    def __init__(self, parameters, lr):
+        super().__init__(parameters, lr)
+        self.lrs = []
+
+    def step(self):
+        super().step()
+        self.lrs.append(self.param_groups[0]["lr"])
+
+
+def test_lr_drops_at_the_shares_of_a_run_that_were_chosen(comm, proc):
+    seen = []
+
+    def build(model, comm, nb, lr):
+        seen.append(Recorder(model.parameters(), lr))
+        return model, seen[-1]
+
+    method = rules.Method(build, {}, messages=lambda steps, settings: 0)
+    settings = dict(lr=0.1, drops=[0.5, 0.75], decay=0.2)
+    row = peers.train(method, settings, 1, loader.load("digits", proc=proc), comm, [2, 4])
+    assert seen[0].lrs == pytest.approx([0.1, 0.1, 0.02, 0.004])
+    assert [batches for batches, *_ in row["curve"]] == [2, 4]
+
+
+def test_what_is_tested_has_batch_norm_statistics_of_its_own(comm, proc):
+    data = loader.load("digits", proc=proc)
+    torch.manual_seed(0)
+    model = models.build("lenet", data.channels, data.size, data.classes)
+    errors = peers.tester(data, comm)(model), claim.test(model, data)
+    assert errors[0] == pytest.approx(errors[1]) and errors[0] != 0
 
 
 def test_settings_are_chosen_one_after_the_other_on_held_out_images(monkeypatch, comm, proc):
