@@ -34,15 +34,6 @@ SECONDS = 3.0  # to measure mini-batches, but two at least
 SYNCS = 10
 PATIENCE = 60  # seconds for an MPI library to load
 STILL = dict(lr=0.0, sync_every=2)  # weights stay as they are, and a round ends when the doctor says so
-# Channels and pixels a side, and where torchvision keeps the raw data below its root
-SHAPES = {
-    "mnist": (1, 28, "MNIST/raw"),
-    "fashion": (1, 28, "FashionMNIST/raw"),
-    "cifar10": (3, 32, "cifar-10-batches-py"),
-    "cifar100": (3, 32, "cifar-100-python"),
-    "svhn": (3, 32, "train_32x32.mat"),
-    "digits": (1, 8, None),
-}
 
 Row = tuple[str, str, bool]  # label, value, whether a run can do with that
 
@@ -99,7 +90,7 @@ def _library() -> tuple[str, bool]:
 
 
 def _data(args: argparse.Namespace) -> tuple[str, bool]:
-    name, (*_, below) = args.dataset, SHAPES[args.dataset]
+    name, below = args.dataset, loader.SOURCES[args.dataset].raw
     folder = loader.cache(name, args.proc, args.whiten)
     origin = None if args.data is None or below is None else str(args.data.resolve())
     try:
@@ -110,7 +101,7 @@ def _data(args: argparse.Namespace) -> tuple[str, bool]:
     if below is None:
         return f"{name}, part of scikit-learn; the first run writes {folder}", True
     raw = (args.proc / "raw" if args.data is None else args.data) / below
-    if raw.exists():
+    if raw.is_file() or (raw.is_dir() and any(raw.iterdir())):  # a download that fails leaves an empty folder
         return f"{name}, raw in {raw}; the first run writes {folder}", True
     if args.data is not None:
         return f"{name} is missing: there is no {raw}", False
@@ -122,13 +113,15 @@ def _data(args: argparse.Namespace) -> tuple[str, bool]:
 
 def synthetic(args: argparse.Namespace) -> loader.Dataset:
     """Noise in the shape of the data set, as much as the first mini-batch of a replica needs."""
-    (channels, size, _), classes = SHAPES[args.dataset], loader.SOURCES[args.dataset].classes
+    source = loader.SOURCES[args.dataset]
     random = torch.Generator().manual_seed(args.seed)
     count = math.ceil(args.batch_size / args.frac) + 1
-    images = torch.randint(0, 256, (count, size, size, channels), dtype=torch.uint8, generator=random)
-    labels = torch.randint(0, classes, (count,), generator=random)
-    mean, std = torch.full((channels,), 128.0), torch.full((channels,), 74.0)
-    return loader.Dataset(args.dataset, images, labels, images[:1], labels[:1], mean, std, classes)
+    images = torch.randint(
+        0, 256, (count, source.size, source.size, source.channels), dtype=torch.uint8, generator=random
+    )
+    labels = torch.randint(0, source.classes, (count,), generator=random)
+    mean, std = torch.full((source.channels,), 128.0), torch.full((source.channels,), 74.0)
+    return loader.Dataset(args.dataset, images, labels, images[:1], labels[:1], mean, std, source.classes)
 
 
 def over_ranks(
@@ -186,9 +179,11 @@ def _costs(
     told = {
         "model": f"{args.model}: {floats:,} parameters, {4e-6 * floats:.3g} MB",
         "mini-batch": f"{_duration(batch)}, forward and backward, {args.batch_size} images{several}",
-        message[0]: f"{_duration(sync)}, {floats:,} floats {message[1]}",
-        "L": f"{least} or more keeps synchronization under {100 * SHARE:g} % of the time; {length} takes {share:.2f} %",
     }
+    if args.replicas > 1:
+        told[message[0]] = f"{_duration(sync)}, {floats:,} floats {message[1]}"
+        told["L"] = f"{least} or more keeps synchronization under {100 * SHARE:g} % of the time; "
+        told["L"] += f"{length} takes {share:.2f} %"
     if team:
         share = 100 * team / (batch + team)
         told["gradient"] = f"{_duration(team)} a mini-batch, over the ranks of a replica: {share:.2f} %, whatever L"

@@ -75,7 +75,7 @@ def start(count: int) -> int | None:
     command = mpiexec()
     if command is None:
         raise FileNotFoundError("no mpiexec beside this Python or on the PATH: pip install mpich")
-    if sys.stderr.isatty():
+    if sys.stdout and sys.stdout.isatty():
         os.environ[TERMINAL] = str(shutil.get_terminal_size().columns)
     # Open MPI refuses more ranks than cores, and root, unless told; other launchers do not read these
     os.environ.setdefault("PRTE_MCA_rmaps_default_mapping_policy", ":oversubscribe")

@@ -119,17 +119,21 @@ def read_digits(kind: str, raw: Path, download: bool) -> tuple[Arrays, Arrays]:
 class Source(NamedTuple):
     read: Callable[[str, Path, bool], tuple[Arrays, Arrays]]
     kind: str  # torchvision's name
+    raw: str | None  # where that keeps it, below its root
+    images: int  # for training
+    channels: int
+    size: int  # pixels a side
     classes: int
     augment: bool  # unless told otherwise
 
 
 SOURCES = {
-    "mnist": Source(read_idx, "MNIST", 10, False),
-    "fashion": Source(read_idx, "FashionMNIST", 10, False),
-    "cifar10": Source(read_cifar, "CIFAR10", 10, True),
-    "cifar100": Source(read_cifar, "CIFAR100", 100, True),
-    "svhn": Source(read_svhn, "SVHN", 10, False),
-    "digits": Source(read_digits, "digits", 10, False),
+    "mnist": Source(read_idx, "MNIST", "MNIST/raw", 60_000, 1, 28, 10, False),
+    "fashion": Source(read_idx, "FashionMNIST", "FashionMNIST/raw", 60_000, 1, 28, 10, False),
+    "cifar10": Source(read_cifar, "CIFAR10", "cifar-10-batches-py", 50_000, 3, 32, 10, True),
+    "cifar100": Source(read_cifar, "CIFAR100", "cifar-100-python", 50_000, 3, 32, 100, True),
+    "svhn": Source(read_svhn, "SVHN", "train_32x32.mat", 604_388, 3, 32, 10, False),
+    "digits": Source(read_digits, "digits", None, 1_437, 1, 8, 10, False),
 }
 
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +71,9 @@ class Report:
         """A line on the screen, with what is trained on what in front."""
         if sys.stdout is None:  # closed before the program began
             return
-        try:
+        with _whoever_reads():
             tqdm.write(f"{self.label}  {text}")
             sys.stdout.flush()
-        except OSError:  # nobody reads any more, or the disk is full; the run goes on
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def _start(self, event: dict[str, Any]) -> None:
         self.start, arguments = event, event["arguments"]
@@ -90,18 +89,19 @@ class Report:
         rounds, length = _count(event["rounds"], "round"), _count(event["sync_every"], "mini-batch")
         self.say(
             f"{event['parameters']:,} parameters, {event['images']:,} images{origin}; {rounds} of {length} "
-            f"of {arguments['batch_size']}, {event['batches_per_epoch']} an "
-            f"epoch; in {self.folder}"
+            f"of {arguments['batch_size']}, {_count(event['batches_per_epoch'], 'round')} an epoch; in {self.folder}"
         )
         columns = os.environ.get(launch.TERMINAL)
-        if columns or sys.stderr.isatty():
-            self.bar = tqdm(
-                total=event["rounds"],
-                initial=event.get("round", 0),
-                desc=self.label,
-                unit="round",
-                ncols=int(columns) if columns else None,
-            )
+        if sys.stdout and (columns or sys.stdout.isatty()):
+            with _whoever_reads():  # on stdout like all else: mpiexec would bring stderr in another order
+                self.bar = tqdm(
+                    total=event["rounds"],
+                    initial=event.get("round", 0),
+                    desc=self.label,
+                    bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}",
+                    ncols=int(columns) if columns else None,
+                    file=sys.stdout,
+                )
 
     def _resume(self, event: dict[str, Any]) -> None:
         self._start(event)
@@ -115,22 +115,28 @@ class Report:
     def _checkpoint(self, event: dict[str, Any]) -> None:
         self.say(f"WARNING: no checkpoint of round {event['round']}: {event['error']}")
 
-    def _stop(self, event: dict[str, Any]) -> None:
+    def _close(self) -> None:
         self.release()
         if self.bar is not None:
-            self.bar.close()
+            with _whoever_reads():
+                self.bar.close()
+
+    def _stop(self, event: dict[str, Any]) -> None:
+        self._close()
         self.say(f"stopped in round {event['round'] + 1}; go on with: {event['command']}")
 
     def _round(self, event: dict[str, Any]) -> None:
         done, total = event["round"], self.start["rounds"]
-        figures = f"loss {event['loss']:.4f}  error {event['error']:5.2f} %  {event['images_per_second']:,.0f} images/s"
+        figures = f"loss {event['loss']:.4f}  error {event['error']:5.2f} %"
         if self.bar is not None:
-            self.bar.set_postfix_str(figures, refresh=False)
-            self.bar.update(done - self.bar.n)
+            with _whoever_reads():
+                self.bar.set_postfix_str(figures, refresh=False)
+                self.bar.update(done - self.bar.n)
         elif event["seconds"] - self.spoken >= LINE_EVERY or done == total:
             self.spoken = event["seconds"]
             left = _clock(event["seconds"] / done * (total - done))
-            self.say(f"round {done:{len(str(total))}}/{total}  epoch {event['epoch']:.2f}  {figures}  {left} left")
+            figures += f"  {event['images_per_second']:,.0f} images/s  {left} left"
+            self.say(f"round {done:{len(str(total))}}/{total}  epoch {event['epoch']:.2f}  {figures}")
 
     def _eval(self, event: dict[str, Any]) -> None:
         self.last_eval = event
@@ -141,9 +147,7 @@ class Report:
         )
 
     def _end(self, event: dict[str, Any]) -> None:
-        self.release()
-        if self.bar is not None:
-            self.bar.close()
+        self._close()
         last = self.last_eval
         names = ["master", *(f"replica {number}" for number in range(len(last["replica_errors"]))), "ensemble"]
         columns = {"recalibrated": _errors(last)}
@@ -162,9 +166,9 @@ class Report:
         idle = f", {100 * waiting / seconds:.1f} % waiting for the slowest rank" if "ranks" in self.start else ""
         self.say(
             f"{seconds:.1f} s of training, {event['images'] / seconds:,.0f} images/s; "
-            f"{100 * (event['sync_seconds'] - waiting) / seconds:.2f} % of it synchronizing{idle}; "
-            f"log and master in {self.folder}"
+            f"{100 * (event['sync_seconds'] - waiting) / seconds:.2f} % of it synchronizing{idle}"
         )
+        self.say(f"log and master in {self.folder}")
 
     def save_master(self, model: torch.nn.Module) -> None:
         """The master as a plain state dict, in one piece or not at all, and finite."""
@@ -210,6 +214,15 @@ def revision() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return f"{commit}-dirty" if changed else commit or None
+
+
+@contextlib.contextmanager
+def _whoever_reads() -> Iterator[None]:
+    """Where nobody reads any more, or the disk is full, the run goes on in silence."""
+    try:
+        yield
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _finite(value: Any) -> Any:

@@ -3,7 +3,7 @@
     python benchmarks/claim.py --data DIR                  # all trials that have not been run, on all cores: hours
     python benchmarks/claim.py --data DIR method rho       # those of two panels
     python benchmarks/claim.py --table                     # what results/claim.jsonl says
-    python benchmarks/claim.py --figure                    # figures/claim.png
+    python benchmarks/claim.py --plot                      # figures/claim.png
 
 A trial trains its replicas one after another on one thread, by parle_gpu.Parle on the CPU, and as many trials run at
 once as there are cores: errors are compared here, not seconds. SGD is there with as many mini-batches as a replica has
@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from scipy import stats
 from torch import nn
 from torch.nn import functional as F
@@ -43,7 +45,7 @@ SEEDS, FRESH = (42, 43, 44), (45, 46, 47)
 BATCH = 128
 DROPS, DECAY = (0.5, 0.75), 0.2  # of lr, at shares of a run; the same for all
 NEVER = 10**9  # mini-batches an epoch, with which nothing grows
-LENGTHS = (1, 4, 12)
+LENGTHS, TABLED = (1, 4, 12), (1, 3, 4, 12, 36)
 CURVE = (0.1, 0.2, 0.4, 0.6, 0.8)  # shares of a run after which the master is tested, besides the end
 
 
@@ -91,31 +93,31 @@ METHODS: dict[str, dict[str, Any]] = {
     "Parle": {},
     "Parle, rho 0.1": dict(rho=0.1),
     "One replica, rho 0.3": dict(replicas=1, rho=0.3),
-    "Parle, outer step 0.5": FAST,
-    "Parle, outer step 0.5, no scoping": FAST | dict(scoping=0),
+    "Parle, s lr 0.5": FAST,
+    "Parle, s lr 0.5, no scoping": FAST | dict(scoping=0),
 }
 COLORS = {
     "SGD": "gray",
     "Elastic-SGD": "tab:green",
     "Parle": "tab:blue",
     "Parle, rho 0.1": "tab:purple",
-    "Parle, outer step 0.5": "tab:orange",
-    "Parle, outer step 0.5, no scoping": "tab:red",
+    "One replica, rho 0.3": "tab:pink",
+    "Parle, s lr 0.5": "tab:orange",
 }
 # What is changed, to which values, around which methods.
 SWEEPS: dict[str, tuple[tuple[Any, ...], tuple[str, ...]]] = {
-    "outer_step": ((0.1, 0.25, 0.5, 0.7), ("Parle, outer step 0.5",)),
-    "outer_momentum": ((0.0, 0.5, 0.7, 0.9), ("Parle, outer step 0.5",)),
-    "gamma": ((0.0, 0.001, 0.003, 0.01, 0.03, 0.1), ("Parle", "Parle, outer step 0.5")),
-    "rho": ((0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3), ("Parle", "Parle, outer step 0.5")),
-    "alpha": ((0.0, 0.75, 0.9), ("Parle, outer step 0.5",)),
-    "sync_every": ((5, 10, 25, 50, 100, "auto"), ("Parle, outer step 0.5",)),
-    "replicas": ((1, 2, 3, 6, 8), ("Parle, outer step 0.5",)),
-    "scoping": ((0, 1, 4), ("Parle, outer step 0.5",)),
-    "weight_decay": ((0.0, 1e-3, 3e-3), ("Parle, outer step 0.5",)),
-    "frac": ((0.34, 0.5, 1.0), ("SGD", "Parle", "Parle, outer step 0.5")),
+    "outer_step": ((0.1, 0.25, 0.5, 0.7), ("Parle, s lr 0.5",)),
+    "outer_momentum": ((0.0, 0.5, 0.7, 0.9), ("Parle, s lr 0.5",)),
+    "gamma": ((0.0, 0.001, 0.003, 0.01, 0.03, 0.1), ("Parle", "Parle, s lr 0.5")),
+    "rho": ((0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3), ("Parle", "Parle, s lr 0.5")),
+    "alpha": ((0.0, 0.75, 0.9), ("Parle, s lr 0.5",)),
+    "sync_every": ((5, 10, 25, 50, 100, "auto"), ("Parle, s lr 0.5",)),
+    "replicas": ((1, 2, 3, 6, 8), ("Parle, s lr 0.5",)),
+    "scoping": ((0, 1, 4), ("Parle, s lr 0.5",)),
+    "weight_decay": ((0.0, 1e-3, 3e-3), ("Parle, s lr 0.5",)),
+    "frac": ((0.34, 0.5, 1.0), ("SGD", "Parle", "Parle, s lr 0.5")),
     "inner_drops": ((False, True), ("Parle",)),
-    "keeps_momentum": ((False, True), ("Parle", "Parle, outer step 0.5")),
+    "keeps_momentum": ((False, True), ("Parle", "Parle, s lr 0.5")),
 }
 PANELS: dict[str, list[dict[str, Any]]] = {
     "method": [SGD, SGD | dict(longer=3), *list(METHODS.values())[1:]],
@@ -126,7 +128,8 @@ PANELS |= {
     for changed, (values, methods) in SWEEPS.items()
 }
 CHOSEN, CONTROL = METHODS["Parle, rho 0.1"], METHODS["One replica, rho 0.3"]
-PANELS["longest"] = [*(setting | dict(longer=12) for setting in ({}, CHOSEN, CONTROL)), SGD | dict(longer=36)]
+PANELS["longest"] = [setting | dict(longer=12) for setting in ({}, CHOSEN, CONTROL)]
+PANELS["longest"] += [setting | dict(longer=36) for setting in (SGD, CONTROL)]
 PANELS["fresh"] = [setting | dict(longer=longer) for longer in (4, 12) for setting in (SGD, CONTROL, CHOSEN)]
 
 
@@ -290,7 +293,8 @@ def table() -> str:
     header += ["against as many mini-batches", "against as many gradients"]
     lines = []
     for task in TASKS:
-        for setting in sorted(PANELS["method"] + PANELS["longer"] + PANELS["longest"], key=length):
+        lengths = [setting | dict(longer=longer) for setting in METHODS.values() for longer in TABLED]
+        for setting in sorted(lengths, key=length):
             if found := errors(task, setting):
                 values, method = USUAL | setting, method_name(setting)
                 batches, n = values["longer"] * TASKS[task].batches, values["replicas"]
@@ -363,64 +367,83 @@ def first_outer_step(setting: dict[str, Any]) -> float:
     return step * (1 + min(values["rho"] * values["sync_every"] * values["replicas"], PULL_CAP))
 
 
-def figure(path: Path, task: str = "cifar-5000") -> None:
-    """Small multiples: test error over the length of a run, the size of the outer step, and each thing changed."""
-    import matplotlib
+def points(
+    axis: Axes, places: Iterable[float], settings: list[dict[str, Any]], method: str, style: str, task: str
+) -> None:
+    """Mean and ± of trials, and a cross at the upper edge for those of which one diverged."""
+    found = [(place, errors(task, setting)) for place, setting in zip(places, settings, strict=True)]
+    diverged = [place for place, values in found if any(map(math.isnan, values))]
+    found = [(place, values) for place, values in found if values and place not in diverged]
+    means = [statistics.mean(values) for _, values in found]
+    spreads = [statistics.stdev(values) if len(values) > 1 else 0 for _, values in found]
+    look = dict(color=COLORS[method], markersize=4, linewidth=1, capsize=2, label=method)
+    axis.errorbar([place for place, _ in found], means, spreads, fmt=style, **look)
+    axis.plot(diverged, [axis.get_ylim()[1] - 0.7] * len(diverged), "x", color=COLORS[method])
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    figure, axes = pyplot.subplot_mosaic("AABCDE;AAFGHI", figsize=(13, 5.6), layout="constrained")
-    first, second, *others = axes.values()
-    first.set(ylim=(30, 50), ylabel="test error, %")
-    for axis in (second, *others):
-        axis.set_ylim(34, 67)
+def draw() -> None:
+    """figures/claim.png and figures/sweeps.png."""
+    record.save(draw_methods(), "claim", "claim", dpi=90)
+    record.save(draw_sweeps(), "sweeps", "claim", dpi=76)
 
-    def draw(axis: Any, places: Iterable[float], settings: list[dict[str, Any]], method: str, style: str) -> None:
-        found = [(place, errors(task, setting)) for place, setting in zip(places, settings, strict=True)]
-        diverged = [place for place, values in found if any(map(math.isnan, values))]
-        found = [(place, values) for place, values in found if values and place not in diverged]
-        means = [statistics.mean(values) for _, values in found]
-        spreads = [statistics.stdev(values) if len(values) > 1 else 0 for _, values in found]
-        look = dict(color=COLORS[method], markersize=4, linewidth=1, capsize=2, label=method)
-        axis.errorbar([place for place, _ in found], means, spreads, fmt=style, **look)
-        axis.plot(diverged, [axis.get_ylim()[1] - 0.7] * len(diverged), "x", color=COLORS[method])
 
-    first.set_title("mini-batches of a replica", fontsize=10)
-    for method in COLORS:
-        settings = [METHODS[method] | dict(longer=longer) for longer in LENGTHS]
-        draw(first, range(len(LENGTHS)), settings, method, "o-")
-    settings = [SGD | dict(longer=3 * longer) for longer in LENGTHS]
-    draw(first, range(len(LENGTHS)), settings, "SGD", "o:")
-    first.set_xticks(range(len(LENGTHS)), [f"{longer * TASKS[task].batches:,}" for longer in LENGTHS])
+def draw_methods(task: str = "cifar-5000") -> Figure:
+    """Test error against the mini-batches of a replica, and against the gradients of all."""
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, of_all in zip(axes, (False, True), strict=True):
+        for method in ("SGD", "Elastic-SGD", "One replica, rho 0.3", "Parle", "Parle, rho 0.1"):
+            settings = [METHODS[method] | dict(longer=longer) for longer in TABLED]
+            replicas = (USUAL | METHODS[method])["replicas"] if of_all else 1
+            places = [length(setting) * TASKS[task].batches * replicas for setting in settings]
+            points(axis, places, settings, method, "o-", task)
+        axis.set(xscale="log", ylim=(30, 50))
+        ticks = [1000, 3000, 10_000, 30_000]
+        axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0].set(xlabel="mini-batches of each replica", ylabel="test error, %")
+    axes[1].set(xlabel="gradients, of all replicas")
+    axes[1].legend(fontsize=9)
+    return figure
 
-    second.set_title("s lr (1 + c), first round", fontsize=10)
-    second.set_xscale("log")
-    second.minorticks_off()
-    second.set_xticks([0.1, 0.3, 1, 3], ["0.1", "0.3", "1", "3"])
-    for method in ("Parle", "Parle, outer step 0.5"):
+
+def draw_sweeps(task: str = "cifar-5000") -> Figure:
+    """Small multiples: test error against the size of the outer step, and against each thing that is changed."""
+    figure = Figure(figsize=(13, 5.6), layout="constrained")
+    first, *others = figure.subplots(2, 5, sharey=True).flat
+    first.set_ylim(34, 67)
+    first.set_title("s lr (1 + c), first round", fontsize=10)
+    first.set_xscale("log")
+    first.minorticks_off()
+    first.set_xticks([0.1, 0.3, 1, 3], ["0.1", "0.3", "1", "3"])
+    for method in ("Parle", "Parle, s lr 0.5"):
         swept = [changed for changed in ("outer_step", "rho") if method in SWEEPS[changed][1]]
         settings = [METHODS[method] | {changed: value} for changed in swept for value in SWEEPS[changed][0]]
-        draw(second, map(first_outer_step, settings), settings, method, "o")
-
-    changes = (changed for changed, (values, _) in SWEEPS.items() if changed not in ("outer_step", "alpha", "frac"))
-    for axis, changed in zip(others, changes, strict=False):  # and not those after that, which are switches
+        points(first, map(first_outer_step, settings), settings, method, "o", task)
+    changes = [changed for changed in SWEEPS if changed not in ("outer_step", "inner_drops", "keeps_momentum")]
+    for axis, changed in zip(others, changes, strict=True):
         values, methods = SWEEPS[changed]
         for method in methods:
             settings = [METHODS[method] | {changed: value} for value in values]
-            draw(axis, range(len(values)), settings, method, "o-")
+            points(axis, range(len(values)), settings, method, "o-", task)
         for style, times in (("--", 1), (":", 3)):
             axis.axhline(statistics.mean(errors(task, SGD | dict(longer=times))), color="gray", linestyle=style)
-        axis.set_xticks(range(len(values)), [str(value).lstrip("0") or "0" for value in values], fontsize=8)
+        axis.set_xticks(range(len(values)), [f"{value}" for value in values], fontsize=8)
         axis.set_title(changed, fontsize=10)
-    title = (
-        f"{task}; right: {TASKS[task].batches:,} mini-batches of each replica; dotted: SGD, 3 x as many; x: diverged"
+    for axis in (first, others[4]):
+        axis.set_ylabel("test error, %")
+    batches = f"{TASKS[task].batches:,} mini-batches of each replica"
+    figure.suptitle(
+        f"{task}, {batches}; dashed: SGD, dotted: 3 x as many; x: diverged; above 67 is cut off", fontsize=10
     )
-    figure.suptitle(title, fontsize=10)
-    handles, labels = first.get_legend_handles_labels()
-    figure.legend(handles[:-1], labels[:-1], loc="outside lower center", ncols=len(COLORS), fontsize=9)
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, dpi=76)
+    labelled = {
+        label: handle
+        for axis in (first, *others)
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(labelled.values(), labelled.keys(), loc="outside lower center", ncols=len(labelled), fontsize=9)
+    return figure
 
 
 def main() -> None:
@@ -429,18 +452,20 @@ def main() -> None:
     parser.add_argument("--data", type=Path, metavar="DIR", help="raw data, as torchvision lays it out")
     parser.add_argument("--proc", type=Path, default=Path("proc"), metavar="DIR", help="pre-processed data")
     parser.add_argument("--table", action="store_true", help="print what has been found")
-    parser.add_argument("--figure", action="store_true", help="draw it")
+    parser.add_argument("--plot", action="store_true", help="draw it")
     args = parser.parse_args()
     if unknown := set(args.panels) - set(PANELS):
         parser.error(f"there is no {', '.join(unknown)}")
     if args.table:
         print(f"{table()}\n\n{sweeps()}")
-    if args.figure:
-        figure(Path(__file__).with_name("figures") / "claim.png")
-    if args.table or args.figure:
+    if args.plot:
+        draw()
+    if args.table or args.plot:
         return
     origin = record.origin()
     jobs = [(*job, args.data, args.proc) for job in missing(args.panels or PANELS)]
+    if not jobs:
+        print(record.complete("claim"))
     with ProcessPoolExecutor(len(ranks.cores()), mp_context=get_context("spawn")) as pool:
         trials = [pool.submit(trial, *job) for job in jobs]
         for number, done in enumerate(as_completed(trials), 1):

@@ -33,7 +33,6 @@ import models
 from benchmarks import paper, record
 from parle_gpu import Parle
 
-PICTURE = Path(__file__).parent / "figures" / "flatness.png"
 SEEDS = [42, 43, 44]
 PARLE = "-m lenet -d mnist -n 3 -B 0.1"  # 47 rounds of 25 mini-batches
 SGD = "-m lenet -d mnist --method sgd -B 2.505 --lr-drops 1.5 2"  # as many mini-batches
@@ -221,20 +220,28 @@ def draw() -> None:
     left.set_xlabel("noise, relative to each tensor's norm")
     left.set_ylabel("loss: test (solid), training (dashed)")
     right.set_xlabel("along the line")
-    PICTURE.parent.mkdir(exist_ok=True)
-    picture.savefig(PICTURE, dpi=100)
+    record.save(picture, "flatness", "flatness", dpi=100)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--table", action="store_true", help="print the tables of what has been measured, and no more")
+    parser.add_argument("--table", action="store_true", help="print what has been measured, and end")
+    parser.add_argument("--plot", action="store_true", help="draw it, and end")
     parser.add_argument("--runs", type=Path, default=Path("runs/flatness"), metavar="DIR", help="of runs (%(default)s)")
     parser.add_argument("--data", type=Path, metavar="DIR", help="raw data, as torchvision lays it out (downloaded)")
     parser.add_argument("--proc", type=Path, default=Path("proc"), metavar="DIR", help="pre-processed (%(default)s)")
     args = parser.parse_args()
     origin = record.origin()
     where = ["--proc", str(args.proc), *(["--data", str(args.data)] if args.data else [])]
-    for seed in [] if args.table else SEEDS:
+    if args.table:
+        print(table())
+    if args.plot:
+        draw()
+    if args.table or args.plot:
+        return
+    if not any(True for seed in SEEDS for question in QUESTIONS if (seed, *question) not in kept()):
+        print(record.complete("flatness"))
+    for seed in SEEDS:
         missing = [question for question in QUESTIONS if (seed, *question) not in kept()]
         if not missing:
             continue
@@ -244,8 +251,7 @@ def main() -> None:
         for of, radius in missing:
             about = dict(seed=seed, of=of, radius=radius, runs=list(RUNS.values()))
             record.keep("flatness", about | answer(of, radius, networks, model, data) | origin)
-    if not args.table:
-        draw()
+    draw()
     print(table())
 
 

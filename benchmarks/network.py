@@ -23,12 +23,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import launch
+import loader
 import models
 import ranks
 from benchmarks import record
@@ -40,7 +42,6 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 QUESTION = "network"
-FIGURE = Path(__file__).parent / "figures" / "network.png"
 SEED = 42
 LINK = "veth"
 MBITS = (1000, 100)
@@ -49,8 +50,7 @@ METHODS = {"parle": dict(PRESETS["parle"], replicas=2), "sgd": PRESETS["sgd"]}
 # network, method, mini-batches that are measured: whole rounds, and with WRN-28-10 what takes half a minute
 MEASURED = [("lenet", "parle", 250), ("lenet", "sgd", 100), ("wrn-28-10", "parle", 25), ("wrn-28-10", "sgd", 3)]
 
-SHAPES = {"mnist": (1, 28, 10), "cifar10": (3, 32, 10), "svhn": (3, 32, 10)}  # channels, size, classes
-# A mini-batch of 128 on one GPU of the authors, from the seconds a round of 25 that their figures were drawn with.
+# A mini-batch of 128 on one GPU of the authors, derived from the seconds of a round of 25 that their plots use.
 # LeNet's is measured here, on a CPU.
 STEP_SECONDS = {"allcnn": 1.29 / 25, "wrn-28-10": 12.5 / 25, "wrn-16-4": 1.88 / 25}
 LATENCY = 50e-6  # seconds a message takes however short it is; assumed, as of TCP within a data centre
@@ -60,9 +60,9 @@ LATENCY = 50e-6  # seconds a message takes however short it is; assumed, as of T
 
 
 def parameters(network: str) -> int:
-    channels, size, classes = SHAPES[models.RECIPES[network]["dataset"]]
+    source = loader.SOURCES[models.RECIPES[network]["dataset"]]
     with torch.device("meta"):
-        model = models.build(network, channels, size, classes)
+        model = models.build(network, source.channels, source.size, source.classes)
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -144,7 +144,7 @@ def trainee(network: str, comm: "MPI.Comm", method: str) -> tuple[Parle, Callabl
     """An optimizer, and what computes its gradients."""
     settings = METHODS[method] | dict(lr=0.1, batches_per_epoch=469)
     if network == "lenet":
-        model = models.build("lenet", *SHAPES["mnist"])
+        model = models.build("lenet", channels=1, size=28, classes=10)
         inputs = torch.randn(BATCH, 1, 28, 28).contiguous(memory_format=torch.channels_last)
         targets = torch.randint(10, (BATCH,))
         optimizer = Parle(model.parameters(), comm, **settings)
@@ -257,15 +257,11 @@ def table() -> str:
     return record.table(header, measured) + "\n\n" + record.table(columns, on_paper)
 
 
-def plot() -> None:
+def draw() -> None:
     """Share of time against bandwidth, each network a panel; a band is 2 to 1,024 replicas."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     gigabits = [10 ** (exponent / 20) for exponent in range(53)]  # 1 to 400
-    figure, axes = plt.subplots(1, len(models.RECIPES), figsize=(10, 2.6), sharey=True, layout="constrained")
+    figure = Figure(figsize=(10, 2.6), layout="constrained")
+    axes = figure.subplots(1, len(models.RECIPES), sharey=True)
     for axis, network in zip(axes, models.RECIPES, strict=True):
         few, many = ([shares(network, count, 1e9 * rate) for rate in gigabits] for count in (2, 1024))
         for index, (label, colour) in enumerate((("Parle, L = 25", "tab:blue"), ("data-parallel SGD", "tab:orange"))):
@@ -277,15 +273,14 @@ def plot() -> None:
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("% of time synchronizing")
     axes[-1].legend(fontsize="small")
-    FIGURE.parent.mkdir(exist_ok=True)
-    figure.savefig(FIGURE, dpi=80)
+    record.save(figure, QUESTION, QUESTION, dpi=80)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--mbits", type=int, nargs="*", default=MBITS, help="rates of the link, Mb/s (%(default)s)")
-    parser.add_argument("--table", action="store_true", help="print what has been measured, and what is so on paper")
-    parser.add_argument("--plot", action="store_true", help=f"draw figures/{FIGURE.name}")
+    parser.add_argument("--table", action="store_true", help="print what has been measured and predicted")
+    parser.add_argument("--plot", action="store_true", help="draw it, and end")
     args = parser.parse_args()
     if launch.launched():
         torch.set_num_threads(1)
@@ -302,9 +297,9 @@ def main() -> None:
             except Refused as reason:
                 print(f"skipped: {reason}")
                 return
-        plot()
+        draw()
     if args.plot:
-        plot()
+        draw()
     else:
         print(table())
 

@@ -6,8 +6,8 @@
 
 The authors' figures are those that the first author's plotting script (pratikac/distributed-ensembles, 2 July 2017)
 writes into the paper's plots; no ± is known. Their run scripts give the schedules, but not all: what is assumed is
-said. Whatever the row, lr starts at 0.1 unless it says otherwise and is divided by 5 at a drop, where theirs ends with
-a division by 4, and the inner lr drops too, where theirs stayed. Their loader whitened CIFAR for all its networks, and
+said. lr starts at 0.1 and is divided by 5 at a drop unless the row says otherwise; theirs ends with a division by 4.
+The inner lr drops too, where theirs stayed. Their loader whitened CIFAR for all its networks, and
 their All-CNN had no dropout where images were augmented.
 """
 
@@ -39,7 +39,6 @@ from benchmarks import record
 ROOT = Path(__file__).parent.parent
 SEEDS = [42, 43, 44]  # the authors'
 CHECKPOINT_EVERY = 1000  # mini-batches: what a crash may cost
-DATA = {"mnist": (60_000, 1, 28), "cifar10": (50_000, 3, 32), "cifar100": (50_000, 3, 32), "svhn": (604_388, 3, 32)}
 
 
 class Row(NamedTuple):
@@ -99,8 +98,7 @@ def resolved(arguments: list[str]) -> argparse.Namespace:
 def mini_batches(row: Row) -> int:
     """Of all replicas: gradient evaluations of one run."""
     args = resolved(flags(row, SEEDS[0]))
-    images, _, _ = DATA[args.dataset]
-    nb = math.ceil(round(args.frac * images) / args.batch_size)
+    nb = math.ceil(round(args.frac * loader.SOURCES[args.dataset].images) / args.batch_size)
     return engine.count_rounds(args.epochs, nb) * args.sync_every * args.replicas
 
 
@@ -170,10 +168,9 @@ def mini_batch_seconds(network: str) -> float:
     Seconds are the core's, not the clock's: others may be using it. The optimizer's step is left out: for LeNet,
     where it weighs most, it is 0.6 % of this.
     """
-    dataset, batch_size = models.RECIPES[network]["dataset"], models.COMMON["batch_size"]
-    _, channels, size = DATA[dataset]
-    model = models.build(network, channels, size, loader.SOURCES[dataset].classes)
-    images = torch.randn(batch_size, channels, size, size).to(memory_format=torch.channels_last)
+    source, batch_size = loader.SOURCES[models.RECIPES[network]["dataset"]], models.COMMON["batch_size"]
+    model = models.build(network, source.channels, source.size, source.classes)
+    images = torch.randn(batch_size, source.channels, source.size, source.size).to(memory_format=torch.channels_last)
     targets, seconds = torch.arange(batch_size) % 10, []
     torch.set_num_threads(1)
     for _ in range(3):

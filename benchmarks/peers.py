@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from matplotlib.figure import Figure
 from torch import distributed as dist
 from torch import nn
 from torch.nn import functional as F
@@ -48,7 +49,6 @@ CHOICE_SEED, CHOICE_BATCHES, HELD_OUT = 41, 1000, 10_000
 TEST_AT = [*range(50, 500, 50), *range(500, BATCHES + 1, 100)]  # mini-batches on each rank
 GOALS = [1.0, 0.7, 0.6, 0.5]  # test error in percent
 QUESTION = "peers"
-FIGURE = Path(__file__).parent / "figures" / "peers.png"
 
 
 def train(
@@ -206,13 +206,10 @@ def table() -> str:
     )
 
 
-def plot() -> None:
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+def draw() -> None:
+    """Mean test error over seconds, and ± in a band."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
     for name, rows in results().items():
         curves = torch.tensor([row["curve"] for row in rows], dtype=torch.float64)  # (seeds, tests, 3)
         _, seconds, error = curves.mean(0).T
@@ -225,8 +222,7 @@ def plot() -> None:
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend(title="error at the end", fontsize=8)
-    FIGURE.parent.mkdir(exist_ok=True)
-    figure.savefig(FIGURE, dpi=100)
+    record.save(figure, QUESTION, QUESTION, dpi=100)
 
 
 def main() -> None:
@@ -237,14 +233,14 @@ def main() -> None:
     parser.add_argument("--proc", type=Path, default=Path("proc"), metavar="DIR", help="pre-processed data")
     parser.add_argument("--choose", action="store_true", help="choose the settings, which need no quiet machine, alone")
     parser.add_argument("--table", action="store_true", help="print what has been measured, in Markdown, and end")
-    parser.add_argument("--plot", action="store_true", help=f"draw it, in {FIGURE.name}, and end")
+    parser.add_argument("--plot", action="store_true", help="draw it, and end")
     args = parser.parse_args()
     if unknown := set(args.methods) - set(methods(2)):
         parser.error(f"there is no {', '.join(unknown)}")
     if args.table:
         print(table())
     if args.plot:
-        plot()
+        draw()
     if args.table or args.plot:
         return
     status = None if launch.launched() else launch.start(args.ranks)

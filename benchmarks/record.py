@@ -1,5 +1,6 @@
-"""Keep what a benchmark measured: a line of JSON each in results/QUESTION.jsonl, and tables made of them."""
+"""Keep what a benchmark measured, a line of JSON each in results/QUESTION.jsonl, and what is made of them."""
 
+import hashlib
 import json
 import platform
 import shlex
@@ -7,9 +8,13 @@ import statistics
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 RESULTS = Path(__file__).parent / "results"
+FIGURES = Path(__file__).parent / "figures"
 
 
 def origin() -> dict[str, str | None]:
@@ -49,6 +54,40 @@ def keep(question: str, row: dict[str, Any]) -> None:
     RESULTS.mkdir(exist_ok=True)
     with open(RESULTS / f"{question}.jsonl", "a") as file:
         file.write(json.dumps(row) + "\n")
+
+
+def digest(question: str) -> str:
+    """Of the rows kept so far."""
+    return hashlib.sha256((RESULTS / f"{question}.jsonl").read_bytes()).hexdigest()
+
+
+def about(question: str) -> str:
+    """A line to stand under a table."""
+    rows = read(question)
+    machines = "; ".join(dict.fromkeys(row["machine"] for row in rows))
+    return f"{len(rows)} rows of results/{question}.jsonl, each with its command and seed. Machine: {machines}."
+
+
+def complete(question: str) -> str:
+    """What to say where nothing is left to measure."""
+    return f"All rows are there: move {RESULTS / question}.jsonl away to measure anew"
+
+
+def save(figure: "Figure", name: str, question: str, dpi: int) -> None:
+    """As figures/NAME.png, which holds the digest of the rows that it shows."""
+    FIGURES.mkdir(exist_ok=True)
+    figure.savefig(FIGURES / f"{name}.png", dpi=dpi, metadata={"Rows": digest(question)})
+
+
+def shown(name: str) -> str | None:
+    """The digest of the rows that a figure shows."""
+    from PIL import Image
+
+    path = FIGURES / f"{name}.png"
+    if not path.exists():
+        return None
+    with Image.open(path) as image:
+        return image.info.get("Rows")
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:

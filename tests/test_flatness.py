@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("no_launcher")
 def results(monkeypatch, tmp_path):
     """A folder where nothing has been kept yet; and the picture goes beside it."""
     monkeypatch.setattr(record, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(flatness, "PICTURE", tmp_path / "figures" / "flatness.png")
+    monkeypatch.setattr(record, "FIGURES", tmp_path / "figures")
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +185,7 @@ def test_the_picture_is_small(results):
     for seed in flatness.SEEDS:
         keep_made_up(seed)
     flatness.draw()
-    content = flatness.PICTURE.read_bytes()
+    content = (record.FIGURES / "flatness.png").read_bytes()
     assert content.startswith(b"\x89PNG")
     assert len(content) < 100_000
 

@@ -206,7 +206,7 @@ def test_ranks_that_do_not_know_that_they_are_start_no_others(place, monkeypatch
 @pytest.mark.parametrize("terminal", [False, True])
 def test_ranks_are_told_of_a_terminal(place, terminal, monkeypatch):
     mpiexec(place.beside)
-    monkeypatch.setattr(sys, "stderr", SimpleNamespace(isatty=lambda: terminal))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
     monkeypatch.setenv("COLUMNS", "77")
     launch.start(3)
     assert os.environ.get(launch.TERMINAL) == ("77" if terminal else None)

@@ -56,7 +56,7 @@ def tiny(monkeypatch):
         readings.append(raw)
         return arrays
 
-    monkeypatch.setitem(loader.SOURCES, "tiny", loader.Source(read, "Tiny", 10, False))
+    monkeypatch.setitem(loader.SOURCES, "tiny", loader.Source(read, "Tiny", None, 12, 2, 5, 10, False))
     return arrays, readings
 
 
@@ -173,6 +173,19 @@ def test_a_raw_format_is_read_pixel_for_pixel(name, tmp_path, proc, monkeypatch,
     assert not requests
 
 
+def test_raw_data_are_where_torchvision_keeps_them(tmp_path):
+    from torchvision import datasets
+
+    for name in ("mnist", "fashion"):
+        kind = getattr(datasets, loader.SOURCES[name].kind)
+        unread = kind.__new__(kind)
+        unread.root = tmp_path
+        assert Path(unread.raw_folder) == tmp_path / loader.SOURCES[name].raw
+    assert datasets.CIFAR10.base_folder == loader.SOURCES["cifar10"].raw
+    assert datasets.CIFAR100.base_folder == loader.SOURCES["cifar100"].raw
+    assert datasets.SVHN.split_list["train"][1] == loader.SOURCES["svhn"].raw
+
+
 @pytest.mark.parametrize("raw", [None, "empty"])
 def test_digits_are_scikit_learns_own_and_need_no_raw_folder(raw, tmp_path, proc, requests):
     from sklearn.datasets import load_digits
@@ -182,7 +195,7 @@ def test_digits_are_scikit_learns_own_and_need_no_raw_folder(raw, tmp_path, proc
     images, labels = load_digits(return_X_y=True)
     images = np.round(images.reshape(-1, 8, 8, 1) * 255 / 16).astype(np.uint8)
     assert len(data.train_images) == 1437 and len(data.test_images) == 360
-    assert (data.channels, data.size, data.classes) == (1, 8, 10)
+    assert (len(data.train_images), data.channels, data.size, data.classes) == loader.SOURCES["digits"][3:7]
     assert_holds(data, [(images[:1437], labels[:1437]), (images[1437:], labels[1437:])])
     assert data.train_images.max() == 255
     assert [path.name for path in proc.iterdir()] == ["digits"]

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import loader
 import models
 import ranks
-from benchmarks import claim, peers, rules
+from benchmarks import claim, peers, record, rules
 
 STEPS, P, NB = 12, 10, 4
 LR = 0.1
@@ -301,9 +301,9 @@ def test_the_table_has_the_newest_settings_and_the_best_method_first(rows):
 
 
 def test_the_figure_is_small(rows, monkeypatch, tmp_path):
-    monkeypatch.setattr(peers, "FIGURE", tmp_path / "figures" / "peers.png")
-    peers.plot()
-    assert 5_000 < peers.FIGURE.stat().st_size < 100_000
+    monkeypatch.setattr(record, "FIGURES", tmp_path)
+    peers.draw()
+    assert 5_000 < (tmp_path / "peers.png").stat().st_size < 100_000
 
 
 if __name__ == "__main__":

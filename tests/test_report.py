@@ -110,9 +110,9 @@ def test_every_line_says_what_is_trained_on_what(tell, capsys):
     ("changed", "words"),
     [
         ({}, "parle: 3 replicas on 6 ranks, 2 threads each, 2 on cuda:0, 4 on cuda:1\n"),
-        ({}, "132,220 parameters, 60,000 images; 12 rounds of 25 mini-batches of 128, 24 an epoch; in "),
-        (dict(rounds=1, sync_every=1), "60,000 images; 1 round of 1 mini-batch of 128, 24 an epoch; in "),
-        (dict(sync_every="auto"), "12 rounds of auto mini-batches of 128, 24 an epoch; in "),
+        ({}, "132,220 parameters, 60,000 images; 12 rounds of 25 mini-batches of 128, 24 rounds an epoch; in "),
+        (dict(rounds=1, sync_every=1), "60,000 images; 1 round of 1 mini-batch of 128, 24 rounds an epoch; in "),
+        (dict(sync_every="auto"), "12 rounds of auto mini-batches of 128, 24 rounds an epoch; in "),
         (dict(origin="/data"), "60,000 images from /data; 12 rounds"),
         (dict(devices=["cuda:0"] * 6), "parle: 3 replicas on 6 ranks, 2 threads each, cuda:0\n"),
         (dict(replicas=1, ranks=1, threads=1, devices=["cpu"]), "parle: 1 replica on 1 rank, 1 thread each, cpu\n"),
@@ -193,9 +193,9 @@ def test_the_end_shows_a_table_of_errors(tell, capsys):
         ("replica 2", "0.62", f"0.5000 {away}"),
         ("ensemble", "0.44", "of the replicas' probabilities"),
     ]
-    last = out.splitlines()[-1]
-    assert "60.0 s of training, 1,000 images/s; 2.50 % of it synchronizing, 5.0 % waiting for the slowest rank" in last
-    assert str(tell.folder) in last
+    time, place = out.splitlines()[-2:]
+    assert "60.0 s of training, 1,000 images/s; 2.50 % of it synchronizing, 5.0 % waiting for the slowest rank" in time
+    assert place == f"{LABEL}  log and master in {tell.folder}"
 
 
 def test_the_end_shows_errors_by_both_kinds_of_batch_norm_statistics(tell, capsys):
@@ -219,9 +219,8 @@ def test_the_end_shows_errors_by_both_kinds_of_batch_norm_statistics(tell, capsy
 def test_one_process_waits_for_no_rank(tell, capsys):
     for event in (HERE, EVAL, END | dict(wait_seconds=0.0)):
         tell(event)
-    last = capsys.readouterr().out.splitlines()[-1]
-    figures = "60.0 s of training, 1,000 images/s; 7.50 % of it synchronizing"
-    assert last == f"{LABEL}  {figures}; log and master in {tell.folder}"
+    time = capsys.readouterr().out.splitlines()[-2]
+    assert time == f"{LABEL}  60.0 s of training, 1,000 images/s; 7.50 % of it synchronizing"
 
 
 @pytest.mark.parametrize(
@@ -485,15 +484,16 @@ def test_on_a_terminal_a_bar_stands_for_the_round_lines(told, tell, monkeypatch,
     if told:
         monkeypatch.setenv(launch.TERMINAL, "100")
     else:
-        monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     for event in events():
         tell(event)
     out, err = capsys.readouterr()
-    assert not re.search(r"round +\d+/\d+", out)
+    assert not err and not re.search(r"round +\d+/\d+", out)
     assert "test error: master 0.46 %" in out
-    bars = [bar for bar in re.split(r"[\r\n]", err) if bar.strip()]
-    assert all(bar.startswith(LABEL) for bar in bars)
-    assert "12/12" in bars[-1]
+    lines = [line for line in re.split(r"[\r\n]", out) if line.strip()]
+    assert all(line.startswith(LABEL) for line in lines)
+    bars = [line for line in lines if "|" in line]
+    assert "12/12" in bars[-1] and lines.index(bars[-1]) < lines.index(next(x for x in lines if "  master  " in x))
     if told:
         assert max(map(len, bars)) <= 100
 
@@ -502,10 +502,10 @@ def test_the_bar_of_a_run_that_goes_on_starts_where_it_was_and_ends_where_it_sto
     monkeypatch.setenv(launch.TERMINAL, "100")
     for event in (RESUME, STOP):
         tell(event)
-    out, err = capsys.readouterr()
-    bars = [bar for bar in re.split(r"[\r\n]", err) if bar.strip()]
+    out = capsys.readouterr().out
+    bars = [line for line in re.split(r"[\r\n]", out) if "|" in line]
     assert "7/12" in bars[0] and "7/12" in bars[-1]
-    assert err.endswith("\n") and out.splitlines()[-1].startswith(f"{LABEL}  stopped in round 8; ")
+    assert out.splitlines()[-1].startswith(f"{LABEL}  stopped in round 8; ")
 
 
 @pytest.mark.parametrize("begin", [START, RESUME])
@@ -519,9 +519,9 @@ def test_the_bar_tells_the_time_left_from_what_this_process_has_done(begin, tell
         now[0] += 70.0
         tell(round_event(number, 1.0))
     tell(STOP)
-    *_, bar = re.split(r"[\r\n]+", capsys.readouterr().err.strip())
+    *_, bar = (line for line in re.split(r"[\r\n]+", capsys.readouterr().out) if "|" in line)
     minutes, seconds = divmod(70 * (12 - first - 2), 60)
-    assert f"[03:30<{minutes:02}:{seconds:02}, 70.00s/round, loss 0.2500" in bar
+    assert f"| {first + 2}/12, {minutes:02}:{seconds:02} left, loss 0.2500  error  7.12 %" in bar
 
 
 @pytest.mark.parametrize(
