@@ -5,7 +5,6 @@ python benchmarks/examples.py --table
 """
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
@@ -29,8 +28,7 @@ def run(example: str, seed: int, data: Path | None, proc: Path) -> None:
         given = [*EXAMPLES[example].split(), "-s", str(seed)]
         where = ["--proc", str(proc), "--out", f"{folder}/run", *(["--data", str(data)] if data else [])]
         subprocess.run([sys.executable, *given, *where], cwd=ROOT, check=True)
-        log = [json.loads(line) for line in Path(folder, "run", "log.jsonl").read_text().splitlines()]
-    start, end = log[0], log[-1]
+        start, *_, end = record.log(Path(folder, "run"))
     record.keep(
         "examples",
         dict(
@@ -80,10 +78,11 @@ def main() -> None:
         print(table())
         return
     kept = {(row["example"], row["seed"]) for row in record.read("examples")}
-    for seed in SEEDS:
-        for example in EXAMPLES:
-            if (example, seed) not in kept:
-                run(example, seed, args.data, args.proc)
+    missing = [(example, seed) for seed in SEEDS for example in EXAMPLES if (example, seed) not in kept]
+    if not missing:
+        print(record.complete("examples"))
+    for example, seed in missing:
+        run(example, seed, args.data, args.proc)
 
 
 if __name__ == "__main__":

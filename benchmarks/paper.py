@@ -2,6 +2,7 @@
 
     python benchmarks/paper.py                                              # the table
     python benchmarks/paper.py --row lenet-mnist-parle --minutes 30         # begin it, or go on with it
+    python benchmarks/paper.py --minutes 600                                # all rows, the cheapest first
     python benchmarks/paper.py --time                                       # a mini-batch of each network, here
 
 The authors' figures are those that the first author's plotting script (pratikac/distributed-ensembles, 2 July 2017)
@@ -12,7 +13,7 @@ their All-CNN had no dropout where images were augmented.
 """
 
 import argparse
-import json
+import itertools
 import math
 import shlex
 import shutil
@@ -111,7 +112,7 @@ def train(program: Path, arguments: list[str], folder: Path, where: list[str], s
         arguments: what makes the experiment.
         where: other arguments, which may differ from call to call.
     """
-    events = read_log(folder)
+    events = record.log(folder)
     began = events[0]["command"][1 : len(arguments) + 1] if events else arguments
     if began != arguments:
         sys.exit(f"{folder} holds another experiment ({shlex.join(began)}): move it away")
@@ -120,22 +121,21 @@ def train(program: Path, arguments: list[str], folder: Path, where: list[str], s
     command = [sys.executable, str(program), *arguments, "--out", str(folder), *where]
     if checkpoint.found(folder / checkpoint.FOLDER):
         command.append("--resume")
-    elif events:
+    elif folder.exists():
         shutil.rmtree(folder)  # broken off before there was anything to go on from
     with subprocess.Popen(command) as process:
         try:
             status = process.wait(seconds)
-        except subprocess.TimeoutExpired:
+        except BaseException as reason:
             process.send_signal(signal.SIGTERM)
             status = process.wait()
+            if not isinstance(reason, subprocess.TimeoutExpired):
+                raise
+            if not record.log(folder):  # it was still reading its data
+                return False
     if status not in (0, interrupts.STOPPED):
         sys.exit(f"{shlex.join(command)} ended with status {status}")
     return status == 0
-
-
-def read_log(folder: Path) -> list[dict[str, Any]]:
-    log = folder / "log.jsonl"
-    return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
 
 
 def run(name: str, seed: int, program: str, folder: Path, where: list[str], seconds: float) -> None:
@@ -144,13 +144,20 @@ def run(name: str, seed: int, program: str, folder: Path, where: list[str], seco
     args = resolved(flags(row, seed))
     saves = ["--checkpoint-every", str(max(1, CHECKPOINT_EVERY // args.sync_every))]
     if not train(ROOT / program, flags(row, seed), folder, [*where, *saves], seconds):
-        print(f"{name}, seed {seed}: not at its end yet; the same command goes on")
+        print(f"{name}, seed {seed}: {done(folder):.1%} done; the same command goes on")
         return
-    start, *_, end = events = read_log(folder)
+    start, *_, end = events = record.log(folder)
     figures = {key: end[key] for key in ("master_error", "best_master_error", "images")}
     revisions = list(dict.fromkeys(event["revision"] for event in events if "revision" in event))
     facts = dict(row=name, seed=seed, command=shlex.join(["python", program, *flags(row, seed)]), **figures)
     record.keep("paper", facts | dict(machine=record.machine(), devices=start["devices"], revisions=revisions))
+
+
+def done(folder: Path) -> float:
+    """Share of a run's rounds, as its log tells."""
+    events = record.log(folder)
+    rounds = [event["round"] for event in events if "round" in event]
+    return rounds[-1] / events[0]["rounds"] if rounds else 0.0
 
 
 def kept(name: str) -> dict[int, dict[str, Any]]:
@@ -183,33 +190,39 @@ def mini_batch_seconds(network: str) -> float:
 def time_networks() -> None:
     """Keep the time of each network that has none yet on this machine."""
     origin = record.origin()
-    timed = {result.get("network") for result in record.read("paper") if result["machine"] == origin["machine"]}
+    known = {result.get("network") for result in record.read("paper") if result["machine"] == origin["machine"]}
     for network in models.RECIPES:
-        if network not in timed:
+        if network not in known:
             row = dict(network=network, mini_batch_seconds=mini_batch_seconds(network))
             record.keep("paper", row | origin)
 
 
+def timed() -> dict[str, dict[str, Any]]:
+    """Where each network's mini-batch was timed last."""
+    return {result["network"]: result for result in record.read("paper") if "network" in result}
+
+
+def core_seconds(name: str) -> float:
+    """Of one run; infinite where its network has not been timed."""
+    row = ROWS[name]
+    one = timed().get(resolved(flags(row, SEEDS[0])).model, {})
+    return mini_batches(row) * one.get("mini_batch_seconds", math.inf)
+
+
 def table() -> str:
     """In Markdown: every row, and what a run costs where its network was timed last."""
-    timed = {result["network"]: result for result in record.read("paper") if "network" in result}
     lines = []
     for name, row in ROWS.items():
         errors = [result["master_error"] for result in kept(name).values()]
         ours = record.spread(errors) if errors else "not run"
-        count, network = mini_batches(row), resolved(flags(row, SEEDS[0])).model
-        hours = "not timed"
-        if network in timed:
-            hours = f"{count * timed[network]['mini_batch_seconds'] / 3600:,.1f}"
-        lines.append(
-            [name, f"{row.authors:.2f}", ours, len(errors), f"{count:,}", hours, f"`{row.flags}`", row.schedule]
-        )
+        seconds = core_seconds(name)
+        hours = f"{seconds / 3600:,.1f}" if math.isfinite(seconds) else "not timed"
+        cost = [f"{mini_batches(row):,}", hours]
+        lines.append([name, f"{row.authors:.2f}", ours, len(errors), *cost, f"`{row.flags}`", row.schedule])
     header = ["row", "authors", "here", "seeds", "mini-batches", "core-hours a seed", "flags", "the schedule is from"]
-    notes = [
-        f"- {network}: {result['mini_batch_seconds']:.3g} s on {result['machine']}" for network, result in timed.items()
-    ]
+    notes = [f"- {network}: {one['mini_batch_seconds']:.3g} s on {one['machine']}" for network, one in timed().items()]
     title = "Core-hours are mini-batches, those of all replicas, times what one takes of a core:"
-    return "\n".join([record.table(header, lines), *(["", title, "", *notes] if timed else [])])
+    return "\n".join([record.table(header, lines), *(["", title, "", *notes] if notes else [])])
 
 
 def main() -> None:
@@ -217,8 +230,8 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print the table, which is done in any case")
     parser.add_argument("--time", action="store_true", help="time a mini-batch of each network that has not been timed")
     parser.add_argument("--row", choices=ROWS, metavar="NAME", help=", ".join(ROWS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, metavar="N", help="of that row (%(default)s)")
-    parser.add_argument("--minutes", type=float, default=10, metavar="M", help="for all of them (%(default)s)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, metavar="N", help="(%(default)s)")
+    parser.add_argument("--minutes", type=float, metavar="M", help="for all that is run (10 for a row, none without)")
     parser.add_argument("--gpu", action="store_true", help="run it by parle_gpu.py, not by parle_mpi.py")
     parser.add_argument(
         "--runs", type=Path, default=Path("runs/paper"), metavar="DIR", help="their folders (%(default)s)"
@@ -228,13 +241,16 @@ def main() -> None:
     args = parser.parse_args()
     if args.time:
         time_networks()
-    deadline = time.monotonic() + 60 * args.minutes
+    # as network.py does: sys.exit() ends what was started, too
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    names = [args.row] if args.row else sorted(ROWS, key=core_seconds) if args.minutes else []
+    deadline = time.monotonic() + 60 * (args.minutes or 10)
     where = ["--proc", args.proc, *(["--data", args.data] if args.data else [])]
-    for seed in args.seeds if args.row else []:
+    program = "parle_gpu.py" if args.gpu else "parle_mpi.py"
+    for name, seed in itertools.product(names, args.seeds):
         left = deadline - time.monotonic()
-        if left > 0 and seed not in kept(args.row):
-            program = "parle_gpu.py" if args.gpu else "parle_mpi.py"
-            run(args.row, seed, program, args.runs / f"{args.row}-{seed}", where, left)
+        if left > 0 and seed not in kept(name):
+            run(name, seed, program, args.runs / f"{name}-{seed}", where, left)
     print(table())
 
 

@@ -49,6 +49,12 @@ def read(question: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def log(folder: Path) -> list[dict[str, Any]]:
+    """The events of a run so far: behind the last newline is what was being written when it was broken off."""
+    path = folder / "log.jsonl"
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
+
+
 def keep(question: str, row: dict[str, Any]) -> None:
     """Add a row. One process writes: a benchmark's first."""
     RESULTS.mkdir(exist_ok=True)

@@ -1,6 +1,11 @@
 import json
 import math
+import os
 import shlex
+import signal
+import sys
+import threading
+import time
 
 import pytest
 
@@ -131,10 +136,10 @@ def test_a_mini_batch_takes_time():
 def test_a_run_is_stopped_when_its_time_is_over_and_goes_on_when_called_again(program, tmp_path):
     folder = tmp_path / "runs" / "one"
     assert not paper.train(program, ["-s", "42"], folder, [], seconds=1)
-    assert [event["event"] for event in paper.read_log(folder)] == ["start"]
+    assert [event["event"] for event in record.log(folder)] == ["start"]
     assert paper.train(program, ["-s", "42"], folder, [], seconds=20)
     log = folder.joinpath("log.jsonl").read_text()
-    assert paper.read_log(folder)[-1] == {"event": "end", "master_error": 1.5}
+    assert record.log(folder)[-1] == {"event": "end", "master_error": 1.5}
     assert paper.train(program, ["-s", "42"], folder, [], seconds=20)
     assert folder.joinpath("log.jsonl").read_text() == log  # not run again
 
@@ -164,6 +169,75 @@ def test_a_program_that_fails_ends_the_benchmark(tmp_path):
         paper.train(failing, [], tmp_path / "one", [])
 
 
+def test_a_log_that_was_cut_in_mid_line_is_gone_on_with(program, tmp_path):
+    folder = tmp_path / "one"
+    assert not paper.train(program, [], folder, [], seconds=1)
+    with open(folder / "log.jsonl", "a") as log:
+        log.write('{"event": "rou')
+    assert paper.done(folder) == 0.0
+    assert paper.train(program, [], folder, [], seconds=20) is True
+
+
+def test_what_is_stopped_before_it_has_begun_is_no_failure(tmp_path):
+    """As while it reads its data, when SIGTERM ends it in the ordinary way."""
+    program = tmp_path / "slow.py"
+    program.write_text("import time; time.sleep(60)")
+    assert paper.train(program, [], tmp_path / "one", [], seconds=0.5) is False
+
+
+def test_the_run_ends_with_the_benchmark(tmp_path):
+    program, started = tmp_path / "slow.py", tmp_path / "pid"
+    program.write_text(
+        f"import os, pathlib, time; pathlib.Path({str(started)!r}).write_text(str(os.getpid())); time.sleep(60)"
+    )
+
+    def ask():
+        while not (started.exists() and started.read_text()):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        threading.Thread(target=ask).start()
+        with pytest.raises(SystemExit) as end:
+            paper.train(program, [], tmp_path / "one", [])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert end.value.code == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(started.read_text()), 0)
+
+
+def test_how_much_of_a_run_is_done(tmp_path):
+    assert paper.done(tmp_path) == 0.0
+    events = [{"event": "start", "rounds": 40}, {"event": "round", "round": 9}, {"event": "round", "round": 10}]
+    tmp_path.joinpath("log.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    assert paper.done(tmp_path) == 0.25
+
+
+@pytest.mark.parametrize(
+    ("typed", "names"),
+    [
+        ([], []),
+        (["--minutes", "5"], ["b", "a"]),
+        (["--row", "a"], ["a"]),
+    ],
+)
+def test_rows_are_run_as_time_is_given_the_cheapest_first(typed, names, results, monkeypatch, capsys):
+    rows = {
+        name: paper.Row(1.0, f"-m lenet -d mnist --method sgd -B {epochs}", "") for name, epochs in (("a", 2), ("b", 1))
+    }
+    record.keep("paper", dict(network="lenet", mini_batch_seconds=1.0, machine="a machine"))
+    ran = []
+    monkeypatch.setattr(paper, "ROWS", rows)
+    monkeypatch.setattr(paper, "run", lambda name, *_: ran.append(name))
+    monkeypatch.setattr(sys, "argv", ["paper.py", *typed, "--seeds", "42"])
+    before = signal.getsignal(signal.SIGTERM)
+    paper.main()
+    signal.signal(signal.SIGTERM, before)
+    assert ran == names
+
+
 @pytest.mark.slow
 def test_a_row_that_is_stopped_and_resumed_has_the_error_of_one_that_is_not(results, monkeypatch, tmp_path, proc):
     flags = "-m lenet -d digits -n 2 -b 64 -B 1"
@@ -179,7 +253,7 @@ def test_a_row_that_is_stopped_and_resumed_has_the_error_of_one_that_is_not(resu
         calls += 1
         assert calls < 20
     (row,) = record.read("paper")
-    events = [event["event"] for event in paper.read_log(tmp_path / "parts")]
+    events = [event["event"] for event in record.log(tmp_path / "parts")]
     assert events.count("resume") == calls - 1 > 0
     assert (row["master_error"], row["images"]) == (whole["master_error"], whole["images"])
     assert row["command"] == f"python parle_gpu.py {flags} -s 42"
