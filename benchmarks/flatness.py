@@ -2,10 +2,10 @@
 
     python benchmarks/flatness.py         # trains LeNet on MNIST, three seeds of Parle and of SGD; measures; draws
 
-Noise of radius r moves every parameter tensor w by r |w|, each network of a seed in the same random directions: a
-layer may be scaled, which batch norm undoes, and nothing changes. A line is (1 - t) w + t w'. Every network that is
-measured has its batch-norm statistics recomputed first, on 100 mini-batches of training images, as the programs do
-before a test; with its neighbour's one would see how far off those are. Training loss is that of the first 5,000
+Noise of radius r moves every parameter tensor w by r |w|, every network in the same three random directions: a layer
+may be scaled, which batch norm undoes, and nothing changes. A line is (1 - t) w + t w'. Every network that is measured
+has its batch-norm statistics recomputed first, on 100 mini-batches of training images, as the programs do before a
+test; another network's would dominate the loss. Training loss is that of the first 5,000
 training images, dropout off.
 
 Parle runs with its defaults, only shorter, so that its lr does not drop. SGD has as many mini-batches as one replica,
@@ -13,6 +13,7 @@ and once more as many gradients as all three; its lr drops at 0.6 and 0.8 of bot
 """
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -151,7 +152,7 @@ def rise(figures: Figures, of: str, radius: float) -> np.ndarray:
 
 
 def chord(losses: np.ndarray) -> np.ndarray:
-    """(seeds, points): what the losses on a line were, did they only go from its start to its end."""
+    """(seeds, points): straight from the loss at a line's start to that at its end."""
     shares = np.array(SHARES)
     return (1 - shares) * losses[:, :1] + shares * losses[:, -1:]
 
@@ -231,15 +232,16 @@ def main() -> None:
     parser.add_argument("--data", type=Path, metavar="DIR", help="raw data, as torchvision lays it out (downloaded)")
     parser.add_argument("--proc", type=Path, default=Path("proc"), metavar="DIR", help="pre-processed (%(default)s)")
     args = parser.parse_args()
-    origin = record.origin()
-    where = ["--proc", str(args.proc), *(["--data", str(args.data)] if args.data else [])]
     if args.table:
         print(table())
     if args.plot:
         draw()
     if args.table or args.plot:
         return
-    if not any(True for seed in SEEDS for question in QUESTIONS if (seed, *question) not in kept()):
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # or its runs would go on
+    origin = record.origin()
+    where = ["--proc", str(args.proc), *(["--data", str(args.data)] if args.data else [])]
+    if all((seed, *question) in kept() for seed in SEEDS for question in QUESTIONS):
         print(record.complete("flatness"))
     for seed in SEEDS:
         missing = [question for question in QUESTIONS if (seed, *question) not in kept()]

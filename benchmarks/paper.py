@@ -241,8 +241,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.time:
         time_networks()
-    # as network.py does: sys.exit() ends what was started, too
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # or its run would go on
     names = [args.row] if args.row else sorted(ROWS, key=core_seconds) if args.minutes else []
     deadline = time.monotonic() + 60 * (args.minutes or 10)
     where = ["--proc", args.proc, *(["--data", args.data] if args.data else [])]

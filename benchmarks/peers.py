@@ -38,7 +38,7 @@ import loader
 import models
 import ranks
 from benchmarks import record
-from benchmarks.rules import GRID, Method, first, flatten, mean, methods
+from benchmarks.rules import GRID, Method, first_settings, flatten, mean, methods
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -145,7 +145,7 @@ def choose(name: str, data: loader.Dataset, comm: "MPI.Comm") -> dict[str, Any]:
     def error(settings: dict[str, Any]) -> float:
         return trial(name, settings, CHOICE_SEED, split, comm, [CHOICE_BATCHES])["error"]
 
-    settings = first(method)
+    settings = first_settings(method)
     for knob, values in method.grid.items():
         settings = min((settings | {knob: value} for value in values), key=error)
     return settings
@@ -258,13 +258,15 @@ def main() -> None:
         store = Path(ranks.gather(comm, folder)[0], "store").as_uri()
         dist.init_process_group("gloo", init_method=store, rank=comm.rank, world_size=comm.size)
         warm = methods(comm.size)["sgd"]
-        train(warm, first(warm), 0, data, comm, [10])  # a process is slower at first
+        train(warm, first_settings(warm), 0, data, comm, [10])  # a process is slower at first
         settings = {name: choose(name, data, comm) for name in args.methods or methods(comm.size)}
         for seed in [] if args.choose else SEEDS:  # in turn, so that a busy minute is not one method's alone
             for name in settings:
                 trial(name, settings[name], seed, data, comm, TEST_AT)
         dist.destroy_process_group()
         ranks.gather(comm, None)
+    if comm.rank == 0:
+        print(table())
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Make the tables of README.md and benchmarks/README.md, and the figures, anew from what results/ keeps.
 
-A table stands between <!-- MODULE.FUNCTION --> and <!-- end -->, and is what that function gives. A figure is drawn by
-draw() of its module, and only where other rows are kept than it shows.
+A table stands between <!-- MODULE.FUNCTION --> and <!-- end -->: what that function gives, and a line on the rows it is
+made of. A figure is drawn by draw() of its module, and only where other rows are kept than it shows.
 """
 
 import importlib
@@ -24,7 +24,7 @@ def filled(text: str) -> str:
 
     def fill(table: re.Match[str]) -> str:
         module = importlib.import_module(f"benchmarks.{table[2]}")
-        return f"{table[1]}\n{getattr(module, table[3])()}\n\n"
+        return f"{table[1]}\n{getattr(module, table[3])()}\n\n{record.about(table[2])}\n\n"
 
     text, count = re.subn(rf"({MARK})(?:(?!<!--).)*(?=<!-- end -->)", fill, text, flags=re.DOTALL)
     if count != len(re.findall(MARK, text)):

@@ -41,7 +41,7 @@ def postlocal(
 ) -> tuple[nn.Module, PostLocalSGDOptimizer]:
     """As torch's documentation has it: for `warmup` steps gradients are averaged, then weights every `sync_every`."""
     model.to(memory_format=torch.contiguous_format)  # the averager makes weights so, but not their momenta
-    warnings.filterwarnings("ignore", "Grad strides do not match")  # along a dimension of size 1
+    warnings.filterwarnings("ignore", "Grad strides do not match")  # where a dimension of size 1 differs; in backward()
     network, sgd = ddp(model, comm, nb, lr=lr)
     alone = PostLocalSGDState(None, None, start_localSGD_iter=warmup, post_local_gradient_allreduce=False)
     network.register_comm_hook(alone, post_localSGD_hook)
@@ -79,7 +79,7 @@ class Published(torch.optim.Optimizer):
     """The update of the authors' parle_mpi.py of 2018, on flat vectors and without its aliasing on a CPU.
 
     Kept: the scoping counter grows once per tensor, momentum is not Nesterov's, the outer step starts from y, z^a is
-    never reset, and the second message of a round serves the test alone. But the replicas start alike.
+    never reset, and a round sends a second message. But the replicas start alike.
     """
 
     MOMENTUM, ALPHA = 0.9, 0.75  # not to be chosen there
@@ -93,7 +93,7 @@ class Published(torch.optim.Optimizer):
         self.replica = flatten(model)
         self.replica.use(torch.zeros_like(self.replica.weights))
         self.y, self.batches = self.replica.weights, 0
-        self.anchor, self.z, self.master = self.y.clone(), self.y.clone(), self.y.clone()
+        self.anchor, self.z = self.y.clone(), self.y.clone()
         self.u, self.v = torch.zeros_like(self.y), torch.zeros_like(self.y)
 
     @torch.no_grad()
@@ -108,7 +108,7 @@ class Published(torch.optim.Optimizer):
             z = mean(self.comm, self.z.clone())
             self._descend((self.anchor - self.z) + pull * (self.anchor - z), self.v)
             self.anchor.copy_(self.y)
-            self.master = mean(self.comm, self.anchor.clone())
+            mean(self.comm, self.anchor.clone())  # sent there, to be tested; here the test takes a mean itself
 
     def _count(self) -> int:
         return self.batches * len(self.replica.parameters) // self.sync_every
@@ -155,7 +155,7 @@ def methods(n: int) -> dict[str, Method]:
     shared = dict(messages=lambda steps, settings: steps, shares=True)
     rule = dict(sync_every=25, decay=0.2)
     return {
-        "parle": ours(),
+        "parle": ours(grid=GRID | {"rho": [0.01, 0.1]}),
         "ddp": Method(ddp, dict(decay=0.2), **shared),
         "sgd": ours("--method", "sgd", **shared, chosen_as="ddp"),
         "entropy-sgd": ours("--method", "entropy-sgd", **shared),
@@ -179,6 +179,6 @@ def methods(n: int) -> dict[str, Method]:
     }
 
 
-def first(method: Method) -> dict[str, Any]:
-    """Where its grid starts."""
+def first_settings(method: Method) -> dict[str, Any]:
+    """Those with which its grid starts."""
     return method.settings | {knob: values[0] for knob, values in method.grid.items()}

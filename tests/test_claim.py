@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from benchmarks import claim, readme, record
+from benchmarks import claim, record
 from parle import scope
 
 
@@ -15,11 +15,6 @@ def rows(monkeypatch, tmp_path):
             record.keep("claim", dict(task=task, setting=setting, seed=seed, error=error))
 
     return rows
-
-
-def test_the_tables_of_both_readmes_are_what_the_results_say():
-    for path in readme.FILES:
-        assert readme.filled(path.read_text()) == path.read_text(), f"run python benchmarks/readme.py: {path}"
 
 
 @pytest.mark.parametrize(

@@ -67,10 +67,10 @@ def test_parameters_are_those_of_the_network():
 
 def test_table_sets_measured_beside_predicted(monkeypatch, tmp_path):
     monkeypatch.setattr(record, "RESULTS", tmp_path)
-    # 1 Mb/s and no latency: 528,912 bytes take 4.231 s; 10 mini-batches that compute for 1 s each
-    row = dict(mbits=1, ranks=2, network="lenet", method="sgd", minibatches=10, latency=0.0, bytes_sent=5_300_000)
+    # 1 Mb/s, 0.1 s a message: 528,912 bytes in two take 4.431 s; 10 mini-batches that compute for 1 s each
+    row = dict(mbits=1, ranks=2, network="lenet", method="sgd", minibatches=10, latency=0.1, bytes_sent=5_300_000)
     record.keep(network.QUESTION, row | dict(seconds=60.0, sync_seconds=50.0))
-    assert "| lenet | 0.001 | sgd | 0.530 | 1000 | 6,000 | 5,231 | 83.3 | 80.9 |" in network.table()
+    assert "| lenet | 0.001 | sgd | 0.530 | 1000 | 6,000 | 5,431 | 83.3 | 81.6 |" in network.table()
 
 
 @pytest.fixture

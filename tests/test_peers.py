@@ -128,7 +128,7 @@ RULES = {
 def lockstep(comm, name):
     """Step a method and compare its weights with numpy's, where there are, and its messages with what it says."""
     method = rules.methods(2)[name]
-    settings = rules.first(method) | SHORT.get(name, {})
+    settings = rules.first_settings(method) | SHORT.get(name, {})
     own = {knob: value for knob, value in settings.items() if knob not in ("drops", "decay")}
     model, rule = Quadratic(), RULES.get(name, Numpy)()
     network, optimizer = method.build(model, comm, NB, **own)
@@ -156,7 +156,7 @@ def trained_alike(comm, proc):
     curves = []
     for name in ("ddp", "sgd"):
         method = rules.methods(2)[name]
-        settings = rules.first(rules.methods(2)["ddp"])
+        settings = rules.first_settings(rules.methods(2)["ddp"])
         settings = method.settings | {knob: settings[knob] for knob in rules.GRID}
         row = peers.train(method, settings, 1, data, comm, [2, 5])
         assert row["bytes"] == 4 * 132_220 * 10  # 128 images on each rank are two steps
@@ -170,7 +170,7 @@ def each_has_its_own_data(comm, proc):
     for name, own in (("ddp", dict(part=(comm.rank, 2))), ("postlocal-sgd", dict(replica=comm.rank, replicas=2))):
         method = rules.methods(2)[name]
         with mock.patch.object(loader, "Batches", wraps=loader.Batches) as batches:
-            peers.train(method, rules.first(method), 1, data, comm, [1])
+            peers.train(method, rules.first_settings(method), 1, data, comm, [1])
         assert own.items() <= batches.call_args.kwargs.items(), name
 
 
@@ -263,7 +263,7 @@ def rows(monkeypatch):
     methods = rules.methods(2)
 
     def row(name, seed, curve, sent, **changes):
-        settings = rules.first(methods[name]) | changes
+        settings = rules.first_settings(methods[name]) | changes
         common = dict(method=name, settings=settings, seed=seed, ranks=2, batches=2000, bytes=sent)
         return common | dict(curve=curve, seconds=curve[-1][1], cpu_seconds=25, error=curve[-1][2])
 
