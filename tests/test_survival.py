@@ -17,6 +17,7 @@ import torch
 
 import checkpoint
 import launch
+from benchmarks import record, survival
 from tests.conftest import MPIEXEC, ROOT, outside
 from tests.test_checkpoint import result
 
@@ -414,3 +415,29 @@ def test_ranks_that_share_replicas_go_on_as_that_many_replicas(start, tmp_path):
     finished(start.again(f"{command_of(done.printed)} -B 1"))
     (resumed,) = log_of(out, "resume")
     assert (resumed["replicas"], resumed["ranks"], resumed["changes"].get("replicas")) == (2, 4, None)
+
+
+# The benchmark
+
+
+def test_the_benchmark_says_how_runs_ended_and_whether_as_if_never_struck(monkeypatch, tmp_path):
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    for seed, seconds, saved, same in ((1, 2.0, 7, True), (2, 0.5, 6, False)):
+        row = dict(fault="a rank raises", seed=seed, round=7, saved=saved, status=1, seconds=seconds, same=same)
+        record.keep("survival", row)
+    record.keep("survival", dict(fault="SIGUSR1", seed=1, round=7, saved=15, status=0, seconds=3.0, same=True))
+    assert survival.table().splitlines()[2:] == [
+        "| a rank raises | 2 | 1 | 0.5 to 2.0 | 1 | 1 of 2 |",
+        "| SIGUSR1 | 1 | 0 | goes on |  | 1 of 1 |",
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["a rank raises", "SIGTERM to `parle_gpu.py`"])
+def test_the_benchmark_strikes_and_resumes(fault, monkeypatch, tmp_path, proc):
+    for name in [name for name in os.environ if name.startswith("PMI")]:
+        monkeypatch.delenv(name)
+    row = survival.trial(survival.FAULTS[fault], 2, proc, tmp_path / "run")
+    assert (row["status"], row["resumed"], row["round"]) == (75 if "SIGTERM" in fault else 1, 0, 3)
+    assert 3 <= row["saved"] < survival.ROUNDS
+    assert all(tensor.isfinite().all() for tensor in survival.master(tmp_path / "run"))
