@@ -1,6 +1,7 @@
 """Runs of real processes that are killed, stopped, stalled and poisoned, each with a time limit."""
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -93,11 +94,17 @@ def command_of(text):
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory, proc):
-    """What three ranks give that nobody stops, in 15 rounds."""
-    out = tmp_path_factory.mktemp("whole") / "run"
-    command = [sys.executable, MPI, *SETTINGS, "--proc", proc, "--out", out, "-n", 3, "-B", 3]
-    subprocess.run(list(map(str, command)), cwd=ROOT, env=outside(dict(OMP_NUM_THREADS="1")), timeout=60, check=True)
-    return result(out)
+    """What so many ranks give that nobody stops, in 15 rounds."""
+
+    @functools.cache
+    def whole(ranks):
+        out = tmp_path_factory.mktemp("whole") / "run"
+        command = [sys.executable, MPI, *SETTINGS, "--proc", proc, "--out", out, "-n", ranks, "-B", 3]
+        surroundings = outside(dict(OMP_NUM_THREADS="1"))
+        subprocess.run(list(map(str, command)), cwd=ROOT, env=surroundings, timeout=60, check=True)
+        return result(out)
+
+    return whole
 
 
 FAULTS = {
@@ -108,11 +115,12 @@ FAULTS = {
 
 
 @pytest.mark.parametrize(
-    "fault", ["kill:1:4", *(pytest.param(name, marks=pytest.mark.slow) for name in ("raise:2:3", "stall:1:5"))]
+    ("fault", "ranks"),
+    [("kill:1:4", 2), *(pytest.param(name, 3, marks=pytest.mark.slow) for name in ("raise:2:3", "stall:1:5"))],
 )
-def test_a_lost_rank_ends_all_and_the_last_line_resumes(start, whole, tmp_path, fault):
+def test_a_lost_rank_ends_all_and_the_last_line_resumes(start, whole, tmp_path, fault, ranks):
     out = tmp_path / "run"
-    done = finish(start(MPI, "-n", 3, "-B", 3, "--timeout", 2, PARLE_FAULT=fault))
+    done = finish(start(MPI, "-n", ranks, "-B", 3, "--timeout", 2, PARLE_FAULT=fault))
     round = int(fault[-1])
     assert done.status not in (0, 75)
     assert saved(out) == [f"{round - 1:08}-0000", f"{round - 2:08}-0000"]
@@ -121,7 +129,7 @@ def test_a_lost_rank_ends_all_and_the_last_line_resumes(start, whole, tmp_path, 
     assert FAULTS[fault] in last
     assert last.endswith(f"; go on with: {launch.python()} parle_mpi.py --resume {out}")
     finished(start.again(command_of(last)))
-    assert result(out) == whole
+    assert result(out) == whole(ranks)
     assert log_of(out, "resume")[0]["round"] == round - 1
 
 
@@ -154,7 +162,7 @@ def test_killed_as_it_resumes_it_still_says_how_to_go_on(start, whole, tmp_path,
     last = done.erred.splitlines()[-1]
     assert last.endswith(f"; go on with: {launch.python()} parle_mpi.py --resume {out}")
     finished(start.again(command_of(last)))
-    assert result(out) == whole
+    assert result(out) == whole(3)
 
 
 @pytest.mark.slow
@@ -170,7 +178,7 @@ def test_sigterm_to_the_program_stops_three_ranks_which_go_on_bit_for_bit(start,
     command = command_of(done.printed)
     assert command == log_of(out)[-1]["command"] == f"{launch.python()} parle_mpi.py --resume {out}"
     finished(start.again(command))
-    assert result(out) == whole
+    assert result(out) == whole(3)
 
 
 def process_of(rank, out):
@@ -371,7 +379,7 @@ def test_without_its_starter_no_rank_is_left(start, whole, tmp_path):
         time.sleep(0.05)
     process.communicate()
     finished(start(MPI, "--resume"))
-    assert result(out) == whole
+    assert result(out) == whole(3)
 
 
 @pytest.mark.slow
