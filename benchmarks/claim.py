@@ -457,7 +457,7 @@ def main() -> None:
     if unknown := set(args.panels) - set(PANELS):
         parser.error(f"there is no {', '.join(unknown)}")
     if args.table:
-        print(f"{table()}\n\n{sweeps()}")
+        print(f"{table()}\n\n{fresh()}\n\n{sweeps()}")
     if args.plot:
         draw()
     if args.table or args.plot:

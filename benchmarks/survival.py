@@ -95,10 +95,10 @@ def table() -> str:
     for name in FAULTS:
         rows = [row for row in record.read("survival") if row["fault"] == name]
         if rows:
-            seconds = sorted(row["seconds"] for row in rows)
+            seconds = [row["seconds"] for row in rows]
             stopped = any(row["status"] for row in rows)
-            lost = sorted(row["round"] - row["saved"] for row in rows)
-            after = f"{seconds[0]:.1f} to {seconds[-1]:.1f}" if stopped else "goes on"
+            lost = [row["round"] - row["saved"] for row in rows]
+            after = f"{min(seconds):.1f} to {max(seconds):.1f}" if stopped else "goes on"
             same = sum(row["same"] for row in rows)
             lines.append(
                 [
@@ -106,7 +106,7 @@ def table() -> str:
                     len(rows),
                     ", ".join(sorted({str(row["status"]) for row in rows})),
                     after,
-                    max(0, lost[-1]) if stopped else "",
+                    max(0, *lost) if stopped else "",
                     f"{same} of {len(rows)}",
                 ]
             )
