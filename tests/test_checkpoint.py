@@ -657,7 +657,7 @@ def test_after_a_loss_the_master_comes_back_to_the_mean_of_the_anchors():
 class Run:
     """parle_gpu.py in this process, on digits."""
 
-    SETTINGS = "-d digits --device cpu -n 3 -L 5 -b 48 --frac 0.15 --weight-decay 0.001 -B 1.4 --lr-drops 0.6"
+    SETTINGS = "-d digits --device cpu -n 3 -L 5 -b 24 --frac 0.075 --weight-decay 0.001 -B 1.4 --lr-drops 0.6"
 
     def __init__(self, monkeypatch, capsys, proc):
         self.monkeypatch, self.capsys, self.proc = monkeypatch, capsys, proc
@@ -745,7 +745,7 @@ def uninterrupted(run, results, tmp_path):
 PARLE = Run.SETTINGS  # 7 rounds of 5 mini-batches; 5 rounds an epoch; lr drops after 3, lines after 5
 ONE = PARLE.replace("-L 5", "-L 1").replace("-B 1.4", "-B 6").replace("0.6", "4")  # lr drops after 20, lines after 25
 AUTO = PARLE.replace("-L 5", "-L auto --gamma 0.02")
-AUGMENTED = PARLE.replace("-b 48 --frac 0.15", "-b 150 --frac 0.5") + " --augment"
+AUGMENTED = PARLE.replace("-b 24 --frac 0.075", "-b 150 --frac 0.5") + " --augment"
 ELASTIC = ONE.replace("-L 1", "--method elastic-sgd --eval-every 7")
 ENTROPY = PARLE.replace("-n 3", "--method entropy-sgd --outer-momentum 0.5")
 
@@ -866,7 +866,7 @@ def test_another_n_goes_on_and_is_told_in_one_line(run, stopped, n):
     (*_, last) = log_of(stopped, "eval")
     assert len(last["replica_errors"]) == n
     assert last["master_error"] < 60
-    assert log_of(stopped)[-1]["images"] == 48 * (7 * 3 + 28 * n)
+    assert log_of(stopped)[-1]["images"] == 24 * (7 * 3 + 28 * n)
     checkpoint.read_manifest(checkpoint.found(stopped / "checkpoints")[0])
 
 
@@ -915,7 +915,7 @@ def test_lr_is_what_the_drops_say_where_an_epoch_has_other_rounds(tmp_path, chan
 
 
 @pytest.mark.parametrize(
-    ("change", "lr"), [("--frac 0.07", 0.02), ("-b 96 -B 1", 0.02), ("-b 24 -B 0.2", 0.1), ("-B 0.4", 0.1)]
+    ("change", "lr"), [("--frac 0.035", 0.02), ("-b 48 -B 1", 0.02), ("-b 12 -B 0.2", 0.1), ("-B 0.4", 0.1)]
 )
 def test_a_run_that_goes_on_with_other_batches_trains_with_the_lr_of_its_drops(run, stopped, change, lr):
     assert run("--resume", stopped, *change.split()) == 0

@@ -324,7 +324,7 @@ ranks.run(main)
 @pytest.mark.parametrize("end", ["return", "sys.exit(0)", "os._exit(0)"])
 def test_a_rank_that_ends_before_mpi_starts_on_the_others_is_named(begin, script, end):
     path = script(EARLY.format(end=end))
-    path.write_text(path.read_text().replace("import launch, ranks\n", "import launch, ranks\nlaunch.GRACE = 2.0\n"))
+    path.write_text(path.read_text().replace("import launch, ranks\n", "import launch, ranks\nlaunch.GRACE = 1.0\n"))
     process = begin(path)
     _, erred = process.communicate(timeout=60)
     assert process.returncode not in (0, 75)

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("no_launcher")
 
 PROGRAMS = ["parle_gpu.py", "parle_mpi.py"]
 FLAGS = """--alpha 0.5 --outer-step 3 --outer-momentum 0.25 --gamma 0.02 --rho 0.03 --lr 0.08 --momentum 0.75
-    --weight-decay 0.001 --dropout 0.125 -b 64 -L 5 -B 0.35 --lr-drops 0.25 --lr-decay 0.5 --frac 0.75 --augment -s 7
+    --weight-decay 0.001 --dropout 0.125 -b 32 -L 5 -B 0.35 --lr-drops 0.25 --lr-decay 0.5 --frac 0.375 --augment -s 7
     --eval-every 3"""
 ROUND = ["round", "epoch", "loss", "error", "lr", "gamma", "rho", "spread"]
 EVAL = ["round", "epoch", "master_loss", "master_error", "replica_errors", "ensemble_error", "distances"]
@@ -100,7 +100,7 @@ def test_three_replicas_train(program, runs):
         assert len(line["replica_errors"]) == 3
         assert len({round(distance, 6) for distance in line["distances"]}) == 3
         assert all(0 < distance < 0.2 for distance in line["distances"])
-    assert log[-1]["images"] == 3 * 6 * 5 * 64
+    assert log[-1]["images"] == 3 * 6 * 5 * 32
     assert log[-1]["master_error"] == evals[-1]["master_error"] < 70
 
 
@@ -162,12 +162,12 @@ def test_every_flag_arrives_where_it_acts(program, monkeypatch, proc, tmp_path):
     steps = dict(lr=0.08, momentum=0.75, weight_decay=0.001, sync_every=5)
     coupling = dict(gamma=0.02, rho=0.03, alpha=0.5, outer_step=3, outer_momentum=0.25, batches_per_epoch=17)
     assert arrived["Parle"].items() >= (steps | coupling).items()
-    share = dict(batch_size=64, seed=7, replica=0, replicas=1, frac=0.75, augment=True, part=(0, 1))
+    share = dict(batch_size=32, seed=7, replica=0, replicas=1, frac=0.375, augment=True, part=(0, 1))
     assert arrived["Batches"].items() >= share.items()
     assert arrived["train"].items() >= dict(epochs=0.35, lr_drops=[0.25], lr_decay=0.5, eval_every=3, amp=True).items()
     assert arrived["build"]["positional"] == ("allcnn", 1, 8, 10, 0.125)
     assert arrived["load"]["positional"] == ("digits", None, proc, True)
-    assert arrived["evaluate"].items() >= dict(batch_size=64, replicas=[0]).items()
+    assert arrived["evaluate"].items() >= dict(batch_size=32, replicas=[0]).items()
     assert arrived["devices"]["positional"] == ("cpu",)
 
 

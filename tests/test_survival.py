@@ -22,7 +22,7 @@ from benchmarks import record, survival
 from tests.conftest import MPIEXEC, ROOT, outside
 from tests.test_checkpoint import result
 
-SETTINGS = shlex.split("-d digits --device cpu -L 5 -b 48 --frac 0.15 --lr-drops 0.6 --checkpoint-every 1")
+SETTINGS = shlex.split("-d digits --device cpu -L 5 -b 24 --frac 0.075 --lr-drops 0.6 --checkpoint-every 1")
 MPI, GPU = "parle_mpi.py", "parle_gpu.py"
 BARE = "/usr/bin:/bin"  # for a PATH: no Python of an environment is there
 
