@@ -8,7 +8,9 @@
 A trial trains its replicas one after another on one thread, by parle_gpu.Parle on the CPU, and as many trials run at
 once as there are cores: errors are compared here, not seconds. SGD is there with as many mini-batches as a replica has
 and with as many gradients as the three have together. What was chosen by SEEDS, the panel "fresh" tries with others.
-One replica with rho 0.3 has the c_k and so the outer step of three with 0.1: what these are better by is not the step.
+One replica with rho 0.3 has the c_k and so the outer step of three with 0.1, as have two and six with the rho named
+here: what those differ by is not the step. Averaging is SGD whose weights become their mean every L mini-batches, and
+DiLoCo takes an outer Nesterov step of 0.7 towards that mean instead.
 """
 
 import argparse
@@ -77,15 +79,16 @@ TASKS = {
 }
 
 # What a trial has unless its setting says otherwise. Besides Parle's own hyper-parameters: how much longer it is, how
-# fast scoping goes, whether the inner lr drops, and whether the inner momentum outlives a sync. outer_step is the step
-# itself, which stays when lr drops, or "lr", as Parle's default is.
+# fast scoping goes, whether the inner lr drops, whether the inner momentum outlives a sync, and whether a sync makes
+# all replicas the master. outer_step is the step itself, which stays when lr drops, or "lr", as Parle's default is.
 USUAL = {
     **PRESETS["parle"],
     **dict(replicas=3, alpha=0.75, lr=0.1, momentum=0.9, outer_step="lr", outer_momentum=0.9),
-    **dict(longer=1, scoping=1, frac=1.0, inner_drops=True, keeps_momentum=True),
+    **dict(longer=1, scoping=1, frac=1.0, inner_drops=True, keeps_momentum=True, collapses=False),
 }
 SGD = PRESETS["sgd"] | dict(outer_step="lr", outer_momentum=0.9)
 FAST = dict(outer_step=0.5, outer_momentum=0.5)
+AVERAGED = dict(gamma=0.0, alpha=0.0, rho=PULL_CAP, collapses=True)  # c is at its cap, so the master moves by 11 steps
 METHODS: dict[str, dict[str, Any]] = {
     "SGD": SGD,
     "Entropy-SGD": PRESETS["entropy-sgd"],
@@ -93,6 +96,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "Parle": {},
     "Parle, rho 0.1": dict(rho=0.1),
     "One replica, rho 0.3": dict(replicas=1, rho=0.3),
+    "Two replicas, rho 0.15": dict(replicas=2, rho=0.15),
+    "Six replicas, rho 0.05": dict(replicas=6, rho=0.05),
+    "Averaging": AVERAGED | dict(outer_step=1 / (1 + PULL_CAP), outer_momentum=0.0),
+    "DiLoCo": AVERAGED | dict(outer_step=0.7 / (1 + PULL_CAP), outer_momentum=0.9),
     "Parle, s lr 0.5": FAST,
     "Parle, s lr 0.5, no scoping": FAST | dict(scoping=0),
 }
@@ -128,7 +135,7 @@ PANELS |= {
     for changed, (values, methods) in SWEEPS.items()
 }
 CHOSEN, CONTROL = METHODS["Parle, rho 0.1"], METHODS["One replica, rho 0.3"]
-PANELS["longest"] = [setting | dict(longer=12) for setting in ({}, CHOSEN, CONTROL)]
+PANELS["longest"] = [setting | dict(longer=12) for setting in ({}, CHOSEN, CONTROL, METHODS["Averaging"])]
 PANELS["longest"] += [setting | dict(longer=36) for setting in (SGD, CONTROL)]
 PANELS["fresh"] = [setting | dict(longer=longer) for longer in (4, 12) for setting in (SGD, CONTROL, CHOSEN)]
 
@@ -172,6 +179,10 @@ def trial(task_name: str, setting: dict[str, Any], seed: int, raw: Path | None, 
             if not values["keeps_momentum"]:
                 for vectors in optimizer.vectors:
                     vectors["inner_momentum_buffer"].zero_()
+            if values["collapses"]:
+                for vectors in optimizer.vectors:
+                    for name in ("weights", "anchor", "inner_avg"):
+                        vectors[name].copy_(optimizer.master)
         if done in drops:
             drop(optimizer, values)
         if done in points:

@@ -18,8 +18,10 @@ ROOT = Path(__file__).parent.parent
 SEEDS = (42, 43, 44)
 EXAMPLES = {
     "LeNet, digits": "parle_mpi.py -n 3 -d digits",
-    "LeNet, MNIST": "parle_mpi.py -n 3 -d mnist -B 0.25",
-    "LeNet, MNIST, ρ ten times as large": "parle_mpi.py -n 3 -d mnist -B 0.25 --rho 0.1",
+    "LeNet, MNIST, a quarter of an epoch": "parle_mpi.py -n 3 -d mnist -B 0.25",
+    "the same, ρ ten times as large": "parle_mpi.py -n 3 -d mnist -B 0.25 --rho 0.1",
+    "LeNet, MNIST": "parle_mpi.py -n 3 -d mnist",
+    "the same, SGD, the mini-batches of one replica": "parle_mpi.py -d mnist --method sgd -B 50 --lr-drops 25",
 }
 
 

@@ -198,6 +198,31 @@ def test_the_inner_momentum_is_cleared_at_a_sync_where_the_setting_says_so(ended
     assert all(vectors["inner_momentum_buffer"].any() == keeps for vectors in optimizer.vectors)
 
 
+@pytest.mark.parametrize(("method", "step", "momentum"), [("Averaging", 1.0, 0.0), ("DiLoCo", 0.7, 0.9)])
+def test_averaging_and_diloco_are_sgd_and_what_they_do_with_the_mean(ended, built, method, step, momentum):
+    _, optimizer = ended(**claim.METHODS[method], longer=3)
+    networks, sources, _ = built(**claim.METHODS[method], replicas=2)
+    sgd = [torch.optim.SGD(n.parameters(), 0.1, 0.9, weight_decay=0.002, nesterov=True) for n in networks]
+    start = [parameter.detach().clone() for parameter in networks[0].parameters()]
+    buffers = [torch.zeros_like(tensor) for tensor in start]
+    for done in range(1, 13):
+        claim.gradients(networks, sources)
+        for one in sgd:
+            one.step()
+            one.param_groups[0]["lr"] *= 0.2 if done in (6, 9) else 1.0
+        together = zip(start, buffers, *(network.parameters() for network in networks), strict=True)
+        for own, buffer, *ours in together if done % 2 == 0 else ():
+            moved = own - (ours[0] + ours[1]).detach() / 2
+            buffer.mul_(momentum).add_(moved)
+            own.sub_(step * (moved + momentum * buffer))
+            for parameter in ours:
+                parameter.data.copy_(own)
+    optimizer.copy_master_to(networks[1])
+    for own, master in zip(start, networks[1].parameters(), strict=True):
+        assert torch.allclose(own, master, rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(vectors["weights"], optimizer.master) for vectors in optimizer.vectors)
+
+
 def test_a_network_is_tested_with_batch_norm_statistics_of_its_own(built, tiny, tmp_path):
     (network, *_), _, _ = built()
     data = claim.load(tiny, None, tmp_path)
