@@ -14,6 +14,7 @@ DiLoCo takes an outer Nesterov step of 0.7 towards that mean instead.
 """
 
 import argparse
+import functools
 import json
 import math
 import statistics
@@ -261,27 +262,36 @@ def usual(task: str) -> dict[str, Any]:
 
 def same(task: str, setting: dict[str, Any]) -> str:
     """A key that settings of a task share that mean the same."""
-    return json.dumps(usual(task) | setting, sort_keys=True)
+    return json.dumps([task, usual(task) | setting], sort_keys=True)
 
 
 def missing(panels: Iterable[str]) -> Iterator[tuple[str, dict[str, Any], int]]:
     """Trials without a row, seed by seed; on MNIST the methods alone."""
-    kept = {(row["task"], same(row["task"], row["setting"]), row["seed"]) for row in record.read("claim")}
+    known = {(same(row["task"], row["setting"]), row["seed"]) for row in record.read("claim")}
     for seed in SEEDS + FRESH:
         for task in TASKS:
             for panel in panels:
                 skipped = (panel == "fresh") != (seed in FRESH) or (task.startswith("mnist") and panel != "method")
                 for setting in [] if skipped else PANELS[panel]:
-                    if (task, same(task, setting), seed) not in kept:
-                        kept.add((task, same(task, setting), seed))
+                    if (same(task, setting), seed) not in known:
+                        known.add((same(task, setting), seed))
                         yield task, setting, seed
 
 
 def errors(task: str, setting: dict[str, Any], seeds: Iterable[int] = SEEDS) -> list[float]:
     """Of the trials kept, seed by seed; NaN where one diverged."""
-    rows = [row for row in record.read("claim") if row["task"] == task and row["seed"] in seeds]
-    found = [row["error"] for row in rows if same(task, row["setting"]) == same(task, setting)]
-    return [math.nan if error is None else error for error in found]
+    found = kept(record.digest("claim")).get(same(task, setting), {})
+    return [found[seed] for seed in seeds if seed in found]
+
+
+@functools.cache
+def kept(digest: str) -> dict[str, dict[int, float]]:
+    """Errors by setting and seed, of the rows that have this digest."""
+    found: dict[str, dict[int, float]] = {}
+    for row in record.read("claim"):
+        error = math.nan if row["error"] is None else row["error"]
+        found.setdefault(same(row["task"], row["setting"]), {})[row["seed"]] = error
+    return found
 
 
 def verdict(ours: list[float], theirs: list[float]) -> str:
@@ -295,13 +305,13 @@ def verdict(ours: list[float], theirs: list[float]) -> str:
         return f"one seed, {difference:+.2f}"
     p = stats.ttest_ind(ours, theirs, equal_var=False).pvalue
     word = "ties" if p >= 0.05 else "wins" if difference < 0 else "loses"
-    return f"{word}, {difference:+.2f} (p {p:.2g})"
+    return f"{word}, {difference:+.2f} (p {p:.3g})"
 
 
 def table() -> str:
     """Each method against SGD with as many mini-batches of a replica, and with as many gradients in all."""
     header = ["task", "method", "mini-batches", "gradients", "test error", "seeds"]
-    header += ["against as many mini-batches", "against as many gradients"]
+    header += ["against SGD, as many mini-batches", "against SGD, as many gradients"]
     lines = []
     for task in TASKS:
         lengths = [setting | dict(longer=longer) for setting in METHODS.values() for longer in TABLED]
@@ -326,7 +336,7 @@ def fresh(task: str = "cifar-5000") -> str:
             if ours and theirs:
                 against = [method_name(other), batches[1], spread(theirs), verdict(ours, theirs)]
                 lines.append([batches[0], spread(ours), *against, len(theirs)])
-    header = ["mini-batches", "Parle, rho 0.1", "against", "its mini-batches", "its error", "Parle", "seeds"]
+    header = ["mini-batches", "Parle, rho 0.1", "other method", "its mini-batches", "its error", "Parle", "seeds"]
     return record.table(header, lines)
 
 
@@ -360,10 +370,15 @@ def sweeps() -> str:
         for changed, (values, methods) in SWEEPS.items():
             for method in methods:
                 found = [(value, errors(task, METHODS[method] | {changed: value})) for value in values]
-                cells = [f"{value}: {spread(trials)}" for value, trials in found if trials]
+                cells = [f"{value}: {spread(trials)}{seeds(trials)}" for value, trials in found if trials]
                 if len(cells) > 1:
                     lines.append([task, changed, method, "; ".join(cells)])
     return record.table(["task", "what is changed", "around", "test error"], lines)
+
+
+def seeds(found: list[float]) -> str:
+    """How many there are, where that needs to be said."""
+    return "" if len(found) == len(SEEDS) else f" ({len(found)} of {len(SEEDS)} seeds)"
 
 
 def spread(found: list[float]) -> str:
@@ -421,8 +436,8 @@ def draw_methods(task: str = "cifar-5000") -> Figure:
 
 def draw_sweeps(task: str = "cifar-5000") -> Figure:
     """Small multiples: test error against the size of the outer step, and against each thing that is changed."""
-    figure = Figure(figsize=(13, 5.6), layout="constrained")
-    first, *others = figure.subplots(2, 5, sharey=True).flat
+    figure = Figure(figsize=(14, 5.6), layout="constrained")
+    first, *others = figure.subplots(2, 6, sharey=True).flat
     first.set_ylim(34, 67)
     first.set_title("s lr (1 + c), first round", fontsize=10)
     first.set_xscale("log")
@@ -432,7 +447,7 @@ def draw_sweeps(task: str = "cifar-5000") -> Figure:
         swept = [changed for changed in ("outer_step", "rho") if method in SWEEPS[changed][1]]
         settings = [METHODS[method] | {changed: value} for changed in swept for value in SWEEPS[changed][0]]
         points(first, map(first_outer_step, settings), settings, method, "o", task)
-    changes = [changed for changed in SWEEPS if changed not in ("outer_step", "inner_drops", "keeps_momentum")]
+    changes = [changed for changed in SWEEPS if changed != "outer_step"]
     for axis, changed in zip(others, changes, strict=True):
         values, methods = SWEEPS[changed]
         for method in methods:
@@ -442,7 +457,7 @@ def draw_sweeps(task: str = "cifar-5000") -> Figure:
             axis.axhline(statistics.mean(errors(task, SGD | dict(longer=times))), color="gray", linestyle=style)
         axis.set_xticks(range(len(values)), [f"{value}" for value in values], fontsize=8)
         axis.set_title(changed, fontsize=10)
-    for axis in (first, others[4]):
+    for axis in (first, others[5]):
         axis.set_ylabel("test error, %")
     batches = f"{TASKS[task].batches:,} mini-batches of each replica"
     figure.suptitle(

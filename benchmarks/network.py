@@ -280,7 +280,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--mbits", type=int, nargs="*", default=MBITS, help="rates of the link, Mb/s (%(default)s)")
     parser.add_argument("--table", action="store_true", help="print what has been measured and predicted")
-    parser.add_argument("--plot", action="store_true", help="draw it, and end")
+    parser.add_argument("--plot", action="store_true", help="draw it")
     args = parser.parse_args()
     if launch.launched():
         torch.set_num_threads(1)
@@ -300,7 +300,7 @@ def main() -> None:
         draw()
     if args.plot:
         draw()
-    else:
+    if args.table or not args.plot:
         print(table())
 
 

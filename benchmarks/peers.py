@@ -152,10 +152,11 @@ def choose(name: str, data: loader.Dataset, comm: "MPI.Comm") -> dict[str, Any]:
 
 
 def results() -> dict[str, list[dict[str, Any]]]:
-    """The rows of every method that has been tested, with its newest settings, best method first."""
+    """The rows of every method that has been tested, those as its newest one, best method first."""
     rows = [row for row in record.read(QUESTION) if row["seed"] in SEEDS]
-    newest = {row["method"]: row["settings"] for row in rows}
-    groups = {name: [row for row in rows if row["settings"] == settings] for name, settings in newest.items()}
+    alike = ("method", "settings", "ranks", "batches")
+    newest = {row["method"]: [row[name] for name in alike] for row in rows}
+    groups = {name: [row for row in rows if [row[name] for name in alike] == last] for name, last in newest.items()}
     return dict(sorted(groups.items(), key=lambda group: statistics.mean(row["error"] for row in group[1])))
 
 

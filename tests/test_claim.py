@@ -20,11 +20,11 @@ def rows(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("ours", "theirs", "words"),
     [
-        ([1.0, 1.1, 0.9], [2.0, 2.1, 1.9], "wins, -1.00 (p 0.00026)"),
-        ([2.0, 2.1, 1.9], [1.0, 1.1, 0.9], "loses, +1.00 (p 0.00026)"),
-        ([1.0, 2.0, 3.0], [1.5, 2.5, 3.5], "ties, -0.50 (p 0.57)"),
-        ([1.0, 1.1, 0.9], [1.2, 1.3, 1.1], "ties, -0.20 (p 0.07)"),  # 2.4 standard errors of three seeds each
-        ([1.0, 1.0, 1.0001], [1.5, 2.0, 2.5], "ties, -1.00 (p 0.074)"),  # wins, were the variances equal
+        ([1.0, 1.1, 0.9], [2.0, 2.1, 1.9], "wins, -1.00 (p 0.000255)"),
+        ([2.0, 2.1, 1.9], [1.0, 1.1, 0.9], "loses, +1.00 (p 0.000255)"),
+        ([1.0, 2.0, 3.0], [1.5, 2.5, 3.5], "ties, -0.50 (p 0.573)"),
+        ([1.0, 1.1, 0.9], [1.2, 1.3, 1.1], "ties, -0.20 (p 0.0705)"),  # 2.4 standard errors of three seeds each
+        ([1.0, 1.0, 1.0001], [1.5, 2.0, 2.5], "ties, -1.00 (p 0.0742)"),  # wins, were the variances equal
         ([1.0], [2.0, 2.1], "one seed, -1.05"),
         ([1.0, float("nan")], [2.0, 2.1], "diverged"),
         ([1.0, 1.1], [], "not run"),
@@ -47,7 +47,7 @@ def test_each_is_compared_with_sgd_of_as_many_mini_batches_and_of_as_many_gradie
         "1,800",
         "1.00 ± 0.10",
         "3",
-        "wins, -1.00 (p 0.00026)",
+        "wins, -1.00 (p 0.000255)",
         "loses, +0.50 (p 0.0036)",
     ]
 
@@ -76,7 +76,7 @@ def test_what_was_chosen_is_tried_with_seeds_of_its_own(rows):
         rows(claim.CHOSEN | dict(longer=4), 1.0 + change, 1.1 + change, task="cifar-5000", seeds=seeds)
         rows(claim.SGD | dict(longer=12), 2.0 + change, 2.1 + change, task="cifar-5000", seeds=seeds)
     assert claim.fresh().splitlines()[2:] == [
-        "| 4,000 | 1.05 ± 0.07 | SGD | 12,000 | 2.05 ± 0.07 | wins, -1.00 (p 0.005) | 2 |"
+        "| 4,000 | 1.05 ± 0.07 | SGD | 12,000 | 2.05 ± 0.07 | wins, -1.00 (p 0.00496) | 2 |"
     ]
     assert "1.05" not in claim.table() and "6.05" in claim.table()
 
@@ -94,7 +94,7 @@ def test_a_sweep_says_of_every_value_what_was_found_and_how_often_it_diverged(ro
     assert claim.sweeps().splitlines()[-1].split(" | ")[1:] == [
         "gamma",
         "Parle",
-        "0.0: 1.00 ± 0.10; 0.01: 2.00; 0.1: diverged (2 of 3) |",
+        "0.0: 1.00 ± 0.10; 0.01: 2.00 (1 of 3 seeds); 0.1: diverged (2 of 3) |",
     ]
 
 

@@ -247,7 +247,8 @@ def test_settings_are_chosen_one_after_the_other_on_held_out_images(monkeypatch,
     assert (settings["lr"], settings["drops"], settings["outer_momentum"]) == (0.05, [0.5, 0.75], 0.5)
     early, late = [0.5, 0.75], [0.7, 0.9]
     assert [*dict.fromkeys(map(str, tried))] == [
-        str(each) for each in [(0.1, early, 0.9), (0.05, early, 0.9), (0.05, late, 0.9), (0.05, early, 0.5)]
+        str(each)
+        for each in [(0.1, early, 0.9), (0.05, early, 0.9), (0.2, early, 0.9), (0.05, late, 0.9), (0.05, early, 0.5)]
     ]
 
 
@@ -255,6 +256,22 @@ def test_our_sgd_takes_what_was_chosen_for_ddp(monkeypatch, comm, proc):
     monkeypatch.setattr(peers, "trial", lambda name, settings, *_: dict(error=settings["lr"], name=name))
     settings = peers.choose("sgd", loader.load("digits", proc=proc), comm)
     assert (settings["lr"], settings["replicas"], settings["sync_every"]) == (0.05, 1, 1)
+
+
+def test_what_was_tested_is_what_was_chosen(monkeypatch, comm, proc):
+    """Of the rows that are kept: a method's grid may have grown, or its choice been run anew, since it was tested."""
+    kept = record.read("peers")
+
+    def looked_up(name, settings, seed, *_):
+        (row,) = (r for r in kept if (r["method"], r["settings"], r["seed"]) == (name, settings, seed))
+        return row
+
+    monkeypatch.setattr(peers, "methods", lambda n: rules.methods(2))
+    monkeypatch.setattr(peers, "trial", looked_up)
+    data, tested = loader.load("digits", proc=proc), peers.results()
+    assert {name: rows[0]["settings"] for name, rows in tested.items()} == {
+        name: peers.choose(name, data, comm) for name in rules.methods(2)
+    }
 
 
 @pytest.fixture
@@ -270,6 +287,7 @@ def rows(monkeypatch):
     rows = [
         row("diloco", 42, [[50, 1.0, 9.0]], 1e9, lr=0.3),
         row("diloco", 41, [[1000, 1.0, 0.1]], 1e6),
+        row("diloco", 44, [[50, 1.0, 9.0]], 1e9, outer_momentum=0.5) | dict(ranks=4),
         row("diloco", 42, [[50, 1.0, 0.9], [100, 2.0, 0.65], [2000, 30.0, 0.55]], 40e6, outer_momentum=0.5),
         row("diloco", 43, [[50, 2.0, 1.1], [100, 4.0, 0.95], [2000, 40.0, 0.65]], 40e6, outer_momentum=0.5),
         row("sgd", 42, [[50, 10.0, 1.2], [100, 20.0, 1.1], [2000, 50.0, 0.45]], 2e9),
