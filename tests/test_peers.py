@@ -247,8 +247,7 @@ def test_settings_are_chosen_one_after_the_other_on_held_out_images(monkeypatch,
     assert (settings["lr"], settings["drops"], settings["outer_momentum"]) == (0.05, [0.5, 0.75], 0.5)
     early, late = [0.5, 0.75], [0.7, 0.9]
     assert [*dict.fromkeys(map(str, tried))] == [
-        str(each)
-        for each in [(0.1, early, 0.9), (0.05, early, 0.9), (0.2, early, 0.9), (0.05, late, 0.9), (0.05, early, 0.5)]
+        str(each) for each in [(0.1, early, 0.9), (0.05, early, 0.9), (0.05, late, 0.9), (0.05, early, 0.5)]
     ]
 
 
