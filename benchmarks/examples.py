@@ -19,10 +19,9 @@ SEEDS = (42, 43, 44)
 EXAMPLES = {
     "LeNet, digits": "parle_mpi.py -n 3 -d digits",
     "LeNet, MNIST, a quarter of an epoch": "parle_mpi.py -n 3 -d mnist -B 0.25",
-    "the same, ρ ten times as large": "parle_mpi.py -n 3 -d mnist -B 0.25 --rho 0.1",
+    "LeNet, MNIST, the same, ρ ten times as large": "parle_mpi.py -n 3 -d mnist -B 0.25 --rho 0.1",
     "LeNet, MNIST, an epoch": "parle_mpi.py -n 3 -d mnist -B 1",
-    "SGD, the mini-batches of one replica": "parle_mpi.py -d mnist --method sgd -B 25 --lr-drops 12.5 18.75",
-    "SGD, the gradients of three": "parle_mpi.py -d mnist --method sgd -B 75 --lr-drops 37.5 56.25",
+    "LeNet, MNIST, SGD with as many mini-batches": "parle_mpi.py -d mnist --method sgd -B 25 --lr-drops 12.5 18.75",
 }
 
 

@@ -258,8 +258,8 @@ def table() -> str:
 
 
 def draw() -> None:
-    """Share of time against bandwidth, each network a panel; a band is 2 to 1,024 replicas."""
-    gigabits = [10 ** (exponent / 20) for exponent in range(53)]  # 1 to 400
+    """Share of time against bandwidth, each network a panel; a band is 2 to 1,024 replicas, a circle was measured."""
+    gigabits = [10 ** (exponent / 20) for exponent in range(-20, 53)]  # 0.1 to 400
     figure = Figure(figsize=(10, 2.6), layout="constrained")
     axes = figure.subplots(1, len(models.RECIPES), sharey=True)
     for axis, network in zip(axes, models.RECIPES, strict=True):
@@ -267,8 +267,12 @@ def draw() -> None:
         for index, (label, colour) in enumerate((("Parle, L = 25", "tab:blue"), ("data-parallel SGD", "tab:orange"))):
             low, high = ([100 * pair[index] for pair in pairs] for pairs in (few, many))
             axis.fill_between(gigabits, low, high, color=colour, alpha=0.6, linewidth=0, label=label)
-        axis.set(xscale="log", yscale="log", xlim=(1, 400), ylim=(0.01, 100), xlabel="Gb/s", title=network)
-        axis.set_xticks([1, 10, 100], ["1", "10", "100"])
+            for row in record.read(QUESTION):
+                if (row["network"], row["method"]) == (network, ("parle", "sgd")[index]):
+                    share = 100 * row["sync_seconds"] / row["seconds"]
+                    axis.plot(row["mbits"] / 1000, share, "o", color=colour, markeredgecolor="black")
+        axis.set(xscale="log", yscale="log", xlim=(0.08, 400), ylim=(0.01, 100), xlabel="Gb/s", title=network)
+        axis.set_xticks([0.1, 1, 10, 100], ["0.1", "1", "10", "100"])
         axis.set_yticks([0.01, 0.1, 1, 10, 100], ["0.01", "0.1", "1", "10", "100"])
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("% of time synchronizing")

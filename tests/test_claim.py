@@ -66,7 +66,29 @@ def test_the_summary_sets_sgd_beside_sgd_of_three_times_the_mini_batches(rows):
     rows(claim.SGD | dict(longer=2), 9.0)
     rows(claim.SGD | dict(longer=3), 1.5)
     rows(claim.CHOSEN, 1.0)
-    assert claim.summary().splitlines()[2:] == ["| mnist-2000 | 600 | 2.00 | 1.50 |  |  |  | 1.00 |"]
+    assert claim.summary().splitlines()[2:] == [
+        "| mnist-2000 | 600 | 2.00 | 1.50 | not run | not run | not run | not run | 1.00 |"
+    ]
+
+
+def test_both_figures_show_what_there_is(rows, monkeypatch, tmp_path):
+    monkeypatch.setattr(record, "FIGURES", tmp_path / "figures")
+    for setting in (claim.SGD, claim.SGD | dict(longer=3), claim.CHOSEN, dict(gamma=0.1)):
+        rows(setting, 40.0, 41.0, task="cifar-5000")
+    rows(dict(gamma=0.0), 40.0, None, task="cifar-5000")
+    (methods, _), sweeps = claim.draw_methods().axes, claim.draw_sweeps().axes
+    bars, labels = methods.get_legend_handles_labels()
+    shown = {label: list(bar[0].get_ydata()) for bar, label in zip(bars, labels, strict=True)}
+    assert {label: errors for label, errors in shown.items() if errors} == {
+        "SGD": [40.5, 40.5],
+        "Parle, rho 0.1": [40.5],
+    }
+    (gamma,) = (axis for axis in sweeps if axis.get_title() == "gamma")
+    crosses = [list(line.get_xdata()) for line in gamma.lines if line.get_marker() == "x"]
+    assert crosses == [[0], []]  # Parle's trials with gamma 0, of which one diverged
+    assert [axis.get_title() for axis in sweeps[1:]] == [changed for changed in claim.SWEEPS if changed != "outer_step"]
+    claim.draw()
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {"claim.png", "sweeps.png"}
 
 
 def test_what_was_chosen_is_tried_with_seeds_of_its_own(rows):
