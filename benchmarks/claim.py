@@ -137,9 +137,11 @@ PANELS |= {
     for changed, (values, methods) in SWEEPS.items()
 }
 CHOSEN, CONTROL = METHODS["Parle, rho 0.1"], METHODS["One replica, rho 0.3"]
-PANELS["longest"] = [setting | dict(longer=12) for setting in ({}, CHOSEN, CONTROL, METHODS["Averaging"])]
+AVERAGING = METHODS["Averaging"]
+PANELS["longest"] = [setting | dict(longer=12) for setting in ({}, CHOSEN, CONTROL, AVERAGING)]
 PANELS["longest"] += [setting | dict(longer=36) for setting in (SGD, CONTROL)]
 PANELS["fresh"] = [setting | dict(longer=longer) for longer in (4, 12) for setting in (SGD, CONTROL, CHOSEN)]
+PANELS["fresh"] += [AVERAGING | dict(longer=4)]
 
 
 def load(task: Task, raw: Path | None, proc: Path) -> loader.Dataset:
@@ -327,11 +329,11 @@ def table() -> str:
 
 
 def fresh(task: str = "cifar-5000") -> str:
-    """What was chosen by SEEDS, with FRESH ones: against SGD and one replica, of as many mini-batches and gradients."""
+    """What was chosen by SEEDS, with FRESH ones: against others of as many mini-batches, and of as many gradients."""
     lines = []
     for longer, times in ((4, 1), (4, 3), (12, 1)):
         ours = errors(task, CHOSEN | dict(longer=longer), FRESH)
-        for other in (SGD, CONTROL):
+        for other in (SGD, CONTROL, AVERAGING):
             theirs = errors(task, other | dict(longer=longer * times), FRESH)
             batches = [f"{count * TASKS[task].batches:,}" for count in (longer, longer * times)]
             if ours and theirs:
