@@ -213,7 +213,8 @@ def draw() -> None:
                 for name in ("train_loss", "test_loss")
             )
             axes.plot(positions, [losses.mean() for losses in training], "--", color=colour)
-            axes.plot(positions, [losses.mean() for losses in test], color=colour, label=label)
+            rings = dict(marker="o", fillstyle="none", markersize=9 - 2 * number)  # where lines hide each other
+            axes.plot(positions, [losses.mean() for losses in test], color=colour, label=label, **rings)
             low, high = ([end(losses) for losses in test] for end in (np.min, np.max))
             axes.fill_between(positions, low, high, color=colour, alpha=0.15, linewidth=0)
         axes.legend(loc="upper left")
