@@ -12,6 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import options
 from benchmarks import record
 
 ROOT = Path(__file__).parent.parent
@@ -49,6 +50,10 @@ def run(example: str, seed: int, data: Path | None, proc: Path) -> None:
     )
 
 
+def sync_every(command: str) -> int:
+    return options.resolve(options.parser("", "").parse_args(command.split()[1:]), None).sync_every
+
+
 def table() -> str:
     rows = record.read("examples")
     lines = []
@@ -60,14 +65,14 @@ def table() -> str:
                 [
                     example,
                     own[0]["replicas"],
-                    own[0]["rounds"],
+                    f"{own[0]['rounds'] * sync_every(command):,}",
                     record.spread([row["error"] for row in own]),
                     f"{min(seconds):.0f} to {max(seconds):.0f}",
                     f"`python {command}`",
                     ", ".join(str(row["seed"]) for row in own),
                 ]
             )
-    return record.table(["network, data", "n", "rounds", "test error, %", "seconds", "command", "seeds"], lines)
+    return record.table(["network, data", "n", "mini-batches of each", "test error, %", "seconds", "command", "seeds"], lines)
 
 
 def main() -> None:
