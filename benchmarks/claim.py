@@ -139,7 +139,7 @@ PANELS |= {
 CHOSEN, CONTROL = METHODS["Parle, rho 0.1"], METHODS["One replica, rho 0.3"]
 AVERAGING = METHODS["Averaging"]
 PANELS["longest"] = [setting | dict(longer=12) for setting in ({}, CHOSEN, CONTROL, AVERAGING)]
-PANELS["longest"] += [setting | dict(longer=36) for setting in (SGD, CONTROL)]
+PANELS["longest"] += [SGD | dict(longer=36)]
 PANELS["fresh"] = [setting | dict(longer=longer) for longer in (4, 12) for setting in (SGD, CONTROL, CHOSEN)]
 PANELS["fresh"] += [AVERAGING | dict(longer=4)]
 

@@ -72,7 +72,8 @@ def table() -> str:
                     ", ".join(str(row["seed"]) for row in own),
                 ]
             )
-    return record.table(["network, data", "n", "mini-batches of each", "test error, %", "seconds", "command", "seeds"], lines)
+    header = ["network, data", "n", "mini-batches of each", "test error, %", "seconds", "command", "seeds"]
+    return record.table(header, lines)
 
 
 def main() -> None:
