@@ -3,7 +3,7 @@
     python benchmarks/claim.py --data DIR                  # all trials that have not been run, on all cores: hours
     python benchmarks/claim.py --data DIR method rho       # those of two panels
     python benchmarks/claim.py --table                     # what results/claim.jsonl says
-    python benchmarks/claim.py --plot                      # figures/claim.png
+    python benchmarks/claim.py --plot                      # figures/claim.png and sweeps.png
 
 A trial trains its replicas one after another on one thread, by parle_gpu.Parle on the CPU, and as many trials run at
 once as there are cores: errors are compared here, not seconds. SGD is there with as many mini-batches as a replica has
