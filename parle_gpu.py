@@ -16,16 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import DataParallel
 
-import doctor
-import experiment
-import interrupts
-import launch
 import loader
 import models
-import options
-import ranks
-from checkpoint import CheckpointError
-from optimizer import ReplicaOptimizer
+from parle import cli, distributed, doctor, experiment, launcher, signals
+from parle.checkpoint import CheckpointError
+from parle.optimizer import ReplicaOptimizer
 
 
 class Parle(ReplicaOptimizer):
@@ -127,22 +122,22 @@ class Stopwatch:
 
 
 def main() -> None:
-    parser = options.parser("parle_gpu.py", "Parle on one host: replicas over its devices, in one process.")
+    parser = cli.parser("parle_gpu.py", "Parle on one host: replicas over its devices, in one process.")
     add = parser.add_argument_group("the devices").add_argument
     add(
         "--gpus-per-replica",
-        type=options.COUNT,
+        type=cli.COUNT,
         metavar="N",
         help="CUDA devices that share each one's mini-batches (all there are // -n)",
     )
-    interrupts.await_training()
+    signals.await_training()
     try:
-        given = options.parse(parser)
+        given = cli.parse(parser)
         if given.doctor and not doctor.examine(given, mpi=False):
             sys.exit(1)
-        status = 0 if run(given) else interrupts.STOPPED
-    except (options.Mistake, loader.DataError, FloatingPointError, CheckpointError) as error:
-        options.tell(parser.prog, error)
+        status = 0 if run(given) else signals.STOPPED
+    except (cli.Mistake, loader.DataError, FloatingPointError, CheckpointError) as error:
+        cli.tell(parser.prog, error)
         status = 1 if isinstance(error, FloatingPointError | CheckpointError) else 2
     if status:
         sys.exit(status)
@@ -150,14 +145,14 @@ def main() -> None:
 
 def run(given: argparse.Namespace) -> bool:
     """Train as the arguments say, or only tell what that would take. Returns whether the run has come to its end."""
-    if (launch.launched() or (0, 1))[1] != 1:
-        raise options.Mistake("one process holds all replicas: no mpirun, or mpirun -n 3 python parle_mpi.py")
-    args = options.resolve(given, None)
-    options.check(args, None)
-    devices = options.devices(args.device)
+    if (launcher.launched() or (0, 1))[1] != 1:
+        raise cli.Mistake("one process holds all replicas: no mpirun, or mpirun -n 3 python parle_mpi.py")
+    args = cli.resolve(given, None)
+    cli.check(args, None)
+    devices = cli.devices(args.device)
     places = spread(devices, args)
     if devices[0].type == "cpu":  # as many as a rank would have, so that both programs round alike
-        torch.set_num_threads(ranks.threads(len(ranks.cores()), args.replicas))
+        torch.set_num_threads(distributed.threads(len(distributed.cores()), args.replicas))
     args, data = experiment.load(given, size=None, read=doctor.synthetic if given.doctor else read, first=True)
     try:
         return train(
@@ -167,7 +162,7 @@ def run(given: argparse.Namespace) -> bool:
         if not any(words in str(error) for words in ("out of memory", "can't allocate memory", "ALLOC_FAILED")):
             raise
         vectors, batch = (size / 2**20 for size in memory(args, data))
-        raise options.Mistake(
+        raise cli.Mistake(
             f"out of memory: each of {args.replicas} replicas of {args.model} takes {vectors:,.0f} MiB, and about "
             f"{batch:,.0f} MiB for a mini-batch of {args.batch_size}: use a smaller -b or -n, or --amp bf16"
         ) from error
@@ -177,13 +172,11 @@ def spread(devices: list[torch.device], args: argparse.Namespace) -> list[list[t
     """Each replica's devices: neighbours, dealt round, by default as many as there are for each. Raises: Mistake."""
     asked = args.gpus_per_replica
     if asked not in (None, 1) and devices[0].type != "cuda":  # all that torch's DataParallel knows
-        raise options.Mistake(
-            f"--gpus-per-replica {asked} needs CUDA devices, and this is {devices[0].type}: leave it out"
-        )
+        raise cli.Mistake(f"--gpus-per-replica {asked} needs CUDA devices, and this is {devices[0].type}: leave it out")
     if asked is not None and asked > len(devices):
-        raise options.Mistake(f"--gpus-per-replica {asked}: there are {len(devices)}, use that or less")
+        raise cli.Mistake(f"--gpus-per-replica {asked}: there are {len(devices)}, use that or less")
     if asked is not None and not _divides(args.batch_size, asked):
-        raise options.Mistake(
+        raise cli.Mistake(
             f"-b {args.batch_size} does not give each of {asked} GPUs of a replica 2 images: use -b {2 * asked}, "
             "a multiple of it, or a smaller --gpus-per-replica"
         )
@@ -216,7 +209,7 @@ def train(args: argparse.Namespace, data: loader.Dataset, places: list[list[torc
         replicas[number] = model, experiment.batches(args, own, number)
     settings = experiment.hyperparameters(args, replicas[0][1].per_epoch) | (doctor.STILL if args.doctor else {})
     optimizer = Parle([model.parameters() for model, _ in replicas.values()], **settings)
-    where = [" + ".join(map(options.name, devices)) for devices in places]
+    where = [" + ".join(map(cli.name, devices)) for devices in places]
     if args.doctor:
         return doctor.over_devices(args, optimizer, list(replicas.values()), where)
     resumed = experiment.find_checkpoint(args)
@@ -228,7 +221,7 @@ def train(args: argparse.Namespace, data: loader.Dataset, places: list[list[torc
         replicas,
         experiment.open_report(args, resumed),
         resumed,
-        f"{launch.python()} {shlex.quote(sys.argv[0])}",
+        f"{launcher.python()} {shlex.quote(sys.argv[0])}",
         devices=where,
         idle=idle,
     )

@@ -19,16 +19,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-import doctor
-import engine
-import experiment
-import interrupts
-import launch
 import loader
-import options
-import ranks
-from checkpoint import CheckpointError
-from optimizer import TAIL, Replica, ReplicaOptimizer
+from parle import cli, distributed, doctor, experiment, launcher, signals, training
+from parle.checkpoint import CheckpointError
+from parle.optimizer import TAIL, Replica, ReplicaOptimizer
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -64,7 +58,9 @@ class Parle(ReplicaOptimizer):
         super().__init__(params, replicas, **hyperparameters)
         settings = [{name: value for name, value in group.items() if name != "params"} for group in self.param_groups]
         shapes = [tuple(parameter.shape) for parameter in self._home.parameters]
-        ranks.check_same(comm, dict(replicas=replicas, parameters=shapes, strides=self._home.strides, groups=settings))
+        distributed.check_same(
+            comm, dict(replicas=replicas, parameters=shapes, strides=self._home.strides, groups=settings)
+        )
         self.comm = comm
         self.team = comm.Split(comm.rank // (comm.size // replicas))  # the ranks of this replica
         # MPI from wheels cannot read a GPU's memory: messages are staged in the host's, pinned for CUDA's copies
@@ -76,7 +72,7 @@ class Parle(ReplicaOptimizer):
         with torch.no_grad():
             for tensor in [self._home.weights, *self._home.frozen]:
                 host = tensor.cpu().contiguous()
-                ranks.broadcast(comm, host)
+                distributed.broadcast(comm, host)
                 tensor.copy_(host)
             self._start_alike()
 
@@ -93,7 +89,7 @@ class Parle(ReplicaOptimizer):
 
     def _everywhere(self, numbers: list[int]) -> list[int]:
         mine = [self.comm.rank // self.team.size] if numbers else []  # here the only replica is number 0
-        return sorted({number for numbers in ranks.gather(self.comm, mine) for number in numbers})
+        return sorted({number for numbers in distributed.gather(self.comm, mine) for number in numbers})
 
     def _mean(self, comm: "MPI.Comm", vector: Tensor) -> None:
         if comm.size == 1:
@@ -105,7 +101,7 @@ class Parle(ReplicaOptimizer):
         if self._staging is not None:
             host = self._staging[: len(vector)]
             host.copy_(vector)  # returns when it is there, so MPI reads what was computed
-        ranks.add(comm, host)
+        distributed.add(comm, host)
         if host is not vector:
             vector.copy_(host)
         vector.div_(comm.size)
@@ -113,27 +109,29 @@ class Parle(ReplicaOptimizer):
 
 
 def main() -> None:
-    parser = options.parser("parle_mpi.py", "Parle over MPI: replicas on ranks, coupled by one allreduce a round.")
-    interrupts.await_training()
+    parser = cli.parser("parle_mpi.py", "Parle over MPI: replicas on ranks, coupled by one allreduce a round.")
+    signals.await_training()
     comm = None
     try:
-        examines = "--doctor" in sys.argv and launch.STARTED not in os.environ  # before it starts ranks, which may fail
-        if examines and not doctor.examine(options.parse(parser), mpi=True):
+        examines = (
+            "--doctor" in sys.argv and launcher.STARTED not in os.environ
+        )  # before it starts ranks, which may fail
+        if examines and not doctor.examine(cli.parse(parser), mpi=True):
             sys.exit(1)
-        if launch.launched() is None:
-            args = options.resolve(options.parse(parser), None)
-            options.check(args, None)
+        if launcher.launched() is None:
+            args = cli.resolve(cli.parse(parser), None)
+            cli.check(args, None)
             status = start(args.replicas)
             if status is not None:
                 sys.exit(status)
         comm = world()
-        done = run(ranks.together(comm, functools.partial(options.parse, parser), True, options.Mistake), comm)
-        status = 0 if done else interrupts.STOPPED
-    except (options.Mistake, ranks.Disagreement, loader.DataError, FloatingPointError, CheckpointError) as error:
-        options.tell(parser.prog, error)
+        done = run(distributed.together(comm, functools.partial(cli.parse, parser), True, cli.Mistake), comm)
+        status = 0 if done else signals.STOPPED
+    except (cli.Mistake, distributed.Disagreement, loader.DataError, FloatingPointError, CheckpointError) as error:
+        cli.tell(parser.prog, error)
         status = 1 if isinstance(error, FloatingPointError | CheckpointError) else 2
     if status and comm is not None:
-        ranks.gather(comm, None)  # every rank has the same to say, and none ends before the first has said it
+        distributed.gather(comm, None)  # every rank has the same to say, and none ends before the first has said it
         sys.modules["mpi4py.MPI"].Finalize()
     if status:
         sys.exit(status)
@@ -141,9 +139,9 @@ def main() -> None:
 
 def start(replicas: int) -> int | None:
     try:
-        return launch.start(replicas)
+        return launcher.start(replicas)
     except OSError as error:
-        raise options.Mistake(str(error)) from error
+        raise cli.Mistake(str(error)) from error
 
 
 def world() -> "MPI.Comm":
@@ -151,11 +149,11 @@ def world() -> "MPI.Comm":
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
-        raise options.Mistake(f"mpi4py finds no MPI library ({error}): pip install mpich") from error
+        raise cli.Mistake(f"mpi4py finds no MPI library ({error}): pip install mpich") from error
     comm = MPI.COMM_WORLD
-    _, size = launch.launched() or (0, None)
+    _, size = launcher.launched() or (0, None)
     if size not in (None, comm.size):
-        raise options.Mistake(
+        raise cli.Mistake(
             f"the launcher started {size} ranks but {MPI.get_vendor()[0]}, the MPI of mpi4py, sees {comm.size}: "
             "use its own mpiexec, or install mpi4py for the launcher's MPI"
         )
@@ -165,18 +163,20 @@ def world() -> "MPI.Comm":
 def run(given: argparse.Namespace, comm: "MPI.Comm") -> bool:
     """Train as the arguments say, or only tell what that would take. Returns whether the run has come to its end."""
     local = {"data", "proc", "out", "device"}  # what may differ between machines
-    ranks.check_same(comm, {name: value for name, value in vars(given).items() if name not in local})
-    ranks.patience = given.timeout
-    node = ranks.node(comm)
-    cores = set().union(*ranks.gather(node, ranks.cores()))  # a launcher may have bound each rank to some of its own
+    distributed.check_same(comm, {name: value for name, value in vars(given).items() if name not in local})
+    distributed.patience = given.timeout
+    node = distributed.node(comm)
+    cores = set().union(
+        *distributed.gather(node, distributed.cores())
+    )  # a launcher may have bound each rank to some of its own
 
     def check() -> list[torch.device]:
-        args = options.resolve(given, comm.size)
-        options.check(args, comm.size)
-        return options.devices(args.device)
+        args = cli.resolve(given, comm.size)
+        cli.check(args, comm.size)
+        return cli.devices(args.device)
 
-    devices = ranks.together(comm, check, True, options.Mistake)
-    torch.set_num_threads(ranks.threads(len(cores), node.size))
+    devices = distributed.together(comm, check, True, cli.Mistake)
+    torch.set_num_threads(distributed.threads(len(cores), node.size))
     device = devices[node.rank % len(devices)]
     read = doctor.synthetic if given.doctor else functools.partial(load, comm, node)
     args, data = experiment.load(given, size=comm.size, read=read, first=comm.rank == 0)
@@ -189,30 +189,32 @@ def run(given: argparse.Namespace, comm: "MPI.Comm") -> bool:
     optimizer = Parle(model.parameters(), comm, replicas=args.replicas, **settings)
     if args.doctor:
         return doctor.over_ranks(args, optimizer, (model, batches), device, comm, node)
-    resumed = ranks.together(comm, functools.partial(experiment.find_checkpoint, args), comm.rank == 0, options.Mistake)
-    resumed = ranks.gather(comm, resumed)[0]
+    resumed = distributed.together(
+        comm, functools.partial(experiment.find_checkpoint, args), comm.rank == 0, cli.Mistake
+    )
+    resumed = distributed.gather(comm, resumed)[0]
     own = {replica: (model, batches)}
     restore = functools.partial(experiment.restore, args, resumed, optimizer, own, part)
-    ranks.together(comm, restore, True, options.Mistake)
+    distributed.together(comm, restore, True, cli.Mistake)
     open_report = functools.partial(experiment.open_report, args, resumed)
-    program = f"{launch.python()} {shlex.quote(sys.argv[0])}"
-    if launch.STARTED not in os.environ and comm.size > 1:
+    program = f"{launcher.python()} {shlex.quote(sys.argv[0])}"
+    if launcher.STARTED not in os.environ and comm.size > 1:
         program = f"mpiexec -n {comm.size} {program} -n {args.replicas}"
     return experiment.run(
         args,
         data,
         optimizer,
         own,
-        ranks.together(comm, open_report, comm.rank == 0, options.Mistake),
+        distributed.together(comm, open_report, comm.rank == 0, cli.Mistake),
         resumed,
         program,
-        team=engine.Team(part, ranks_per_replica, functools.partial(ranks.add, optimizer.team)),
-        world=engine.Team(
-            comm.rank, comm.size, functools.partial(ranks.add, comm), functools.partial(ranks.gather, comm)
+        team=training.Team(part, ranks_per_replica, functools.partial(distributed.add, optimizer.team)),
+        world=training.Team(
+            comm.rank, comm.size, functools.partial(distributed.add, comm), functools.partial(distributed.gather, comm)
         ),
         ranks=comm.size,
-        devices=ranks.gather(comm, options.name(device)),
-        mpi=ranks.library(),
+        devices=distributed.gather(comm, cli.name(device)),
+        mpi=distributed.library(),
         mpi4py=importlib.metadata.version("mpi4py"),
     )
 
@@ -221,9 +223,9 @@ def load(comm: "MPI.Comm", node: "MPI.Comm", args: argparse.Namespace) -> loader
     """The data. One rank downloads and pre-processes, then one of each node unless proc/ is shared; then all map it."""
     build = functools.partial(loader.load, args.dataset, args.data, args.proc, args.whiten)
     for here in (comm.rank == 0, node.rank == 0):
-        ranks.together(comm, build, here, loader.DataError)
-    return ranks.together(comm, build, True, loader.DataError)
+        distributed.together(comm, build, here, loader.DataError)
+    return distributed.together(comm, build, True, loader.DataError)
 
 
 if __name__ == "__main__":
-    ranks.run(main)
+    distributed.run(main)

@@ -26,9 +26,8 @@ def origin() -> dict[str, str | None]:
 
 def machine() -> str:
     """The processor and the versions that a number depends on, in one line."""
-    import torch
-
     import ranks
+    import torch
 
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -6,9 +6,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
-
 import ranks
+import torch
 
 ROOT = Path(ranks.__file__).parent
 

@@ -18,13 +18,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import engine
-import launch
 import loader
-import options
-import ranks
-from optimizer import ReplicaOptimizer
-from parle import round_length
+from parle import cli, distributed, launcher, training
+from parle.algorithm import round_length
+from parle.optimizer import ReplicaOptimizer
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -53,9 +50,9 @@ def tell(rows: Iterable[Row], first: bool) -> bool:
 
 def examine(given: argparse.Namespace, mpi: bool) -> bool:
     """Tell what a run needs and whether it is here. Raises: Mistake."""
-    rank, size = launch.launched() or (0, None)
-    args = options.resolve(given, size)
-    options.check(args, size)
+    rank, size = launcher.launched() or (0, None)
+    args = cli.resolve(given, size)
+    cli.check(args, size)
     return tell(_parts(args, mpi), rank == 0)
 
 
@@ -68,19 +65,21 @@ def _parts(args: argparse.Namespace, mpi: bool) -> Iterator[Row]:
             yield package, f"missing: pip install {package}", False
     if mpi:
         yield "MPI", *_library()
-        mpiexec, launcher = launch.mpiexec(), launch.launcher()
+        mpiexec, started_by = launcher.mpiexec(), launcher.launcher()
         missing = "none beside this Python or on the PATH: pip install mpich"
-        yield "mpiexec", mpiexec or missing, bool(mpiexec or launcher)
-        yield "launcher", launcher or "none: this program starts its ranks by mpiexec", True
+        yield "mpiexec", mpiexec or missing, bool(mpiexec or started_by)
+        yield "launcher", started_by or "none: this program starts its ranks by mpiexec", True
     yield "data", *_data(args)
 
 
 def _library() -> tuple[str, bool]:
     """Whose MPI mpi4py finds. Asked of another process, since importing it starts MPI and a broken one may crash."""
-    program = "import mpi4py; mpi4py.rc.initialize = False; import ranks; print(ranks.library())"
+    program = "import mpi4py; mpi4py.rc.initialize = False; from parle import distributed; print(distributed.library())"
     command = [sys.executable, "-c", program]
     try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=PATIENCE)
+        done = subprocess.run(
+            command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=PATIENCE
+        )
     except subprocess.TimeoutExpired:
         return f"none that mpi4py could load within {PATIENCE} s", False
     if done.returncode == 0:
@@ -133,12 +132,12 @@ def over_ranks(
     node: "MPI.Comm",
 ) -> bool:
     """Tell where the ranks are, and what they take. Collective."""
-    world = engine.Team(comm.rank, comm.size, gather=lambda value: ranks.gather(comm, value))
-    places = world.gather((socket.gethostname(), options.name(device)))
+    world = training.Team(comm.rank, comm.size, gather=lambda value: distributed.gather(comm, value))
+    places = world.gather((socket.gethostname(), cli.name(device)))
     machines = sum(world.gather(node.rank == 0))
     several = len({host for host, _ in places}) > 1
     where = f"{comm.size} on {machines} machine{'s' * (machines > 1)}"
-    rows = [("ranks", f"{where}, {torch.get_num_threads()} of {len(ranks.cores())} cores each", True)]
+    rows = [("ranks", f"{where}, {torch.get_num_threads()} of {len(distributed.cores())} cores each", True)]
     width = comm.size // args.replicas
     for number in range(args.replicas):
         own = range(number * width, (number + 1) * width)
@@ -155,18 +154,18 @@ def over_devices(
     places: Sequence[str],
 ) -> bool:
     """Tell where the replicas of this process are, and what they take."""
-    threads = f"{torch.get_num_threads()} of {len(ranks.cores())} cores"
+    threads = f"{torch.get_num_threads()} of {len(distributed.cores())} cores"
     tell([("threads", threads, True), *((f"replica {a}", place, True) for a, place in enumerate(places))], True)
-    count = len({place for network, _ in replicas for place in engine.devices(network)[:1]})
+    count = len({place for network, _ in replicas for place in training.devices(network)[:1]})
     between = f"between {count} devices" if count > 1 else "on one device"
-    return tell(_costs(args, optimizer, replicas, engine.ALONE, ("messages", between)), True)
+    return tell(_costs(args, optimizer, replicas, training.ALONE, ("messages", between)), True)
 
 
 def _costs(
     args: argparse.Namespace,
     optimizer: ReplicaOptimizer,
     replicas: Sequence[tuple[nn.Module, loader.Batches]],
-    world: engine.Team,
+    world: training.Team,
     message: tuple[str, str],
 ) -> list[Row]:
     """`message` is what a synchronization sends, and between whom."""
@@ -191,17 +190,17 @@ def _costs(
 
 
 def measure(
-    optimizer: ReplicaOptimizer, replicas: Sequence[tuple[nn.Module, loader.Batches]], world: engine.Team, amp: bool
+    optimizer: ReplicaOptimizer, replicas: Sequence[tuple[nn.Module, loader.Batches]], world: training.Team, amp: bool
 ) -> tuple[float, float, float]:
     """Seconds of a mini-batch of every replica here, forward and backward; and of communication, at a sync and a step.
 
     Medians: of the slowest rank's mini-batches, and of what the rank communicates that waits for no other.
     """
     drawn = [(network, *next(source)) for network, source in replicas]
-    places = {place for network, *_ in drawn for place in engine.devices(network) if place.type != "cpu"}
+    places = {place for network, *_ in drawn for place in training.devices(network) if place.type != "cpu"}
     precision = contextlib.nullcontext()
     if amp:
-        precision = torch.autocast(engine.devices(replicas[0][0])[0].type, torch.bfloat16)
+        precision = torch.autocast(training.devices(replicas[0][0])[0].type, torch.bfloat16)
 
     def mini_batch() -> None:
         optimizer.zero_grad()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from loader import Batches, Dataset
-from optimizer import ReplicaOptimizer
+from parle.optimizer import ReplicaOptimizer
 
 RECALIBRATION_BATCHES = 100  # enough: with 12,800 images a mean is known to 1 % of a standard deviation
 EVALUATION_BATCH = 256

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from parle import GAMMA_CAP, PULL_CAP, descend, move_anchor, round_length, scope
+from parle.algorithm import GAMMA_CAP, PULL_CAP, descend, move_anchor, round_length, scope
 
 RIDERS = 5  # floats of the caller's that travel behind the weights in a round's message
 TAIL = RIDERS + 2  # and the share of the replicas that are sound, and a float of the subclass's

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine import Team
-from optimizer import ReplicaOptimizer
+from parle.optimizer import ReplicaOptimizer
+from parle.training import Team
 
 FORMAT = 1  # of what is in a checkpoint; raise it when that changes
 FOLDER = "checkpoints"  # in a run's own

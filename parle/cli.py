@@ -11,12 +11,10 @@ from typing import Any, NoReturn
 
 import torch
 
-import checkpoint
-import launch
-import ranks
 from loader import SOURCES
 from models import COMMON, RECIPES
-from parle import PRESETS
+from parle import checkpoint, distributed, launcher
+from parle.algorithm import PRESETS
 
 
 class Mistake(Exception):
@@ -26,12 +24,12 @@ class Mistake(Exception):
 def tell(prog: str, mistake: Exception) -> None:
     """One line, from the first rank."""
     if _is_first_rank():
-        sys.stderr.write(f"{prog}: error: {ranks.reason(mistake)}\n")
+        sys.stderr.write(f"{prog}: error: {distributed.reason(mistake)}\n")
         sys.stderr.flush()
 
 
 def _is_first_rank() -> bool:
-    rank, _ = launch.launched() or (0, None)
+    rank, _ = launcher.launched() or (0, None)
     return rank == 0
 
 
@@ -187,7 +185,7 @@ def parse(parser: Parser) -> argparse.Namespace:
         raise Mistake(f"--resume {folder}: {error}") from error
     run = folder if not named else folder.parent.parent if folder.parent.name == checkpoint.FOLDER else None
     arguments = manifest["arguments"] | dict(out=run and str(run))
-    if launch.STARTED not in os.environ and (launch.launched() or (0, 1))[1] != 1:
+    if launcher.STARTED not in os.environ and (launcher.launched() or (0, 1))[1] != 1:
         del arguments["replicas"]  # as many as there are ranks now, unless -n says otherwise
     if PRESETS[arguments["method"]]["rho"] == "1/n" and arguments["rho"] == 1 / manifest["replicas"]:
         del arguments["rho"]  # with another n another one

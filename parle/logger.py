@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-import launch
+from parle import launcher
 
 LINE_EVERY = 5.0  # seconds between lines on rounds
 
@@ -91,7 +91,7 @@ class Report:
             f"{event['parameters']:,} parameters, {event['images']:,} images{origin}; {rounds} of {length} "
             f"of {arguments['batch_size']}, {_count(event['batches_per_epoch'], 'round')} an epoch; in {self.folder}"
         )
-        columns = os.environ.get(launch.TERMINAL)
+        columns = os.environ.get(launcher.TERMINAL)
         if sys.stdout and (columns or sys.stdout.isatty()):
             with _whoever_reads():  # on stdout like all else: mpiexec would bring stderr in another order
                 self.bar = tqdm(
@@ -205,7 +205,7 @@ def revision() -> str | None:
     """The commit of this program, "-dirty" where a .py file differs from it; None where git does not know."""
 
     def git(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        command = ["git", "-C", str(Path(__file__).parent.parent), *arguments]
         return subprocess.run(command, capture_output=True, text=True, timeout=10)
 
     try:

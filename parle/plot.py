@@ -22,8 +22,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import AutoLocator, LogLocator, NullLocator
 from PIL import Image
 
-import experiment
-import options
+from parle import cli, experiment
 
 MOST = 200  # points of a curve; with more of them each is the mean of neighbours
 FEW = 30  # points that a curve shows as such
@@ -58,7 +57,7 @@ def read(folder: Path) -> Run:
         events = [json.loads(line) for line in lines]
         told = {kind: [event for event in events if event["event"] == kind] for kind in ("round", "eval", "lost")}
         if not told["round"]:
-            raise options.Mistake(f"{path} has no round yet: wait for one, or leave this run out")
+            raise cli.Mistake(f"{path} has no round yet: wait for one, or leave this run out")
         starts = [event["arguments"] for event in events if event["event"] in ("start", "resume")]
         common = ("round", "epoch", "seconds")
         return Run(
@@ -69,9 +68,9 @@ def read(folder: Path) -> Run:
             np.array([event["round"] for event in told["lost"]], dtype=float),
         )
     except OSError as error:
-        raise options.Mistake(f"{error}: name the folder of a run") from error
+        raise cli.Mistake(f"{error}: name the folder of a run") from error
     except (ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError) as error:
-        raise options.Mistake(f"{path} is not the log of a run ({type(error).__name__}: {error})") from error
+        raise cli.Mistake(f"{path} is not the log of a run ({type(error).__name__}: {error})") from error
 
 
 def _columns(events: list[dict[str, Any]], *names: str) -> Columns:
@@ -225,25 +224,25 @@ def _legend(axes: Axes, **styles: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = options.Parser(prog="plot.py", description="Draw runs, from their logs.", allow_abbrev=False)
+    parser = cli.Parser(prog="plot.py", description="Draw runs, from their logs.", allow_abbrev=False)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder; several are overlaid")
     parser.add_argument("-o", "--out", type=Path, metavar="FILE", help=".png, .svg or .pdf (plot.png in the first RUN)")
     try:
         run(parser.parse_args())
-    except options.Mistake as error:
-        options.tell(parser.prog, error)
+    except cli.Mistake as error:
+        cli.tell(parser.prog, error)
         sys.exit(2)
 
 
 def run(args: argparse.Namespace) -> None:
     out = args.out or args.runs[0] / "plot.png"
     if out.suffix not in SUFFIXES:
-        raise options.Mistake(f"-o {out}: use a name that ends in {', '.join(SUFFIXES)}")
+        raise cli.Mistake(f"-o {out}: use a name that ends in {', '.join(SUFFIXES)}")
     figure = draw([read(folder) for folder in args.runs])
     try:
         save(figure, out)
     except OSError as error:
-        raise options.Mistake(f"-o: {error}; name another file") from error
+        raise cli.Mistake(f"-o: {error}; name another file") from error
     print(out)
 
 

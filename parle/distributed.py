@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-import launch
+from parle import launcher
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -20,12 +20,12 @@ def run(main: Callable[[], None]) -> None:
 
     Without this an exception ends one rank and the others wait for it for ever.
     """
-    farewell = launch.greet()
+    farewell = launcher.greet()
     try:
         main()
-        farewell(launch.LEFT)
+        farewell(launcher.LEFT)
     except BaseException as error:
-        farewell(launch.LEFT if isinstance(error, SystemExit) else launch.FAILED)
+        farewell(launcher.LEFT if isinstance(error, SystemExit) else launcher.FAILED)
         mpi = sys.modules.get("mpi4py.MPI")
         if mpi is None or not mpi.Is_initialized() or mpi.Is_finalized():
             raise

@@ -5,7 +5,7 @@ import signal
 from collections.abc import Iterator
 from types import FrameType
 
-from engine import Asked
+from parle.training import Asked
 
 STOPPED = 75  # exit status of a run that was asked to stop: the BSDs' "try again later"
 

@@ -15,16 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-import checkpoint
-import engine
-import faults
-import interrupts
-import launch
 import loader
 import models
-import options
-from optimizer import ReplicaOptimizer
-from report import Report, surroundings
+from parle import checkpoint, cli, fault_injection, launcher, signals, training
+from parle.logger import Report, surroundings
+from parle.optimizer import ReplicaOptimizer
 
 
 def load(
@@ -34,7 +29,7 @@ def load(
 
     They are digits where nobody asked for a data set and the usual one cannot be downloaded; the `first` rank says so.
     """
-    args = options.resolve(given, size)
+    args = cli.resolve(given, size)
     try:
         return args, read(args)
     except loader.Unreachable as error:
@@ -45,7 +40,7 @@ def load(
                 f"WARNING: training on digits, scikit-learn's 8 x 8 images, instead of {args.dataset}: {error}",
                 flush=True,
             )
-    args = options.resolve(argparse.Namespace(**vars(given) | dict(dataset="digits")), size)
+    args = cli.resolve(argparse.Namespace(**vars(given) | dict(dataset="digits")), size)
     return args, read(args)
 
 
@@ -100,7 +95,7 @@ def find_checkpoint(args: argparse.Namespace) -> Resumed | None:
         paths = [args.resume] if os.path.exists(args.resume / checkpoint.MANIFEST) else checkpoint.found(args.resume)
         path, manifest, complaints = checkpoint.newest(paths)
     except checkpoint.CheckpointError as error:
-        raise options.Mistake(f"--resume: {error}") from error
+        raise cli.Mistake(f"--resume: {error}") from error
     for complaint in complaints:
         print(f"WARNING: {complaint}; taking the one before", flush=True)
     was, now = manifest["arguments"], json.loads(json.dumps(_plain(args)))
@@ -126,15 +121,13 @@ def restore(
     try:
         checkpoint.load(resumed.path, resumed.manifest, optimizer, list(replicas), networks, part)
     except checkpoint.CheckpointError as error:
-        raise options.Mistake(f"--resume: {error}") from error
+        raise cli.Mistake(f"--resume: {error}") from error
     if {"lr", "lr_drops", "lr_decay", "batch_size", "frac"} & resumed.changes.keys():
-        passed = sum(drop <= optimizer.rounds for drop in engine.drop_rounds(args.lr_drops, per_epoch))
+        passed = sum(drop <= optimizer.rounds for drop in training.drop_rounds(args.lr_drops, per_epoch))
         for group in optimizer.param_groups:
             group["lr"] = args.lr * args.lr_decay**passed
-    if optimizer.rounds >= engine.count_rounds(args.epochs, per_epoch):
-        raise options.Mistake(
-            f"--resume: {resumed.path} is the end of its run: -B with more than {args.epochs:g} goes on"
-        )
+    if optimizer.rounds >= training.count_rounds(args.epochs, per_epoch):
+        raise cli.Mistake(f"--resume: {resumed.path} is the end of its run: -B with more than {args.epochs:g} goes on")
 
 
 def _plain(args: argparse.Namespace) -> dict[str, Any]:
@@ -157,7 +150,7 @@ def open_report(args: argparse.Namespace, resumed: Resumed | None) -> Report:
                 return Report(Path("runs") / f"{name}{suffix}", label)
         raise FileExistsError(f"runs/{name}")
     except OSError as error:
-        raise options.Mistake(f"--out: {error}; name a new folder") from error
+        raise cli.Mistake(f"--out: {error}; name a new folder") from error
 
 
 @contextlib.contextmanager
@@ -182,8 +175,8 @@ def run(
     resumed: Resumed | None,
     command: str,
     *,
-    team: engine.Team = engine.ALONE,
-    world: engine.Team = engine.ALONE,
+    team: training.Team = training.ALONE,
+    world: training.Team = training.ALONE,
     **where: Any,
 ) -> bool:
     """Train and evaluate the replicas that live here, by number, and give every event to `report`, on the first rank.
@@ -208,23 +201,23 @@ def run(
         "parameters": sum(parameter.numel() for parameter in evaluation_model.parameters()),
         "images": len(data.train_labels),
         "batches_per_epoch": sources[0].per_epoch,
-        "rounds": engine.count_rounds(args.epochs, sources[0].per_epoch),
+        "rounds": training.count_rounds(args.epochs, sources[0].per_epoch),
         "threads": torch.get_num_threads(),
         **where,
         **surroundings(),
     }
-    faults.inject(optimizer, list(replicas))
-    progress = engine.Progress()
+    fault_injection.inject(optimizer, list(replicas))
+    progress = training.Progress()
     if resumed:
-        progress = engine.Progress(**resumed.manifest["progress"])
+        progress = training.Progress(**resumed.manifest["progress"])
         start |= dict(round=optimizer.rounds, checkpoint=str(resumed.path), changes=resumed.changes)
     folder = world.gather(report and report.folder)[0]
     resume = f"{command} --resume {shlex.quote(str(folder))}"
     if folder and checkpoint.found(folder / checkpoint.FOLDER):
-        launch.leave_word(resume)
+        launcher.leave_word(resume)
     unsaved: OSError | None = None
 
-    def save(progress: engine.Progress) -> None:
+    def save(progress: training.Progress) -> None:
         nonlocal unsaved
         if folder is None:
             return
@@ -233,7 +226,7 @@ def run(
             facts["log_bytes"] = report.log_bytes
         try:
             checkpoint.save(folder / checkpoint.FOLDER, optimizer, list(replicas), facts, team, world, networks)
-            launch.leave_word(resume)
+            launcher.leave_word(resume)
             unsaved = None
         except OSError as error:
             unsaved = error
@@ -244,11 +237,11 @@ def run(
         shared = dict(replicas=list(replicas), team=team, world=world)
         averaged = {}
         if optimizer.rounds == start["rounds"]:  # the last; before the other, which leaves what master.pt is to hold
-            averaged = engine.evaluate_averaged(optimizer, networks, evaluation_model, data, **shared)
-        return engine.evaluate(optimizer, evaluation_model, data, batch_size=args.batch_size, **shared) | averaged
+            averaged = training.evaluate_averaged(optimizer, networks, evaluation_model, data, **shared)
+        return training.evaluate(optimizer, evaluation_model, data, batch_size=args.batch_size, **shared) | averaged
 
-    with interrupts.heard() as asked, _told_how_to_resume(optimizer, folder, resume):
-        events = engine.train(
+    with signals.heard() as asked, _told_how_to_resume(optimizer, folder, resume):
+        events = training.train(
             networks,
             sources,
             optimizer,

@@ -9,7 +9,7 @@ import signal
 import time
 from typing import Any
 
-from optimizer import ReplicaOptimizer
+from parle.optimizer import ReplicaOptimizer
 
 
 def inject(optimizer: ReplicaOptimizer, replicas: list[int]) -> None:
