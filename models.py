@@ -1,4 +1,4 @@
-"""The paper's networks, each fitted to any number of channels, image size and number of classes.
+"""The paper's networks, for any number of channels, image size and number of classes.
 
 model = models.build("lenet", channels=1, size=28, classes=10)     # 132,220 parameters
 """
@@ -9,10 +9,10 @@ from torch.nn import functional as F
 
 
 class LeNet(nn.Module):
-    """Two convolutions and two linear layers, batch norm after each but the last; the variant of the published script.
+    """Two convolutions and two linear layers, with batch norm after all but the last, as in the published script.
 
-    Max-pool and ReLU commute, so pooling first gives the same function and leaves ReLU a ninth (a quarter) of the
-    elements. Images under 28 pixels are enlarged, or nothing would be left of them after the second pooling.
+    Max-pooling and ReLU commute, so pooling first computes the same function with a ninth (a quarter) of the elements
+    in ReLU. Images under 28 pixels are upsampled, since nothing would remain of them after the second pooling.
     """
 
     def __init__(self, channels: int, size: int, classes: int, dropout: float):
@@ -33,10 +33,10 @@ class LeNet(nn.Module):
 
 
 class AllCNN(nn.Sequential):
-    """Convolutions alone, each with batch norm and ReLU, as the authors' code has it: 1,667,166 parameters on CIFAR-10.
+    """Convolutions only, each with batch norm and ReLU, as in the authors' code: 1,667,166 parameters on CIFAR-10.
 
-    All-CNN-C (Springenberg et al., 2014) has no batch norm, and 1x1 kernels in its eighth layer. `width` is that of the
-    first three layers, half that of the rest.
+    All-CNN-C (Springenberg et al., 2014) has no batch norm, and 1x1 kernels in its eighth layer. The first three layers
+    have `width` channels, the others twice as many.
     """
 
     def __init__(self, channels: int, size: int, classes: int, dropout: float, width: int = 96):
@@ -55,7 +55,7 @@ class AllCNN(nn.Sequential):
 
 
 class WideBlock(nn.Module):
-    """A pre-activation residual block. Where the width changes, the shortcut is a 1x1 convolution of the input."""
+    """A pre-activation residual block. If the width changes, the shortcut is a 1x1 convolution of the input."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, dropout: float):
         super().__init__()
@@ -63,8 +63,7 @@ class WideBlock(nn.Module):
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
         self.dropout = nn.Dropout(dropout)
-        same = inputs == outputs
-        self.shortcut = nn.Identity() if same else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+        self.shortcut = nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
 
     def forward(self, images: Tensor) -> Tensor:
         hidden = self.conv1(F.relu(self.norm1(images)))
@@ -74,7 +73,7 @@ class WideBlock(nn.Module):
 class WideResNet(nn.Sequential):
     """WRN-depth-width (Zagoruyko and Komodakis, 2016): three groups of (depth - 4) / 6 blocks, 16, 32, 64 times width.
 
-    Initialised as there: convolutions He-normal by their outputs, batch norm 1 and 0, linear bias 0.
+    Initialization as there: convolutions He-normal by fan-out, batch norm 1 and 0, linear bias 0.
     """
 
     def __init__(self, depth: int, width: int, channels: int, size: int, classes: int, dropout: float):
@@ -97,9 +96,9 @@ class WideResNet(nn.Sequential):
         nn.init.zeros_(self[-1].bias)
 
 
-# How each network is trained unless told otherwise. Epochs are Parle's: L passes over the data. Dropout, weight decay
-# and, but for lenet's, epochs and drops are those of the authors' run scripts and design; all-cnn's dropout is
-# Springenberg's; batch 128 and lr 0.1 are the same throughout the paper.
+# Default training settings of each network. An epoch is L passes over the data. Dropout, weight decay, epochs and
+# lr drops are from the authors' run scripts, except lenet's epochs and drops and allcnn's dropout (Springenberg's).
+# Batch size 128 and lr 0.1 are the same throughout the paper.
 RECIPES = {
     "lenet": dict(dataset="mnist", epochs=2.0, lr_drops=[1.0], weight_decay=0.0, dropout=0.25),
     "allcnn": dict(dataset="cifar10", epochs=10.0, lr_drops=[2.0, 4.0, 6.0], weight_decay=1e-3, dropout=0.5),
@@ -110,9 +109,9 @@ COMMON = dict(lr=0.1, lr_decay=0.2, momentum=0.9, batch_size=128)
 
 
 def build(name: str, channels: int, size: int, classes: int, dropout: float | None = None) -> nn.Module:
-    """A network of `RECIPES` for images (B, channels, size, size) to logits (B, classes).
+    """Return a network of `RECIPES` that maps images (B, channels, size, size) to logits (B, classes).
 
-    Its weights are channels_last, which is 1.5 times faster on a CPU for LeNet; give it images that are so too.
+    Its weights are channels_last, which is 1.5 times faster for LeNet on a CPU; its inputs should be too.
     """
     if dropout is None:
         dropout = RECIPES[name]["dropout"]

@@ -1,4 +1,4 @@
-"""Parle over MPI: a rank trains a replica (or several ranks one, data-parallel), one allreduce a round couples them.
+"""Parle over MPI: each rank, or group of ranks, trains a replica; one allreduce per round couples them.
 
 python parle_mpi.py -n 3                      # starts its own three ranks
 mpirun -n 12 python parle_mpi.py              # 12 replicas
@@ -9,7 +9,6 @@ import argparse
 import functools
 import importlib.metadata
 import math
-import os
 import shlex
 import sys
 import time
@@ -19,17 +18,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-import loader
-from parle import cli, distributed, doctor, experiment, launcher, signals, training
-from parle.checkpoint import CheckpointError
-from parle.optimizer import TAIL, Replica, ReplicaOptimizer
+from parle import distributed
+from parle.distributed import Groups, MPIGroup
+from parle.optimizer import MESSAGE_TAIL, FlatReplica, ParleBase
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
+    from loader import Dataset
 
-class Parle(ReplicaOptimizer):
-    """Parle with its replicas on MPI ranks: at every L-th `step()`, one allreduce of one flat vector.
+
+class Parle(ParleBase):
+    """Parle with its replicas on MPI ranks: every L-th `step()` performs one allreduce of one flat vector.
 
         for inputs, targets in batches:
             optimizer.zero_grad()
@@ -37,14 +37,14 @@ class Parle(ReplicaOptimizer):
             optimizer.step()
         optimizer.copy_master_to(evaluation_model)
 
-    Building it is collective: rank 0's parameters are sent to all. The master is the same on every rank.
+    The constructor is collective and broadcasts rank 0's parameters. The master is the same on every rank.
 
     Args:
         params: as for any torch optimizer; float32 (or all float64) and on one device.
         comm: the communicator of all ranks of all replicas.
-        replicas: by default one per rank. Fewer make groups of comm.size / replicas neighbouring ranks, data-parallel
-            inside, whose gradients `step()` averages before its update.
-        hyperparameters: lr, batches_per_epoch and whatever else `ReplicaOptimizer` lists.
+        replicas: number of replicas; default: one per rank. With fewer, groups of comm.size / replicas neighboring
+            ranks share a replica, data-parallel: `step()` averages their gradients before its update.
+        hyperparameters: lr, batches_per_epoch and the other arguments of `ParleBase`.
 
     Raises:
         ValueError: an invalid value, or one that differs between ranks.
@@ -58,12 +58,10 @@ class Parle(ReplicaOptimizer):
         super().__init__(params, replicas, **hyperparameters)
         settings = [{name: value for name, value in group.items() if name != "params"} for group in self.param_groups]
         shapes = [tuple(parameter.shape) for parameter in self._home.parameters]
-        distributed.check_same(
-            comm, dict(replicas=replicas, parameters=shapes, strides=self._home.strides, groups=settings)
-        )
-        self.comm = comm
-        self.team = comm.Split(comm.rank // (comm.size // replicas))  # the ranks of this replica
-        # MPI from wheels cannot read a GPU's memory: messages are staged in the host's, pinned for CUDA's copies
+        world = MPIGroup(comm)
+        world.check_consistent(dict(replicas=replicas, parameters=shapes, strides=self._home.strides, groups=settings))
+        self.groups = Groups(replica=world.split(comm.rank // (comm.size // replicas)), world=world)
+        # MPI from wheels cannot read GPU memory: messages are staged in host memory, pinned for CUDA's copies
         message = self._home.message
         device = message.device.type
         self._staging = (
@@ -72,160 +70,169 @@ class Parle(ReplicaOptimizer):
         with torch.no_grad():
             for tensor in [self._home.weights, *self._home.frozen]:
                 host = tensor.cpu().contiguous()
-                distributed.broadcast(comm, host)
+                world.broadcast(host)
                 tensor.copy_(host)
-            self._start_alike()
+            self._broadcast_initial()
 
-    def _mean_gradient(self, replica: Replica) -> None:
-        self._mean(self.team, replica.gradient)
+    def _average_gradient(self, replica: FlatReplica) -> None:
+        self._average(self.groups.replica, replica.gradient)
 
-    def _mean_messages(self) -> None:
+    def _average_replicas(self) -> None:
         message, lr = self._home.message, self.param_groups[0]["lr"]
         message[-1] = lr
         # the ranks of one replica hold the same z^a, so the mean over all ranks is the mean over the replicas
-        self._mean(self.comm, message if self.num_replicas > 1 else message[-TAIL:])
+        self._average(self.groups.world, message if self.num_replicas > 1 else message[-MESSAGE_TAIL:])
         if not math.isclose(message[-1], lr, rel_tol=1e-5, abs_tol=1e-30):
-            raise RuntimeError(f"lr is {lr} here and {float(message[-1])} on average: schedule it alike everywhere")
+            raise RuntimeError(
+                f"lr is {lr} on this rank and {float(message[-1])} on average: use the same schedule on every rank"
+            )
 
-    def _everywhere(self, numbers: list[int]) -> list[int]:
-        mine = [self.comm.rank // self.team.size] if numbers else []  # here the only replica is number 0
-        return sorted({number for numbers in distributed.gather(self.comm, mine) for number in numbers})
+    def _union_over_processes(self, replicas: list[int]) -> list[int]:
+        world, replica = self.groups.world, self.groups.replica
+        local = [world.rank // replica.size] if replicas else []  # locally, the only replica is number 0
+        return sorted({number for numbers in world.all_gather(local) for number in numbers})
 
-    def _mean(self, comm: "MPI.Comm", vector: Tensor) -> None:
-        if comm.size == 1:
+    def _average(self, group: MPIGroup, vector: Tensor) -> None:
+        if group.size == 1:
             return
         if self._staging is not None:
-            torch.accelerator.synchronize(vector.device)  # what is still computing is not time spent communicating
+            torch.accelerator.synchronize(vector.device)  # so that pending computation does not count as communication
         start = time.perf_counter()
         host = vector
         if self._staging is not None:
             host = self._staging[: len(vector)]
-            host.copy_(vector)  # returns when it is there, so MPI reads what was computed
-        distributed.add(comm, host)
+            host.copy_(vector)  # blocks until the copy is complete, so MPI reads the result
+        group.all_reduce(host)
         if host is not vector:
             vector.copy_(host)
-        vector.div_(comm.size)
+        vector.div_(group.size)
         self.sync_seconds += time.perf_counter() - start
 
 
 def main() -> None:
-    parser = cli.parser("parle_mpi.py", "Parle over MPI: replicas on ranks, coupled by one allreduce a round.")
-    signals.await_training()
-    comm = None
+    from loader import DatasetError
+    from parle import cli, doctor, launcher, signals
+    from parle.checkpoint import CheckpointError
+
+    parser = cli.build_parser("parle_mpi.py", "Parle over MPI: replicas on ranks, coupled by one allreduce per round.")
+    signals.ignore_sigusr1()
+    world = None
     try:
-        examines = (
-            "--doctor" in sys.argv and launcher.STARTED not in os.environ
-        )  # before it starts ranks, which may fail
-        if examines and not doctor.examine(cli.parse(parser), mpi=True):
-            sys.exit(1)
-        if launcher.launched() is None:
-            args = cli.resolve(cli.parse(parser), None)
-            cli.check(args, None)
-            status = start(args.replicas)
-            if status is not None:
-                sys.exit(status)
-        comm = world()
-        done = run(distributed.together(comm, functools.partial(cli.parse, parser), True, cli.Mistake), comm)
-        status = 0 if done else signals.STOPPED
-    except (cli.Mistake, distributed.Disagreement, loader.DataError, FloatingPointError, CheckpointError) as error:
-        cli.tell(parser.prog, error)
+        launched = launcher.rank_from_environment()
+        given = None
+        # --doctor reports before MPI starts, which may fail
+        if launched is None or ("--doctor" in sys.argv and not launcher.is_started_by_parle()):
+            given = cli.parse(parser)
+            args = cli.complete(given, launched and launched[1])
+            if given.doctor and not doctor.check_environment(args, mpi=True):
+                sys.exit(1)
+            if launched is None:
+                status = spawn_ranks(args.replicas)
+                if status is not None:
+                    sys.exit(status)
+        world = world_group()
+        if given is None:
+            given = world.run_and_propagate_errors(functools.partial(cli.parse, parser), cli.UsageError)
+        status = 0 if run(given, world) else signals.EXIT_RESUMABLE
+    except (cli.UsageError, distributed.SettingsMismatch, DatasetError, FloatingPointError, CheckpointError) as error:
+        cli.print_error(parser.prog, error)
         status = 1 if isinstance(error, FloatingPointError | CheckpointError) else 2
-    if status and comm is not None:
-        distributed.gather(comm, None)  # every rank has the same to say, and none ends before the first has said it
+    if status and world is not None:
+        world.all_gather(None)  # every rank has the same error, and none exits before the first has printed it
         sys.modules["mpi4py.MPI"].Finalize()
     if status:
         sys.exit(status)
 
 
-def start(replicas: int) -> int | None:
+def spawn_ranks(replicas: int) -> int | None:
+    from parle import cli, launcher
+
     try:
-        return launcher.start(replicas)
+        return launcher.spawn_ranks(replicas)
     except OSError as error:
-        raise cli.Mistake(str(error)) from error
+        raise cli.UsageError(str(error)) from error
 
 
-def world() -> "MPI.Comm":
-    """All ranks. Raises: Mistake."""
+def world_group() -> MPIGroup:
+    """Start MPI and return the group of all ranks. Raises: UsageError."""
+    from parle import cli, launcher
+
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
-        raise cli.Mistake(f"mpi4py finds no MPI library ({error}): pip install mpich") from error
-    comm = MPI.COMM_WORLD
-    _, size = launcher.launched() or (0, None)
-    if size not in (None, comm.size):
-        raise cli.Mistake(
-            f"the launcher started {size} ranks but {MPI.get_vendor()[0]}, the MPI of mpi4py, sees {comm.size}: "
+        raise cli.UsageError(f"mpi4py cannot load an MPI library ({error}): pip install mpich") from error
+    world = MPIGroup(MPI.COMM_WORLD)
+    _, size = launcher.rank_from_environment() or (0, None)
+    if size not in (None, world.size):
+        raise cli.UsageError(
+            f"the launcher started {size} ranks but {MPI.get_vendor()[0]}, the MPI of mpi4py, sees {world.size}: "
             "use its own mpiexec, or install mpi4py for the launcher's MPI"
         )
-    return comm
+    return world
 
 
-def run(given: argparse.Namespace, comm: "MPI.Comm") -> bool:
-    """Train as the arguments say, or only tell what that would take. Returns whether the run has come to its end."""
-    local = {"data", "proc", "out", "device"}  # what may differ between machines
-    distributed.check_same(comm, {name: value for name, value in vars(given).items() if name not in local})
-    distributed.patience = given.timeout
-    node = distributed.node(comm)
-    cores = set().union(
-        *distributed.gather(node, distributed.cores())
-    )  # a launcher may have bound each rank to some of its own
+def run(given: argparse.Namespace, world: MPIGroup) -> bool:
+    """Train, or with --doctor print what training would take. Returns whether the run is complete. Collective."""
+    from parle import cli, doctor, launcher
+    from parle.experiment import Experiment, build_replica, find_checkpoint, hyperparameters, load_data, open_logger
 
-    def check() -> list[torch.device]:
-        args = cli.resolve(given, comm.size)
-        cli.check(args, comm.size)
-        return cli.devices(args.device)
+    machine_specific = {"data", "proc", "out", "device"}
+    world.check_consistent({name: value for name, value in vars(given).items() if name not in machine_specific})
+    distributed.timeout = given.timeout
+    node = world.split_by_node()
+    cores = set().union(*node.all_gather(distributed.available_cores()))  # launchers may bind each rank to its own
 
-    devices = distributed.together(comm, check, True, cli.Mistake)
-    torch.set_num_threads(distributed.threads(len(cores), node.size))
+    def complete() -> tuple[argparse.Namespace, list[torch.device]]:
+        args = cli.complete(given, world.size)
+        return args, cli.find_devices(args.device)
+
+    args, devices = world.run_and_propagate_errors(complete, cli.UsageError)
+    torch.set_num_threads(distributed.threads_per_rank(len(cores), node.size))
     device = devices[node.rank % len(devices)]
-    read = doctor.synthetic if given.doctor else functools.partial(load, comm, node)
-    args, data = experiment.load(given, size=comm.size, read=read, first=comm.rank == 0)
+    load = doctor.synthetic_data if args.doctor else functools.partial(load_shared, world, node)
+    args, data = load_data(given, args, num_ranks=world.size, load=load, is_first_rank=world.rank == 0)
     data = data.to(device)
 
-    ranks_per_replica = comm.size // args.replicas
-    replica, part = divmod(comm.rank, ranks_per_replica)
-    model, batches = experiment.model(args, data), experiment.batches(args, data, replica, (part, ranks_per_replica))
-    settings = experiment.hyperparameters(args, batches.per_epoch) | (doctor.STILL if args.doctor else {})
-    optimizer = Parle(model.parameters(), comm, replicas=args.replicas, **settings)
+    ranks_per_replica = world.size // args.replicas
+    number, shard = divmod(world.rank, ranks_per_replica)
+    replica = build_replica(args, data, number, (shard, ranks_per_replica))
+    settings = hyperparameters(args, replica.batches.per_epoch) | (doctor.SETTINGS if args.doctor else {})
+    optimizer = Parle(replica.network.parameters(), world.comm, replicas=args.replicas, **settings)
+    experiment = Experiment(args, data, optimizer, [replica], optimizer.groups)
     if args.doctor:
-        return doctor.over_ranks(args, optimizer, (model, batches), device, comm, node)
-    resumed = distributed.together(
-        comm, functools.partial(experiment.find_checkpoint, args), comm.rank == 0, cli.Mistake
-    )
-    resumed = distributed.gather(comm, resumed)[0]
-    own = {replica: (model, batches)}
-    restore = functools.partial(experiment.restore, args, resumed, optimizer, own, part)
-    distributed.together(comm, restore, True, cli.Mistake)
-    open_report = functools.partial(experiment.open_report, args, resumed)
-    program = f"{launcher.python()} {shlex.quote(sys.argv[0])}"
-    if launcher.STARTED not in os.environ and comm.size > 1:
-        program = f"mpiexec -n {comm.size} {program} -n {args.replicas}"
+        return doctor.report_ranks(experiment, device, node)
+
+    is_first = world.rank == 0
+    resume = world.run_and_propagate_errors(functools.partial(find_checkpoint, args), cli.UsageError, only_if=is_first)
+    resume = world.all_gather(resume)[0]
+    world.run_and_propagate_errors(functools.partial(experiment.restore, resume), cli.UsageError)
+    open_log = functools.partial(open_logger, args, resume)
+    logger = world.run_and_propagate_errors(open_log, cli.UsageError, only_if=is_first)
+    program = f"{launcher.python_command()} {shlex.quote(sys.argv[0])}"
+    if not launcher.is_started_by_parle() and world.size > 1:
+        program = f"mpiexec -n {world.size} {program} -n {args.replicas}"
     return experiment.run(
-        args,
-        data,
-        optimizer,
-        own,
-        distributed.together(comm, open_report, comm.rank == 0, cli.Mistake),
-        resumed,
+        logger,
+        resume,
         program,
-        team=training.Team(part, ranks_per_replica, functools.partial(distributed.add, optimizer.team)),
-        world=training.Team(
-            comm.rank, comm.size, functools.partial(distributed.add, comm), functools.partial(distributed.gather, comm)
-        ),
-        ranks=comm.size,
-        devices=distributed.gather(comm, cli.name(device)),
-        mpi=distributed.library(),
+        num_ranks=world.size,
+        devices=world.all_gather(cli.device_name(device)),
+        mpi=distributed.mpi_library(),
         mpi4py=importlib.metadata.version("mpi4py"),
     )
 
 
-def load(comm: "MPI.Comm", node: "MPI.Comm", args: argparse.Namespace) -> loader.Dataset:
-    """The data. One rank downloads and pre-processes, then one of each node unless proc/ is shared; then all map it."""
-    build = functools.partial(loader.load, args.dataset, args.data, args.proc, args.whiten)
-    for here in (comm.rank == 0, node.rank == 0):
-        distributed.together(comm, build, here, loader.DataError)
-    return distributed.together(comm, build, True, loader.DataError)
+def load_shared(world: MPIGroup, node: MPIGroup, args: argparse.Namespace) -> "Dataset":
+    """Return the data set. One rank pre-processes it, then one per node unless proc/ is shared; then all map it."""
+    import loader
+
+    load = functools.partial(loader.load, args.dataset, args.data, args.proc, args.zca)
+    for is_turn in (world.rank == 0, node.rank == 0):
+        world.run_and_propagate_errors(load, loader.DatasetError, only_if=is_turn)
+    return world.run_and_propagate_errors(load, loader.DatasetError)
 
 
 if __name__ == "__main__":
-    distributed.run(main)
+    from parle.launcher import run_or_abort
+
+    run_or_abort(main)

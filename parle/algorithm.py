@@ -1,34 +1,36 @@
-"""The algorithm of Parle (Chaudhari et al., 2017), tensor by tensor. No communication, no I/O.
+"""The algorithm of Parle (Chaudhari et al., 2017) as pure functions of tensors. No communication, no I/O.
 
-Every replica a of n holds its weights y (what the network computes with), an anchor x^a, an inner average z^a and
-two momentum buffers, u (inner) and v (outer). The master x is the mean of the anchors. Round k is L mini-batches and
-one synchronization; an epoch is nb rounds, nb being the number of mini-batches in one pass over the data.
+Each of n replicas a holds its parameters y (what the network computes with), an anchor x^a, an inner average z^a and
+two momentum buffers, u (inner) and v (outer). The master x is the mean of the anchors. Round k is L steps, one
+mini-batch each, followed by one synchronization; an epoch is nb rounds, where nb is the number of mini-batches in one
+pass over the data.
 
     round start    y = x^a,   z^a = x^a
     L times        d = ∇f(y) + weight_decay·y + γ_k (y − x^a)
-                   u ← μ u + d;    y ← y − lr (d + μ u)                 descend()
+                   u ← μ u + d;    y ← y − lr (d + μ u)                 inner_step()
                    z^a ← α z^a + (1−α) y
     round end      z = mean over a of z^a                               the only communication
                    d = (x^a − z^a) + c_k (x^a − z)
-                   v ← μ' v + d;   x^a ← x^a − s lr (d + μ' v)          move_anchor()
-    scoping        γ_k = min(γ (1 + 1/(2 nb))^k, 1)                     scope()
+                   v ← μ' v + d;   x^a ← x^a − s lr (d + μ' v)          outer_step()
+    scoping        γ_k = min(γ (1 + 1/(2 nb))^k, 1)                     scoped()
                    c_k = min(ρ L n (1 + 1/(2 nb))^k, 10)
 
-With L = 1 there is no inner loop: y is the anchor itself, and each step is descend() towards the master with c_k in
-the place of γ_k, after which x = mean over a of y.
+With L = 1 there is no inner loop: y is the anchor itself. Each step is inner_step() with the master in place of the
+anchor and c_k in place of γ_k, followed by x = mean over a of y.
 
-γ and ρ are coefficients, and 0 switches the coupling off. The paper and the original's README write their inverses,
-100 (1 − 1/(2 nb))^k, which fall where these grow. ρ stands for one update of one replica; a round stands for L
-updates of n replicas, hence c_k's factor L n, as in the published code.
+γ and ρ are coefficients; 0 switches the coupling off. The paper and the original README state their inverses,
+100 (1 − 1/(2 nb))^k, which decrease where these grow. ρ refers to one update of one replica. A round comprises L
+updates of n replicas, hence the factor L n in c_k, as in the published code.
 """
 
 from torch import Tensor
 from torch.optim.sgd import sgd
 
-GAMMA_CAP = 1.0  # of γ_k, as in the authors' code
-PULL_CAP = 10.0  # of c_k, as in the authors' code
+GAMMA_MAX = 1.0  # upper bound of γ_k, as in the authors' code
+COUPLING_MAX = 10.0  # upper bound of c_k, as in the authors' code
 
-# What makes each special case of the algorithm. `replicas` None is the user's number; elastic-sgd starts at ρ n = 1.
+# The settings that turn Parle into each special case. `replicas` None leaves n to the user; elastic-sgd starts at
+# ρ n = 1.
 PRESETS = {
     "parle": dict(replicas=None, sync_every=25, gamma=0.01, rho=0.01),
     "entropy-sgd": dict(replicas=1, sync_every=25, gamma=0.01, rho=0.0),
@@ -37,65 +39,65 @@ PRESETS = {
 }
 
 
-def scope(coefficient: float, rounds: int, batches_per_epoch: int, cap: float) -> float:
-    """A coefficient after so many rounds: it grows by e^0.5 = 1.65 an epoch, up to `cap`."""
+def scoped(coefficient: float, rounds_done: int, batches_per_epoch: int, maximum: float) -> float:
+    """Return a coefficient after `rounds_done` rounds: it grows by e^0.5 = 1.65 per epoch, up to `maximum`."""
     try:
-        return min(coefficient * (1 + 0.5 / batches_per_epoch) ** rounds, cap)
+        return min(coefficient * (1 + 0.5 / batches_per_epoch) ** rounds_done, maximum)
     except OverflowError:  # after 1,419 epochs
-        return cap if coefficient else 0.0
+        return maximum if coefficient else 0.0
 
 
-def round_length(sync_every: int | str, lr: float, gamma: float) -> int:
-    """L of the round that starts with this lr and this scoped gamma; `auto` is the original's L = gamma × lr."""
+def steps_per_round(sync_every: int | str, lr: float, gamma: float) -> int:
+    """Return L for a round that starts with this lr and gamma_k; "auto" is the original README's L = gamma × lr."""
     return max(1, round(lr / gamma)) if sync_every == "auto" else sync_every
 
 
-def nesterov(
+def nesterov_step(
     weights: Tensor, gradient: Tensor, momentum_buffer: Tensor, *, lr: float, momentum: float, weight_decay: float = 0.0
 ) -> None:
-    """u ← μ u + d;  y ← y − lr (d + μ u), in place: torch.optim.SGD's own kernel, a single pass over (P,) vectors.
+    """u ← μ u + d;  y ← y − lr (d + μ u), in place, by torch.optim.SGD's fused kernel: one pass over (P,) vectors.
 
-    With momentum 0 it leaves the buffer alone.
+    With momentum 0 the buffer is left unchanged.
     """
     settings = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, dampening=0.0, nesterov=True, maximize=False)
     sgd([weights], [gradient], [momentum_buffer], fused=True, **settings)
 
 
-def descend(
+def inner_step(
     weights: Tensor,
     gradient: Tensor,
     momentum_buffer: Tensor,
-    center: Tensor,
+    anchor: Tensor,
     *,
-    pull: float,
+    coupling: float,
     lr: float,
     momentum: float,
     weight_decay: float,
 ) -> None:
-    """One inner step of `weights` down the loss's `gradient`, pulled towards `center`. All are (P,).
+    """Update `weights` in place by the loss's `gradient` and the coupling to `anchor`; all are (P,).
 
-    Within a round, `center` is the anchor and `pull` is γ_k; with L = 1 they are the master and c_k. In place:
-    `weights` and `momentum_buffer` are updated, `gradient` is used up.
+    Within a round `anchor` is x^a and `coupling` is γ_k; with L = 1 they are the master and c_k. `momentum_buffer` is
+    updated, and the contents of `gradient` are overwritten.
     """
-    if pull:
-        gradient.sub_(center, alpha=pull)
-    nesterov(weights, gradient, momentum_buffer, lr=lr, momentum=momentum, weight_decay=weight_decay + pull)
+    if coupling:
+        gradient.sub_(anchor, alpha=coupling)
+    nesterov_step(weights, gradient, momentum_buffer, lr=lr, momentum=momentum, weight_decay=weight_decay + coupling)
 
 
-def move_anchor(
+def outer_step(
     anchor: Tensor,
     inner_avg: Tensor,
-    mean_avg: Tensor,
+    replica_mean: Tensor,
     momentum_buffer: Tensor,
     *,
-    pull: float,
+    coupling: float,
     lr: float,
     momentum: float,
 ) -> None:
-    """The outer step of an anchor x^a, by its own z^a and the mean z of all, each (P,); `lr` is s lr. In place.
+    """Update an anchor x^a in place from its own z^a and the mean z over the replicas, each (P,); `lr` is s lr.
 
-    It is linear, so the mean of the anchors obeys it too, with the mean of the z^a as its own: given the master, z,
-    z and the mean momentum, it moves the master without another message.
+    The update is linear, so the mean of the anchors obeys it with z in place of z^a and the mean of the momentum
+    buffers: called with the master, z and z, it moves the master without another message.
     """
-    gradient = (anchor - inner_avg).add_(anchor - mean_avg, alpha=pull)
-    nesterov(anchor, gradient, momentum_buffer, lr=lr, momentum=momentum)
+    gradient = (anchor - inner_avg).add_(anchor - replica_mean, alpha=coupling)
+    nesterov_step(anchor, gradient, momentum_buffer, lr=lr, momentum=momentum)

@@ -1,6 +1,6 @@
-"""Checkpoints: a folder with a file for each replica, one for what they share, and a manifest with their sums.
+"""Checkpoints: a directory with a file per replica, one for what they share, and a manifest with their checksums.
 
-It is written under another name and renamed when it is whole and on the disk; the last two are kept.
+A checkpoint is written under a temporary name, and renamed once it is complete and on disk. The last two are kept.
 """
 
 import hashlib
@@ -10,20 +10,20 @@ import pickle
 import re
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from parle.optimizer import ReplicaOptimizer
-from parle.training import Team
+from parle.distributed import Groups
+from parle.optimizer import ParleBase
 
-FORMAT = 1  # of what is in a checkpoint; raise it when that changes
-FOLDER = "checkpoints"  # in a run's own
-KEPT = 2
-FIELDS = dict(files=dict, arguments=dict, progress=dict, counters=dict, replicas=int, log_bytes=int)
+FORMAT = 2  # of a checkpoint's contents; increment it when they change
+FOLDER = "checkpoints"  # within the output directory
+MAX_TO_KEEP = 2
+FIELDS = dict(files=dict, arguments=dict, train_state=dict, counters=dict, num_replicas=int, log_bytes=int)
 MANIFEST, SHARED = "manifest.json", "shared.pt"
 
 
@@ -33,206 +33,205 @@ class CheckpointError(Exception):
 
 def save(
     folder: Path,
-    optimizer: ReplicaOptimizer,
-    replicas: list[int],
-    facts: dict[str, Any],
-    team: Team,
-    world: Team,
-    networks: Sequence[nn.Module] = (),
+    optimizer: ParleBase,
+    networks: Mapping[int, nn.Module],
+    metadata: dict[str, Any],
+    groups: Groups,
 ) -> Path:
-    """Write `folder`/ROUND-BATCH. Every rank calls it; the first of each replica's ranks writes that replica.
+    """Write `folder`/ROUND-STEP. Collective: the first rank of each replica writes that replica.
 
     Args:
-        replicas: numbers of those that live here.
-        facts: what else the manifest is to hold; the first rank's is kept.
-        networks: theirs, of which every rank writes the buffers: batch-norm statistics.
+        networks: the local replicas' networks by number; every rank writes their buffers, the batch-norm statistics.
+        metadata: further contents of the manifest, from the first rank.
 
     Raises:
-        OSError: on every rank, where one could not write. What was saved before is left alone.
+        OSError: on every rank, if any rank could not write. Earlier checkpoints are unaffected.
     """
-    path = folder / f"{optimizer.rounds:08}-{optimizer.batches:04}"
+    path = folder / f"{optimizer.rounds_done:08}-{optimizer.step_in_round:04}"
     temporary = folder / f".{path.name}"
-    sums, failure = {}, None
+    checksums, failure = {}, None
     try:
         temporary.mkdir(parents=True, exist_ok=True)
-        if team.index == 0:
-            for number, vectors in zip(replicas, optimizer.vectors, strict=True):
-                sums[_replica(number)] = _write(temporary / _replica(number), vectors)
-        for number, network in zip(replicas, networks, strict=False):
-            name = _buffers(number, team.index)
-            sums[name] = _write(temporary / name, dict(network.named_buffers()))
-        if world.index == 0:
-            sums[SHARED] = _write(temporary / SHARED, optimizer.shared)
+        if groups.replica.rank == 0:
+            for number, vectors in zip(networks, optimizer.vectors, strict=True):
+                checksums[_replica_file(number)] = _write(temporary / _replica_file(number), vectors)
+        for number, network in networks.items():
+            name = _buffers_file(number, groups.replica.rank)
+            checksums[name] = _write(temporary / name, dict(network.named_buffers()))
+        if groups.world.rank == 0:
+            checksums[SHARED] = _write(temporary / SHARED, optimizer.shared)
     except OSError as error:
         failure = error
-    answers = world.gather((sums, failure))
-    failure = next((failure for _, failure in answers if failure is not None), None)
-    if world.index == 0 and failure is None:
-        files = {name: value for sums, _ in answers for name, value in sums.items()}
-        manifest = dict(format=FORMAT, files=files, replicas=optimizer.num_replicas, counters=optimizer.counters)
+    results = groups.world.all_gather((checksums, failure))
+    failure = next((failure for _, failure in results if failure is not None), None)
+    if groups.world.rank == 0 and failure is None:
+        files = {name: value for checksums, _ in results for name, value in checksums.items()}
+        manifest = dict(format=FORMAT, files=files, num_replicas=optimizer.num_replicas, counters=optimizer.counters)
         try:
-            _complete(temporary, path, manifest | facts)
+            _complete(temporary, path, manifest | metadata)
         except OSError as error:
             failure = error
-    failure = world.gather(failure)[0] or failure
-    shutil.rmtree(temporary, ignore_errors=True)  # each rank its own, should they not see the same folder
+    failure = groups.world.all_gather(failure)[0] or failure
+    shutil.rmtree(temporary, ignore_errors=True)  # by every rank, in case they do not share a file system
     if failure is not None:
         raise failure
     return path
 
 
 def _complete(temporary: Path, path: Path, manifest: dict[str, Any]) -> None:
-    """Give what all ranks have written its manifest and its name, and remove what is older than the last two."""
+    """Add the manifest, rename the directory and remove older checkpoints."""
     for name in manifest["files"]:
         if not (temporary / name).exists():
-            raise FileNotFoundError(f"{temporary / name} is not here: --out must be one folder for all ranks")
-    _write_text(temporary / MANIFEST, json.dumps(manifest | dict(sum=_sum_of(manifest)), indent=1))
-    _flush(temporary)
-    if path.exists():  # the same moment of a run that was resumed before it
+            raise FileNotFoundError(f"{temporary / name} is missing: --out must be one directory shared by all ranks")
+    _write_text(temporary / MANIFEST, json.dumps(manifest | dict(sha256=_manifest_sha256(manifest)), indent=1))
+    _fsync_directory(temporary)
+    if path.exists():  # from before this run was resumed at an earlier point
         shutil.rmtree(path)
     os.rename(temporary, path)
-    _flush(path.parent)
-    for old in (*found(path.parent)[KEPT:], *path.parent.glob(".[0-9]*")):
+    _fsync_directory(path.parent)
+    for old in (*list_checkpoints(path.parent)[MAX_TO_KEEP:], *path.parent.glob(".[0-9]*")):
         shutil.rmtree(old, ignore_errors=True)
 
 
-def found(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, newest first."""
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints in `folder`, newest first."""
     paths = [path.parent for path in folder.glob(f"*/{MANIFEST}") if re.fullmatch(r"\d+-\d+", path.parent.name)]
-    return sorted(paths, key=_moment, reverse=True)
+    return sorted(paths, key=_position, reverse=True)
 
 
-def _moment(path: Path) -> list[int]:
+def _position(path: Path) -> list[int]:
     return [int(number) for number in path.name.split("-")]
 
 
-def put_aside_later(path: Path, counters: dict[str, Any]) -> None:
-    """A run that goes on from `path` goes another way than those after it; the next save removes them."""
-    for later in found(path.parent):
-        if _moment(later) > [counters["rounds"], counters["batches"]]:
-            os.rename(later, later.with_name(f".{later.name}-later"))
+def archive_newer(path: Path, counters: dict[str, Any]) -> None:
+    """Hide the checkpoints that are newer than `path`, from which a run resumes; the next save removes them."""
+    for newer in list_checkpoints(path.parent):
+        if _position(newer) > [counters["rounds_done"], counters["step_in_round"]]:
+            os.rename(newer, newer.with_name(f".{newer.name}-later"))
 
 
-def newest(paths: list[Path], files: bool = True) -> tuple[Path, dict[str, Any], list[str]]:
-    """The first good one of `paths`, its manifest, and what is wrong with those before. Raises: CheckpointError."""
+def latest_valid(paths: list[Path], verify_files: bool = True) -> tuple[Path, dict[str, Any], list[str]]:
+    """Return the first valid one of `paths`, its manifest, and what is wrong with the ones before it.
+
+    Raises:
+        CheckpointError: none is valid.
+    """
     complaints = []
     for path in paths:
         try:
-            return path, read_manifest(path, files), complaints
+            return path, read_manifest(path, verify_files), complaints
         except CheckpointError as error:
             complaints.append(str(error))
     raise CheckpointError("; ".join(complaints) or "there is no checkpoint")
 
 
-def read_manifest(path: Path, files: bool = True) -> dict[str, Any]:
-    """A checkpoint's manifest, once it and all its `files` have been found to be what was written.
+def read_manifest(path: Path, verify_files: bool = True) -> dict[str, Any]:
+    """Return the manifest of a checkpoint after verifying it and the checksums of its files.
 
     Raises:
-        CheckpointError: they are not.
+        CheckpointError: the checkpoint is damaged, or of another format.
     """
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-        if manifest.pop("sum") != _sum_of(manifest):
-            raise ValueError(f"{MANIFEST} is not what was written")
         if manifest["format"] != FORMAT:
-            raise ValueError(f"it has format {manifest['format']}, this program reads {FORMAT}")
+            raise ValueError(f"its format is {manifest['format']}, and this version reads format {FORMAT}")
+        if manifest.pop("sha256") != _manifest_sha256(manifest):
+            raise ValueError(f"{MANIFEST} does not match its checksum")
         for name, kind in FIELDS.items():
             if not isinstance(manifest[name], kind):
-                raise ValueError(f"its {name} are not what this program writes")
+                raise ValueError(f"{name} in {MANIFEST} has the wrong type")
         counters = manifest["counters"]
         if (
-            manifest["replicas"] < 1
+            manifest["num_replicas"] < 1
             or manifest["log_bytes"] < 0
-            or not (0 <= counters["batches"] < max(1, counters["round_length"]) and counters["rounds"] >= 0)
+            or not (0 <= counters["step_in_round"] < max(1, counters["steps_per_round"]))
+            or counters["rounds_done"] < 0
         ):
-            raise ValueError("its counters are not what this program writes")
-        for name, expected in manifest["files"].items() if files else ():
-            if _sum(path / name) != expected:
-                raise ValueError(f"{name} is not what was written")
+            raise ValueError(f"the counters in {MANIFEST} are invalid")
+        for name, expected in manifest["files"].items() if verify_files else ():
+            if _sha256(path / name) != expected:
+                raise ValueError(f"{name} does not match its checksum")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged or no checkpoint: {error}") from error
+        raise CheckpointError(f"{path} is damaged or not a checkpoint: {error}") from error
     return manifest
 
 
-def load(
+def restore(
     path: Path,
     manifest: dict[str, Any],
-    optimizer: ReplicaOptimizer,
-    replicas: list[int],
-    networks: Sequence[nn.Module] = (),
-    part: int = 0,
+    optimizer: ParleBase,
+    networks: Mapping[int, nn.Module],
+    rank_in_replica: int = 0,
 ) -> None:
-    """Put a checkpoint into an optimizer and its networks, of as many replicas or of another number of them.
+    """Load a checkpoint into an optimizer and the local networks. The number of replicas may differ.
 
-    `part` is which of a replica's ranks this is.
-
-    New replicas start at the master. Without some of them the master is the mean of the others.
+    Additional replicas start at the master. With fewer replicas the master becomes the mean of the remaining ones.
 
     Raises:
-        CheckpointError: it is of another network, or cannot be read.
+        CheckpointError: the checkpoint is from another network or method, or cannot be read.
     """
-    then, now = manifest["replicas"], optimizer.num_replicas
+    then, now = manifest["num_replicas"], optimizer.num_replicas
     shared = _read(path / SHARED)
     if now < then:
-        source = "anchor" if manifest["counters"]["batches"] else "weights"
+        source = "anchor" if manifest["counters"]["step_in_round"] else "weights"
         shared["master"] = _mean(path, now, source, optimizer.master)
         if "master_momentum_buffer" in shared:
             shared["master_momentum_buffer"] = _mean(path, now, "outer_momentum_buffer", optimizer.master)
-    elif now > then and "master_momentum_buffer" in shared:  # the new ones have none
+    elif now > then and "master_momentum_buffer" in shared:  # additional replicas start without momentum
         shared["master_momentum_buffer"] *= then / now
     fresh = dict.fromkeys(("weights", "anchor", "inner_avg"), shared.get("master"))
-    fresh["riders"] = _read(path / _replica(0)).get("riders")  # between rounds those of all are the same
+    fresh["piggyback"] = _read(path / _replica_file(0)).get("piggyback")  # equal for all between rounds
     with torch.no_grad():
-        for number, vectors in zip(replicas, optimizer.vectors, strict=True):
-            saved = _read(path / _replica(number)) if number < then else None
+        for number, vectors in zip(networks, optimizer.vectors, strict=True):
+            saved = _read(path / _replica_file(number)) if number < then else None
             if saved is not None and saved.keys() != vectors.keys():
-                raise CheckpointError(f"{path} is of another network or method")
+                raise CheckpointError(f"{path} is from another network or method")
             for name, vector in vectors.items():
                 value = fresh.get(name, torch.zeros(())) if saved is None else saved.get(name)
                 _put(path, name, value, vector, saved is None)
         for name, vector in optimizer.shared.items():
             _put(path, name, shared.get(name), vector, False)
-        for number, network in zip(replicas, networks, strict=False):
-            if _buffers(number, part) in manifest["files"]:  # else it is new
-                saved = _read(path / _buffers(number, part))
+        for number, network in networks.items():
+            if _buffers_file(number, rank_in_replica) in manifest["files"]:  # otherwise the replica is additional
+                saved = _read(path / _buffers_file(number, rank_in_replica))
                 for name, buffer in network.named_buffers():
                     _put(path, name, saved.get(name), buffer, False)
         optimizer.counters = manifest["counters"]
 
 
 def _mean(path: Path, count: int, name: str, like: Tensor) -> Tensor:
-    """Of the first `count` replicas' vectors `name`; one of them is in memory at a time."""
+    """Return the mean of the first `count` replicas' vectors `name`, with one of them in memory at a time."""
     mean, vector = torch.zeros_like(like), torch.empty_like(like)
     for number in range(count):
-        _put(path, name, _read(path / _replica(number)).get(name), vector, False)
+        _put(path, name, _read(path / _replica_file(number)).get(name), vector, False)
         mean.add_(vector, alpha=1 / count)
     return mean
 
 
 def _put(path: Path, name: str, value: Tensor | None, vector: Tensor, fresh: bool) -> None:
     if value is None or (not fresh and (value.shape != vector.shape or value.dtype != vector.dtype)):
-        raise CheckpointError(f"{path} is of another network or method ({name} does not fit)")
+        raise CheckpointError(f"{path} is from another network or method ({name} does not fit)")
     vector.copy_(value)
 
 
-def _replica(number: int) -> str:
+def _replica_file(number: int) -> str:
     return f"replica-{number}.pt"
 
 
-def _buffers(number: int, part: int) -> str:
-    return f"buffers-{number}-{part}.pt"
+def _buffers_file(number: int, rank_in_replica: int) -> str:
+    return f"buffers-{number}-{rank_in_replica}.pt"
 
 
 def _write(path: Path, content: dict[str, Tensor]) -> str:
-    """Gives the file's sum, taken from what was written, which read_manifest compares with what is there later."""
+    """Write tensors to disk and return the file's checksum, read back from what was written."""
     with open(path, "wb") as file:
         try:
             torch.save({name: tensor.cpu() for name, tensor in content.items()}, file)
-        except RuntimeError as error:  # torch's, for a full disk
+        except RuntimeError as error:  # torch raises it for a full disk
             raise OSError(f"{path} could not be written; is the disk full? ({error})") from error
         file.flush()
         os.fsync(file.fileno())
-    return _sum(path)
+    return _sha256(path)
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -242,8 +241,8 @@ def _write_text(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-def _flush(folder: Path) -> None:
-    """The names in a folder, too, are on the disk after this."""
+def _fsync_directory(folder: Path) -> None:
+    """Force the names in `folder` to disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -253,19 +252,19 @@ def _flush(folder: Path) -> None:
 
 def _read(path: Path) -> dict[str, Tensor]:
     try:
-        with warnings.catch_warnings(action="ignore"):  # torch warns of what it then refuses
+        with warnings.catch_warnings(action="ignore"):  # torch warns about what it then rejects
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-            raise ValueError("it holds no tensors by name")
+            raise ValueError("it is not a dictionary of tensors")
         return content
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"{path} is damaged ({' '.join(str(error).split())[:200]})") from error
 
 
-def _sum_of(manifest: dict[str, Any]) -> str:
+def _manifest_sha256(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def _sum(path: Path) -> str:
+def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

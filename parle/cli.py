@@ -1,4 +1,4 @@
-"""The command line, the same for both programs: its flags, their defaults, and one line on what is wrong with them."""
+"""The command line shared by both programs: flags, defaults and validation."""
 
 import argparse
 import difflib
@@ -11,31 +11,41 @@ from typing import Any, NoReturn
 
 import torch
 
-from loader import SOURCES
-from models import COMMON, RECIPES
-from parle import checkpoint, distributed, launcher
+from parle import checkpoint, launcher
 from parle.algorithm import PRESETS
 
+try:
+    from loader import DATASETS
+    from models import COMMON, RECIPES
+except ImportError as error:  # `pip install .` installs neither, since other projects have modules of these names
+    message = f"error: run this program in a checkout of Parle, which has models.py and loader.py ({error})"
+    raise SystemExit(message) from error
 
-class Mistake(Exception):
-    """A user's mistake. The message says what to type instead."""
+MAX_STEPS_PER_ROUND = 10**9
+MAX_THREADS = 1024  # far above the cores of any node; if OpenMP cannot start its threads the program crashes
 
 
-def tell(prog: str, mistake: Exception) -> None:
-    """One line, from the first rank."""
+class UsageError(Exception):
+    """An error of the user. The message says what to type instead."""
+
+
+def print_error(prog: str, error: Exception) -> None:
+    """Print an error as one line on stderr, on the first rank only."""
     if _is_first_rank():
-        sys.stderr.write(f"{prog}: error: {distributed.reason(mistake)}\n")
+        sys.stderr.write(f"{prog}: error: {launcher.describe_error(error)}\n")
         sys.stderr.flush()
 
 
 def _is_first_rank() -> bool:
-    rank, _ = launcher.launched() or (0, None)
+    rank, _ = launcher.rank_from_environment() or (0, None)
     return rank == 0
 
 
 class Parser(argparse.ArgumentParser):
+    """An argument parser that raises UsageError, prints help on the first rank only and suggests similar flags."""
+
     def error(self, message: str) -> NoReturn:
-        raise Mistake(message)
+        raise UsageError(message)
 
     def print_help(self, *arguments: Any) -> None:
         if _is_first_rank():
@@ -44,129 +54,259 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, *arguments: Any) -> argparse.Namespace:
         args, unknown = self.parse_known_args(*arguments)
         if unknown:
-            near = difflib.get_close_matches(unknown[0].partition("=")[0], self._option_string_actions, 1)
-            hint = f"did you mean {near[0]}?" if near else f"python {self.prog} -h lists what there is"
+            similar = difflib.get_close_matches(unknown[0].partition("=")[0], self._option_string_actions, 1)
+            hint = f"did you mean {similar[0]}?" if similar else f"python {self.prog} -h lists all arguments"
             self.error(f"unknown argument {unknown[0]}; {hint}")
         return args
 
 
-def _number(kind: Callable[[str], Any], holds: Callable[[Any], bool], what: str) -> Callable[[str], Any]:
+def _number(kind: Callable[[str], Any], is_valid: Callable[[Any], bool], expected: str) -> Callable[[str], Any]:
     def convert(text: str) -> Any:
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not holds(value):
-            raise argparse.ArgumentTypeError(f"{text} is not {what}")
+        if not is_valid(value):
+            raise argparse.ArgumentTypeError(f"{text} is not {expected}")
         return value
 
     return convert
 
 
-def _one_of(names: Collection[str]) -> Callable[[str], str]:
+def _choice(names: Collection[str]) -> Callable[[str], str]:
     def convert(text: str) -> str:
         if text not in names:
-            near = difflib.get_close_matches(text, names, 1, cutoff=0.4)
-            hint = f", did you mean {near[0]}?" if near else ""
-            raise argparse.ArgumentTypeError(f"there is no {text}{hint} (there are {', '.join(names)})")
+            similar = difflib.get_close_matches(text, names, 1, cutoff=0.4)
+            hint = f", did you mean {similar[0]}?" if similar else ""
+            raise argparse.ArgumentTypeError(f"{text} is not available{hint} (choose from {', '.join(names)})")
         return text
 
     return convert
 
 
-SEED = _number(int, lambda value: 0 <= value < 2**63, "a whole number of at least 0, such as 42")
-REPLICAS = _number(int, lambda value: 1 <= value <= 10_000, "a whole number of at least 1 and up to 10000, such as 3")
-COUNT = _number(int, lambda value: value >= 1, "a whole number of at least 1, such as 3")
-BATCH = _number(int, lambda value: value >= 2, "a whole number of at least 2 (batch norm needs two), such as 128")
-COEFFICIENT = _number(float, lambda value: 0 <= value <= 1e6, "a number of at least 0 and up to 1e6, such as 0.01")
-POSITIVE = _number(float, lambda value: 0 < value < math.inf, "a number above 0, such as 0.25")
-EPOCHS = _number(float, lambda value: 0 < value <= 1e9, "a number above 0 and up to 1e9, such as 0.25")
-DECAY = _number(float, lambda value: 0 <= value < 1, "a number of at least 0 and below 1, such as 0.75")
-SHARE = _number(float, lambda value: 0 < value <= 1, "a number above 0 and up to 1, such as 0.5")
-
-
-def _folder(text: str) -> Path:
-    if not text or "\0" in text:
-        raise argparse.ArgumentTypeError("a folder needs a name, such as . for this one")
-    return Path(text)
-
-
-LONGEST = 10**9  # mini-batches of a round
-MOST_THREADS = 1024  # far more than any node's cores; what OpenMP cannot start ends the program
-LENGTH = _number(
+seed = _number(int, lambda value: 0 <= value < 2**63, "an integer of at least 0, such as 42")
+num_replicas = _number(int, lambda value: 1 <= value <= 10_000, "an integer from 1 to 10000, such as 3")
+positive_int = _number(int, lambda value: value >= 1, "an integer of at least 1, such as 3")
+batch_size = _number(int, lambda value: value >= 2, "an integer of at least 2 (batch norm needs two), such as 128")
+nonnegative_float = _number(float, lambda value: 0 <= value <= 1e6, "a number from 0 to 1e6, such as 0.01")
+positive_float = _number(float, lambda value: 0 < value < math.inf, "a number above 0, such as 0.25")
+epochs = _number(float, lambda value: 0 < value <= 1e9, "a number above 0 and up to 1e9, such as 0.25")
+decay = _number(float, lambda value: 0 <= value < 1, "a number of at least 0 and below 1, such as 0.75")
+fraction = _number(float, lambda value: 0 < value <= 1, "a number above 0 and up to 1, such as 0.5")
+sync_every = _number(
     lambda text: text if text == "auto" else int(text),
-    lambda value: value == "auto" or 1 <= value <= LONGEST,
-    "a whole number of at least 1 and up to 1e9, such as 25, or auto",
+    lambda value: value == "auto" or 1 <= value <= MAX_STEPS_PER_ROUND,
+    "an integer from 1 to 1e9, such as 25, or auto",
 )
 
 
-def parser(prog: str, description: str) -> Parser:
-    """All flags. One that is not given stays None where its default depends on others: see `resolve`."""
+def directory(text: str) -> Path:
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError("a directory needs a name, such as . for the current one")
+    return Path(text)
+
+
+def build_parser(prog: str, description: str) -> Parser:
+    """Return the parser of all common flags. Values that are not given and have a dependent default are None."""
     parser = Parser(prog=prog, description=description, allow_abbrev=False)
-    parle, models, sets, methods = PRESETS["parle"], ", ".join(RECIPES), ", ".join(SOURCES), ", ".join(PRESETS)
+    parle, models, datasets, methods = PRESETS["parle"], ", ".join(RECIPES), ", ".join(DATASETS), ", ".join(PRESETS)
 
     add = parser.add_argument_group("what to train").add_argument
-    add("-m", "--model", type=_one_of(RECIPES), default="lenet", metavar="NAME", help=f"{models} (%(default)s)")
-    add("-d", "--dataset", type=_one_of(SOURCES), metavar="NAME", help=f"{sets} (the model's)")
-    add("-s", "--seed", type=SEED, default=42, metavar="N", help="of weights, data order and dropout (%(default)s)")
+    add(
+        *("-m", "--model"),
+        type=_choice(RECIPES),
+        default="lenet",
+        metavar="NAME",
+        help=f"network: {models} (default: %(default)s)",
+    )
+    add("-d", "--dataset", type=_choice(DATASETS), metavar="NAME", help=f"data set: {datasets} (default: the model's)")
+    add(
+        *("-s", "--seed"),
+        type=seed,
+        default=42,
+        metavar="N",
+        help="random seed of initial weights, data order, augmentation and dropout (default: %(default)s)",
+    )
 
-    add = parser.add_argument_group("the algorithm").add_argument
-    add("-n", "--replicas", type=REPLICAS, metavar="N", help="replicas (a launcher's number of ranks, else 3)")
-    add("--method", type=_one_of(PRESETS), default="parle", metavar="NAME", help=f"{methods} (%(default)s)")
-    add("-L", "--sync-every", type=LENGTH, metavar="L", help=f"mini-batches a round, or auto ({parle['sync_every']})")
-    add("--gamma", type=COEFFICIENT, metavar="X", help=f"pull towards the anchor, 0 is none ({parle['gamma']})")
-    add("--rho", type=COEFFICIENT, metavar="X", help=f"pull towards the mean, 0 is none ({parle['rho']})")
-    add("--alpha", type=DECAY, default=0.75, metavar="X", help="what the inner average keeps (%(default)s)")
-    add("--outer-step", type=COEFFICIENT, default=1.0, metavar="X", help="outer step in units of lr (%(default)s)")
-    add("--outer-momentum", type=DECAY, metavar="X", help="of the outer step (as --momentum)")
+    add = parser.add_argument_group("algorithm").add_argument
+    add(
+        *("-n", "--replicas"),
+        type=num_replicas,
+        metavar="N",
+        help="number of replicas (default: the number of ranks under a launcher, otherwise 3)",
+    )
+    add(
+        "--method",
+        type=_choice(PRESETS),
+        default="parle",
+        metavar="NAME",
+        help=f"preset of n, L, gamma and rho: {methods} (default: %(default)s)",
+    )
+    add(
+        *("-L", "--sync-every"),
+        type=sync_every,
+        metavar="L",
+        help=f"steps per round, or auto for lr / gamma_k (default: {parle['sync_every']})",
+    )
+    add(
+        "--gamma",
+        type=nonnegative_float,
+        metavar="X",
+        help=f"coefficient of the coupling to the anchor; 0 switches it off (default: {parle['gamma']})",
+    )
+    add(
+        "--rho",
+        type=nonnegative_float,
+        metavar="X",
+        help=f"coefficient of the coupling between replicas; 0 switches it off (default: {parle['rho']})",
+    )
+    add(
+        "--alpha",
+        type=decay,
+        default=0.75,
+        metavar="X",
+        help="decay of the inner average per step (default: %(default)s)",
+    )
+    add(
+        "--outer-lr-scale",
+        type=nonnegative_float,
+        default=1.0,
+        metavar="X",
+        help="step size of the outer update in units of lr (default: %(default)s)",
+    )
+    add("--outer-momentum", type=decay, metavar="X", help="Nesterov momentum of the outer update (default: --momentum)")
 
-    add = parser.add_argument_group("the recipe").add_argument
-    add("-b", "--batch-size", type=BATCH, metavar="N", help=f"of each replica ({COMMON['batch_size']})")
-    add("-B", "--epochs", type=EPOCHS, metavar="X", help="of L passes over the data each (the model's)")
-    add("--lr", type=COEFFICIENT, metavar="X", help=f"of the inner and the outer step ({COMMON['lr']})")
-    add("--lr-drops", type=EPOCHS, nargs="*", metavar="X", help="epochs at which lr drops (the model's)")
-    add("--lr-decay", type=POSITIVE, metavar="X", help=f"factor of lr at a drop ({COMMON['lr_decay']})")
-    add("--momentum", type=DECAY, metavar="X", help=f"Nesterov's ({COMMON['momentum']})")
-    add("--weight-decay", type=COEFFICIENT, metavar="X", help="in the inner step alone (the model's)")
-    add("--dropout", type=DECAY, metavar="X", help="of the network (the model's)")
+    add = parser.add_argument_group("recipe").add_argument
+    add(
+        *("-b", "--batch-size"),
+        type=batch_size,
+        metavar="N",
+        help=f"mini-batch size per replica (default: {COMMON['batch_size']})",
+    )
+    add(
+        *("-B", "--epochs"),
+        type=epochs,
+        metavar="X",
+        help="length of the run in epochs, each L passes over the data; fractions allowed (default: the model's)",
+    )
+    add(
+        "--lr",
+        type=nonnegative_float,
+        metavar="X",
+        help=f"learning rate of the inner and the outer update (default: {COMMON['lr']})",
+    )
+    add("--lr-drops", type=epochs, nargs="*", metavar="X", help="epochs at which lr drops (default: the model's)")
+    add(
+        "--lr-decay",
+        type=positive_float,
+        metavar="X",
+        help=f"factor of lr at each drop (default: {COMMON['lr_decay']})",
+    )
+    add(
+        "--momentum",
+        type=decay,
+        metavar="X",
+        help=f"Nesterov momentum of the inner update (default: {COMMON['momentum']})",
+    )
+    add(
+        "--weight-decay",
+        type=nonnegative_float,
+        metavar="X",
+        help="L2 penalty, in the inner update only (default: the model's)",
+    )
+    add("--dropout", type=decay, metavar="X", help="dropout probability of the network (default: the model's)")
 
     add = parser.add_argument_group("data").add_argument
-    add("--augment", action=argparse.BooleanOptionalAction, help="flip and crop at random (for CIFAR)")
-    add("--whiten", action="store_true", help="contrast normalisation and ZCA instead of mean and std")
-    add("--frac", type=SHARE, default=1.0, metavar="X", help="of the data, what each replica sees (%(default)s)")
-    add("--data", type=_folder, metavar="DIR", help="raw data, as torchvision lays it out (downloaded to PROC/raw)")
-    add("--proc", type=_folder, default=Path("proc"), metavar="DIR", help="pre-processed data (%(default)s)")
+    add(
+        "--augment",
+        action=argparse.BooleanOptionalAction,
+        help="flip and crop training images at random (default: on for CIFAR)",
+    )
+    add(
+        "--zca",
+        action="store_true",
+        help="normalize images by global contrast and ZCA whitening (default: by mean and standard deviation)",
+    )
+    add(
+        "--frac",
+        type=fraction,
+        default=1.0,
+        metavar="X",
+        help="fraction of the training set that each replica sees (default: %(default)s)",
+    )
+    add(
+        "--data",
+        type=directory,
+        metavar="DIR",
+        help="directory of raw data in torchvision's layout (default: download to PROC/raw)",
+    )
+    add(
+        "--proc",
+        type=directory,
+        default=Path("proc"),
+        metavar="DIR",
+        help="directory of pre-processed data (default: %(default)s)",
+    )
 
-    add = parser.add_argument_group("the run").add_argument
-    add("--out", type=_folder, metavar="DIR", help="its folder (runs/TIME-MODEL-DATASET)")
-    add("--eval-every", type=COUNT, metavar="N", help="rounds between evaluations, besides every epoch's end")
-    add("--checkpoint-every", type=COUNT, metavar="N", help="rounds between checkpoints, besides every epoch's end")
+    add = parser.add_argument_group("run").add_argument
+    add("--out", type=directory, metavar="DIR", help="output directory (default: runs/TIME-MODEL-DATASET)")
+    add(
+        "--eval-every",
+        type=positive_int,
+        metavar="N",
+        help="rounds between evaluations, in addition to every epoch's end (default: none)",
+    )
+    add(
+        "--checkpoint-every",
+        type=positive_int,
+        metavar="N",
+        help="rounds between checkpoints, in addition to every epoch's end (default: none)",
+    )
     add(
         "--resume",
-        type=_folder,
+        type=directory,
         nargs="?",
         const=True,
         metavar="DIR",
-        help="go on from a run's folder or a checkpoint",
+        help="output directory of the run to resume, or a checkpoint (default: --out)",
     )
     add(
         "--on-nan",
-        type=_one_of(("restart", "stop")),
+        type=_choice(("restart", "stop")),
         default="restart",
         metavar="NAME",
-        help="restart the replica, or stop",
+        help="if a replica is NaN or infinite: restart it from the master, or stop (default: %(default)s)",
     )
-    add("--doctor", action="store_true", help="tell what is here and what synchronization costs; train nothing")
-    add("--timeout", type=POSITIVE, default=1800.0, metavar="S", help="seconds to wait for other ranks (%(default)g)")
-    add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, … (%(default)s)")
-    add("--amp", type=_one_of(("off", "bf16")), default="off", metavar="NAME", help="off or bf16 (%(default)s)")
+    add(
+        "--doctor",
+        action="store_true",
+        help="print versions, devices, data and the cost of a synchronization, then exit without training",
+    )
+    add(
+        "--timeout",
+        type=positive_float,
+        default=1800.0,
+        metavar="S",
+        help="seconds that a rank waits for the others (default: %(default)g)",
+    )
+    add("--device", default="auto", metavar="NAME", help="device: auto, cpu, cuda, cuda:1, ... (default: %(default)s)")
+    add(
+        "--amp",
+        type=_choice(("off", "bf16")),
+        default="off",
+        metavar="NAME",
+        help="precision of forward and backward passes: off (float32) or bf16 (default: %(default)s)",
+    )
     return parser
 
 
 def parse(parser: Parser) -> argparse.Namespace:
-    """The command line. A run that is resumed has the arguments that it had, but for those given anew.
+    """Parse the command line. A resumed run keeps its arguments, except for those given again.
 
-    `resume` becomes the checkpoint that was named, or the folder of a run's checkpoints. Raises: Mistake.
+    `resume` becomes the checkpoint that was named, or the directory of the run's checkpoints.
+
+    Raises:
+        UsageError: an invalid argument.
     """
     args = parser.parse_args()
     args.program = parser.prog
@@ -174,84 +314,104 @@ def parse(parser: Parser) -> argparse.Namespace:
         return args
     folder = args.out if args.resume is True else args.resume
     if folder is None:
-        raise Mistake("--resume needs the folder of the run: --resume DIR")
-    named = os.path.exists(folder / checkpoint.MANIFEST)
-    if named:
+        raise UsageError("--resume needs the output directory of the run: --resume DIR")
+    is_checkpoint = os.path.exists(folder / checkpoint.MANIFEST)
+    if is_checkpoint:
         folder = folder.resolve()
     try:
-        paths = [folder] if named else checkpoint.found(folder / checkpoint.FOLDER)
-        _, manifest, _ = checkpoint.newest(paths, files=False)
+        paths = [folder] if is_checkpoint else checkpoint.list_checkpoints(folder / checkpoint.FOLDER)
+        _, manifest, _ = checkpoint.latest_valid(paths, verify_files=False)
     except (checkpoint.CheckpointError, OSError) as error:
-        raise Mistake(f"--resume {folder}: {error}") from error
-    run = folder if not named else folder.parent.parent if folder.parent.name == checkpoint.FOLDER else None
+        raise UsageError(f"--resume {folder}: {error}") from error
+    run = folder if not is_checkpoint else folder.parent.parent if folder.parent.name == checkpoint.FOLDER else None
     arguments = manifest["arguments"] | dict(out=run and str(run))
-    if launcher.STARTED not in os.environ and (launcher.launched() or (0, 1))[1] != 1:
-        del arguments["replicas"]  # as many as there are ranks now, unless -n says otherwise
-    if PRESETS[arguments["method"]]["rho"] == "1/n" and arguments["rho"] == 1 / manifest["replicas"]:
-        del arguments["rho"]  # with another n another one
+    if not launcher.is_started_by_parle() and (launcher.rank_from_environment() or (0, 1))[1] != 1:
+        del arguments["replicas"]  # by default the number of ranks, which may differ now
+    if PRESETS[arguments["method"]]["rho"] == "1/n" and arguments["rho"] == 1 / manifest["num_replicas"]:
+        del arguments["rho"]  # it depends on n
     parser.set_defaults(**arguments)
     args = parser.parse_args()
     args.program = parser.prog
-    for name in ("model", "dataset", "whiten", "method"):
+    for name in ("model", "dataset", "zca", "method"):
         if getattr(args, name) != arguments[name]:
-            raise Mistake(f"--resume: {folder} has {name} {arguments[name]}, not {getattr(args, name)}")
-    args.resume = folder if named else run / checkpoint.FOLDER
+            raise UsageError(f"--resume: {folder} has {name} {arguments[name]}, not {getattr(args, name)}")
+    args.resume = folder if is_checkpoint else run / checkpoint.FOLDER
     return args
 
 
-def resolve(args: argparse.Namespace, size: int | None) -> argparse.Namespace:
-    """Fill in what follows from the method, the model and the data set. `size` is the launcher's number of ranks.
+def complete(given: argparse.Namespace, num_ranks: int | None) -> argparse.Namespace:
+    """Return the arguments with all defaults filled in, after validating them together.
 
-    A recipe is for the usual L; with another one its epochs stand for as many mini-batches, so more of them if L is 1.
+    Args:
+        given: what `parse` returned.
+        num_ranks: the launcher's number of ranks; None without a launcher.
+
+    Raises:
+        UsageError: arguments that do not fit together, this machine or the number of ranks.
     """
-    defaults: dict[str, Any] = {"replicas": size or 3, **COMMON, **RECIPES[args.model]}
-    defaults |= {name: value for name, value in PRESETS[args.method].items() if value is not None}
-    length = args.sync_every or defaults["sync_every"]
+    args = apply_defaults(given, num_ranks)
+    validate(args, num_ranks)
+    return args
+
+
+def apply_defaults(given: argparse.Namespace, num_ranks: int | None) -> argparse.Namespace:
+    """Fill in the defaults that depend on the method, the model and the data set.
+
+    A recipe's epochs are for the default L. With another L they are scaled to the same number of steps, so with L = 1
+    there are 25 times as many epochs.
+    """
+    defaults: dict[str, Any] = {"replicas": num_ranks or 3, **COMMON, **RECIPES[given.model]}
+    defaults |= {name: value for name, value in PRESETS[given.method].items() if value is not None}
+    length = given.sync_every or defaults["sync_every"]
     if length != "auto":
         scale = PRESETS["parle"]["sync_every"] / length
         defaults["epochs"] *= scale
         defaults["lr_drops"] = [drop * scale for drop in defaults["lr_drops"]]
-    resolved = argparse.Namespace(**vars(args))
+    args = argparse.Namespace(**vars(given))
     for name, default in defaults.items():
-        if getattr(args, name) is None:
-            setattr(resolved, name, default)
-    if resolved.rho == "1/n":
-        resolved.rho = 1 / resolved.replicas
-    if resolved.outer_momentum is None:
-        resolved.outer_momentum = resolved.momentum
-    if resolved.augment is None:
-        resolved.augment = SOURCES[resolved.dataset].augment
-    return resolved
+        if getattr(given, name) is None:
+            setattr(args, name, default)
+    if args.rho == "1/n":
+        args.rho = 1 / args.replicas
+    if args.outer_momentum is None:
+        args.outer_momentum = args.momentum
+    if args.augment is None:
+        args.augment = DATASETS[args.dataset].augment
+    return args
 
 
-def check(args: argparse.Namespace, size: int | None) -> None:
-    """What `resolve` gave, as a whole, on `size` ranks. Raises: Mistake."""
+def validate(args: argparse.Namespace, num_ranks: int | None) -> None:
+    """Raises: UsageError, if arguments do not fit together, this machine or the number of ranks."""
     if args.sync_every == "auto" and not args.gamma:
-        raise Mistake("-L auto needs a pull towards the anchor: --gamma 0.01")
-    if args.sync_every == "auto" and args.lr > LONGEST * args.gamma:
-        raise Mistake(f"-L auto is lr / gamma, and {args.lr:g} / {args.gamma:g} is too long: --gamma 0.01")
+        raise UsageError("-L auto needs a coupling to the anchor: --gamma 0.01")
+    if args.sync_every == "auto" and args.lr > MAX_STEPS_PER_ROUND * args.gamma:
+        raise UsageError(f"-L auto is lr / gamma, and {args.lr:g} / {args.gamma:g} is too large: --gamma 0.01")
     threads = os.environ.get("OMP_NUM_THREADS", "1").split(",")[0]
-    if not (threads.strip().isdecimal() and len(threads) < 9 and 1 <= int(threads) <= MOST_THREADS):
-        raise Mistake(f"OMP_NUM_THREADS is {threads!r}, not a number of threads from 1 to {MOST_THREADS}")
+    if not (threads.strip().isdecimal() and len(threads) < 9 and 1 <= int(threads) <= MAX_THREADS):
+        raise UsageError(f"OMP_NUM_THREADS is {threads!r}, not a number of threads from 1 to {MAX_THREADS}")
     if args.data is not None and not os.path.isdir(args.data):
-        raise Mistake(f"--data {args.data}: there is no such folder")
-    if size is None:
+        raise UsageError(f"--data {args.data}: this directory does not exist")
+    if num_ranks is None:
         return
-    if size % args.replicas:
-        fits = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
-        raise Mistake(
-            f"{size} ranks cannot be shared equally by -n {args.replicas} replicas: use -n with one of {fits}"
+    if num_ranks % args.replicas:
+        divisors = ", ".join(str(n) for n in range(1, num_ranks + 1) if num_ranks % n == 0)
+        raise UsageError(
+            f"{num_ranks} ranks cannot be divided among -n {args.replicas} replicas: use -n with one of {divisors}"
         )
-    per_replica = size // args.replicas
-    if args.batch_size < 2 * per_replica:
-        raise Mistake(
-            f"-b {args.batch_size} leaves less than 2 images for each of {per_replica} ranks of a replica: "
-            f"-b {2 * per_replica} or more"
+    ranks_per_replica = num_ranks // args.replicas
+    if args.batch_size < 2 * ranks_per_replica:
+        raise UsageError(
+            f"-b {args.batch_size} leaves fewer than 2 images for each of {ranks_per_replica} ranks of a replica: "
+            f"use -b {2 * ranks_per_replica} or more"
         )
 
 
-def devices(name: str) -> list[torch.device]:
-    """All devices of this machine that `name` means: a numbered one is itself alone. Raises: Mistake."""
+def find_devices(name: str) -> list[torch.device]:
+    """Return the devices of this machine that `name` selects: one if it has an index, all of its kind otherwise.
+
+    Raises:
+        UsageError: there is none.
+    """
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     kinds = {"cpu": 1} if accelerator is None else {accelerator.type: torch.accelerator.device_count(), "cpu": 1}
     if name == "auto":
@@ -261,15 +421,15 @@ def devices(name: str) -> list[torch.device]:
     if number:
         indices = [index for index in indices if str(index) == number]
     if not indices:
-        there = ", ".join(
+        available = ", ".join(
             f"{kind}:{index}" if kind != "cpu" else kind for kind in kinds for index in range(kinds[kind])
         )
-        raise Mistake(f"--device {name} is not to be had here: use one of {there}")
+        raise UsageError(f"--device {name} is not available; choose from {available}")
     return [torch.device("cpu") if kind == "cpu" else torch.device(kind, index) for index in indices]
 
 
-def name(device: torch.device) -> str:
-    """As people know it: with what an accelerator's maker calls it, where torch can tell."""
+def device_name(device: torch.device) -> str:
+    """Return the device with its model name, if torch reports one."""
     module = torch.get_device_module(device)
     if not hasattr(module, "get_device_name"):
         return str(device)

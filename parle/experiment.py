@@ -1,4 +1,4 @@
-"""One experiment, as the command line says: its data, its replicas, its events. Knows nothing of who communicates."""
+"""One run, from arguments to events. Independent of how replicas communicate."""
 
 import argparse
 import contextlib
@@ -15,259 +15,300 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-import loader
 import models
-from parle import checkpoint, cli, fault_injection, launcher, signals, training
-from parle.logger import Report, surroundings
-from parle.optimizer import ReplicaOptimizer
+from loader import BatchLoader, Dataset, DownloadError
+from parle import checkpoint, cli, evaluation, fault_injection, launcher, signals
+from parle.distributed import Groups
+from parle.logger import RunLogger, environment_info
+from parle.optimizer import ParleBase
+from parle.training import LocalReplica, Schedule, TrainState, train
 
-
-def load(
-    given: argparse.Namespace, *, size: int | None, read: Callable[[argparse.Namespace], loader.Dataset], first: bool
-) -> tuple[argparse.Namespace, loader.Dataset]:
-    """The arguments resolved for `size` ranks, and the data that `read` gives for them.
-
-    They are digits where nobody asked for a data set and the usual one cannot be downloaded; the `first` rank says so.
-    """
-    args = cli.resolve(given, size)
-    try:
-        return args, read(args)
-    except loader.Unreachable as error:
-        if given.dataset or given.data:
-            raise
-        if first:
-            print(
-                f"WARNING: training on digits, scikit-learn's 8 x 8 images, instead of {args.dataset}: {error}",
-                flush=True,
-            )
-    args = cli.resolve(argparse.Namespace(**vars(given) | dict(dataset="digits")), size)
-    return args, read(args)
-
-
-def model(args: argparse.Namespace, data: loader.Dataset) -> nn.Module:
-    """The network as every replica starts with it, where the data is."""
-    torch.manual_seed(args.seed)
-    return models.build(args.model, data.channels, data.size, data.classes, args.dropout).to(data.train_labels.device)
-
-
-def batches(
-    args: argparse.Namespace, data: loader.Dataset, replica: int, part: tuple[int, int] = (0, 1)
-) -> loader.Batches:
-    """Those of one replica, or of a part of it."""
-    return loader.Batches(
-        data,
-        batch_size=args.batch_size,
-        seed=args.seed,
-        replica=replica,
-        replicas=args.replicas,
-        frac=args.frac,
-        augment=args.augment,
-        part=part,
-    )
-
-
-def hyperparameters(args: argparse.Namespace, batches_per_epoch: int) -> dict[str, Any]:
-    """What both Parle classes take."""
-    names = ("lr", "momentum", "weight_decay", "sync_every", "gamma", "rho", "alpha", "outer_step", "outer_momentum")
-    return {name: getattr(args, name) for name in names} | dict(batches_per_epoch=batches_per_epoch)
-
-
-class Resumed(NamedTuple):
-    """The checkpoint that a run goes on from."""
-
-    path: Path
-    manifest: dict[str, Any]
-    changes: dict[str, tuple[Any, Any]]  # arguments that are not what they were: what they were and what they are
-
-
-# Arguments that may change without a word: they are of the machine and of what is told, not of what is trained
-MACHINE = {
+# Arguments that may change without notice when a run is resumed: they do not affect what is trained
+LOCAL_ARGUMENTS = {
     *("data", "proc", "out", "device", "gpus_per_replica", "timeout"),
     *("resume", "checkpoint_every", "eval_every", "on_nan", "doctor"),
 }
 
 
-def find_checkpoint(args: argparse.Namespace) -> Resumed | None:
-    """What --resume names, its newest good one if that is a folder of several. Raises: Mistake."""
+def load_data(
+    given: argparse.Namespace,
+    args: argparse.Namespace,
+    *,
+    num_ranks: int | None,
+    load: Callable[[argparse.Namespace], Dataset],
+    is_first_rank: bool,
+) -> tuple[argparse.Namespace, Dataset]:
+    """Return the arguments and the data set that `load` returns for them.
+
+    If the default data set cannot be downloaded and the user asked for none, both are for digits instead, and the
+    first rank prints a warning.
+
+    Args:
+        given, args: the command line before and after `cli.complete`.
+    """
+    try:
+        return args, load(args)
+    except DownloadError as error:
+        if given.dataset or given.data:
+            raise
+        if is_first_rank:
+            print(
+                f"WARNING: training on digits, scikit-learn's 8 x 8 images, instead of {args.dataset}: {error}",
+                flush=True,
+            )
+    args = cli.complete(argparse.Namespace(**vars(given) | dict(dataset="digits")), num_ranks)
+    return args, load(args)
+
+
+def build_model(args: argparse.Namespace, data: Dataset) -> nn.Module:
+    """Return the network with the initial weights of every replica, on the device of the data."""
+    torch.manual_seed(args.seed)
+    return models.build(args.model, data.channels, data.size, data.classes, args.dropout).to(data.train_labels.device)
+
+
+def build_replica(
+    args: argparse.Namespace, data: Dataset, number: int, shard: tuple[int, int] = (0, 1)
+) -> LocalReplica:
+    """Return a replica with its network and mini-batches, or the given shard (index, count) of each mini-batch."""
+    batches = BatchLoader(
+        data,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        replica=number,
+        replicas=args.replicas,
+        frac=args.frac,
+        augment=args.augment,
+        shard=shard,
+    )
+    return LocalReplica(number, build_model(args, data), batches)
+
+
+def hyperparameters(args: argparse.Namespace, batches_per_epoch: int) -> dict[str, Any]:
+    """Return the keyword arguments of both Parle classes."""
+    names = [
+        "lr",
+        "momentum",
+        "weight_decay",
+        "sync_every",
+        "gamma",
+        "rho",
+        "alpha",
+        "outer_lr_scale",
+        "outer_momentum",
+    ]
+    return {name: getattr(args, name) for name in names} | dict(batches_per_epoch=batches_per_epoch)
+
+
+def schedule(args: argparse.Namespace) -> Schedule:
+    return Schedule(args.epochs, args.lr_drops, args.lr_decay, args.eval_every, args.checkpoint_every)
+
+
+class ResumePoint(NamedTuple):
+    """The checkpoint from which a run resumes."""
+
+    path: Path
+    manifest: dict[str, Any]
+    changes: dict[str, tuple[Any, Any]]  # arguments that differ: their old and new values
+
+
+def find_checkpoint(args: argparse.Namespace) -> ResumePoint | None:
+    """Return the checkpoint that --resume names, or the latest valid one of the directory that it names.
+
+    Raises:
+        UsageError: there is none.
+    """
     if args.resume is None:
         return None
     try:
-        paths = [args.resume] if os.path.exists(args.resume / checkpoint.MANIFEST) else checkpoint.found(args.resume)
-        path, manifest, complaints = checkpoint.newest(paths)
+        is_checkpoint = os.path.exists(args.resume / checkpoint.MANIFEST)
+        paths = [args.resume] if is_checkpoint else checkpoint.list_checkpoints(args.resume)
+        path, manifest, complaints = checkpoint.latest_valid(paths)
     except checkpoint.CheckpointError as error:
-        raise cli.Mistake(f"--resume: {error}") from error
+        raise cli.UsageError(f"--resume: {error}") from error
     for complaint in complaints:
-        print(f"WARNING: {complaint}; taking the one before", flush=True)
-    was, now = manifest["arguments"], json.loads(json.dumps(_plain(args)))
-    changes = {name: (was[name], now[name]) for name in was if name not in MACHINE and was[name] != now.get(name)}
-    return Resumed(path, manifest, changes)
+        print(f"WARNING: {complaint}; using the previous one", flush=True)
+    was, now = manifest["arguments"], json.loads(json.dumps(_to_json(args)))
+    changes = {
+        name: (was[name], now[name]) for name in was if name not in LOCAL_ARGUMENTS and was[name] != now.get(name)
+    }
+    return ResumePoint(path, manifest, changes)
 
 
-def restore(
-    args: argparse.Namespace,
-    resumed: Resumed | None,
-    optimizer: ReplicaOptimizer,
-    replicas: dict[int, tuple[nn.Module, loader.Batches]],
-    part: int = 0,
-) -> None:
-    """Put the checkpoint into the optimizer and the networks of the replicas that live here, by number.
+def open_logger(args: argparse.Namespace, resume: ResumePoint | None) -> RunLogger:
+    """Return the logger of --out, or of a new directory in runs/.
 
-    `part` is which of a replica's ranks this is. Nothing of the run's folder has been touched yet. Raises: Mistake.
+    Raises:
+        UsageError: the directory cannot be used.
     """
-    if resumed is None:
-        return
-    networks, sources = zip(*replicas.values(), strict=True)
-    per_epoch = sources[0].per_epoch
-    try:
-        checkpoint.load(resumed.path, resumed.manifest, optimizer, list(replicas), networks, part)
-    except checkpoint.CheckpointError as error:
-        raise cli.Mistake(f"--resume: {error}") from error
-    if {"lr", "lr_drops", "lr_decay", "batch_size", "frac"} & resumed.changes.keys():
-        passed = sum(drop <= optimizer.rounds for drop in training.drop_rounds(args.lr_drops, per_epoch))
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * args.lr_decay**passed
-    if optimizer.rounds >= training.count_rounds(args.epochs, per_epoch):
-        raise cli.Mistake(f"--resume: {resumed.path} is the end of its run: -B with more than {args.epochs:g} goes on")
-
-
-def _plain(args: argparse.Namespace) -> dict[str, Any]:
-    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-
-
-def open_report(args: argparse.Namespace, resumed: Resumed | None) -> Report:
-    """In --out or a new folder below runs/. Raises: Mistake."""
-    label = f"{args.model} on {args.dataset}"
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-{args.model}-{args.dataset}"
     try:
         if args.out is not None:
-            own = resumed is not None and resumed.path.parent.resolve() == (args.out / checkpoint.FOLDER).resolve()
-            report = Report(args.out, label, resumed.manifest["log_bytes"] if own else None)
-            if own:
-                checkpoint.put_aside_later(resumed.path, resumed.manifest["counters"])
-            return report
-        for suffix in ("", *(f"-{i}" for i in range(2, 100))):  # runs may start in the same second
+            same_run = resume is not None and resume.path.parent.resolve() == (args.out / checkpoint.FOLDER).resolve()
+            logger = RunLogger(args.out, resume.manifest["log_bytes"] if same_run else None)
+            if same_run:
+                checkpoint.archive_newer(resume.path, resume.manifest["counters"])
+            return logger
+        for suffix in ("", *(f"-{i}" for i in range(2, 100))):  # other runs may start in the same second
             with contextlib.suppress(FileExistsError):
-                return Report(Path("runs") / f"{name}{suffix}", label)
+                return RunLogger(Path("runs") / f"{name}{suffix}")
         raise FileExistsError(f"runs/{name}")
     except OSError as error:
-        raise cli.Mistake(f"--out: {error}; name a new folder") from error
+        raise cli.UsageError(f"--out: {error}; choose a new directory") from error
+
+
+def _to_json(args: argparse.Namespace) -> dict[str, Any]:
+    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
 
 
 @contextlib.contextmanager
-def _told_how_to_resume(optimizer: ReplicaOptimizer, folder: Path | None, resume: str) -> Iterator[None]:
-    """What goes wrong within is noted with the round, and with how to go on once there is a checkpoint."""
+def _note_how_to_resume(optimizer: ParleBase, folder: Path | None, command: str) -> Iterator[None]:
+    """Add the round to an exception, and the command that resumes the run if there is a checkpoint."""
     try:
         yield
     except Exception as error:
-        if not isinstance(error, FloatingPointError | checkpoint.CheckpointError):  # which name theirs
-            error.add_note(f"in round {optimizer.rounds + 1}")
-        if folder and checkpoint.found(folder / checkpoint.FOLDER):
-            error.add_note(f"go on with: {resume}")
+        if not isinstance(error, FloatingPointError | checkpoint.CheckpointError):  # they name their round
+            error.add_note(f"in round {optimizer.rounds_done + 1}")
+        if folder and checkpoint.list_checkpoints(folder / checkpoint.FOLDER):
+            error.add_note(f"resume with: {command}")
         raise
 
 
-def run(
-    args: argparse.Namespace,
-    data: loader.Dataset,
-    optimizer: ReplicaOptimizer,
-    replicas: dict[int, tuple[nn.Module, loader.Batches]],
-    report: Report | None,
-    resumed: Resumed | None,
-    command: str,
-    *,
-    team: training.Team = training.ALONE,
-    world: training.Team = training.ALONE,
-    **where: Any,
-) -> bool:
-    """Train and evaluate the replicas that live here, by number, and give every event to `report`, on the first rank.
+@dataclasses.dataclass
+class Experiment:
+    """What this process contributes to a run: its replicas, the optimizer and the data they are evaluated on."""
 
-    Returns whether the run has come to its end. If it has not, it was asked to stop.
+    args: argparse.Namespace
+    data: Dataset  # on the device of the evaluation model
+    optimizer: ParleBase
+    replicas: list[LocalReplica]
+    groups: Groups = Groups()
 
-    Args:
-        command: what starts this program again with as many replicas, but for its arguments.
-        data: on the device where the master is tested.
-        team, world: who shares one replica, and all there are.
-        where: what the log's first line says of the devices and of who communicates.
-    """
-    networks, sources = zip(*replicas.values(), strict=True)
-    evaluation_model = model(args, data)
-    start = {
-        "event": "resume" if resumed else "start",
-        "arguments": _plain(args),
-        "dataset": args.dataset,
-        "origin": data.origin,
-        "replicas": args.replicas,
-        "sync_every": args.sync_every,
-        "parameters": sum(parameter.numel() for parameter in evaluation_model.parameters()),
-        "images": len(data.train_labels),
-        "batches_per_epoch": sources[0].per_epoch,
-        "rounds": training.count_rounds(args.epochs, sources[0].per_epoch),
-        "threads": torch.get_num_threads(),
-        **where,
-        **surroundings(),
-    }
-    fault_injection.inject(optimizer, list(replicas))
-    progress = training.Progress()
-    if resumed:
-        progress = training.Progress(**resumed.manifest["progress"])
-        start |= dict(round=optimizer.rounds, checkpoint=str(resumed.path), changes=resumed.changes)
-    folder = world.gather(report and report.folder)[0]
-    resume = f"{command} --resume {shlex.quote(str(folder))}"
-    if folder and checkpoint.found(folder / checkpoint.FOLDER):
-        launcher.leave_word(resume)
-    unsaved: OSError | None = None
+    @property
+    def networks(self) -> dict[int, nn.Module]:
+        return {replica.number: replica.network for replica in self.replicas}
 
-    def save(progress: training.Progress) -> None:
-        nonlocal unsaved
-        if folder is None:
+    @property
+    def batches_per_epoch(self) -> int:
+        return self.replicas[0].batches.per_epoch
+
+    def restore(self, resume: ResumePoint | None) -> None:
+        """Load a checkpoint into the optimizer and the networks, before anything in the run's directory changes.
+
+        Raises:
+            UsageError: it cannot be loaded, or its run is complete.
+        """
+        if resume is None:
             return
-        facts = dict(arguments=_plain(args), progress=dataclasses.asdict(progress))
-        if report:
-            facts["log_bytes"] = report.log_bytes
         try:
-            checkpoint.save(folder / checkpoint.FOLDER, optimizer, list(replicas), facts, team, world, networks)
-            launcher.leave_word(resume)
-            unsaved = None
-        except OSError as error:
-            unsaved = error
-            if report:
-                report({"event": "checkpoint", "round": optimizer.rounds, "error": str(error)})
+            checkpoint.restore(resume.path, resume.manifest, self.optimizer, self.networks, self.groups.replica.rank)
+        except checkpoint.CheckpointError as error:
+            raise cli.UsageError(f"--resume: {error}") from error
+        plan, rounds_done = schedule(self.args), self.optimizer.rounds_done
+        if {"lr", "lr_drops", "lr_decay", "batch_size", "frac"} & resume.changes.keys():
+            drops = sum(milestone <= rounds_done for milestone in plan.lr_milestones(self.batches_per_epoch))
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.args.lr * self.args.lr_decay**drops
+        if rounds_done >= plan.num_rounds(self.batches_per_epoch):
+            raise cli.UsageError(
+                f"--resume: {resume.path} is the end of its run: continue with -B above {self.args.epochs:g}"
+            )
 
-    def evaluate() -> dict[str, Any]:
-        shared = dict(replicas=list(replicas), team=team, world=world)
-        averaged = {}
-        if optimizer.rounds == start["rounds"]:  # the last; before the other, which leaves what master.pt is to hold
-            averaged = training.evaluate_averaged(optimizer, networks, evaluation_model, data, **shared)
-        return training.evaluate(optimizer, evaluation_model, data, batch_size=args.batch_size, **shared) | averaged
+    def run(self, logger: RunLogger | None, resume: ResumePoint | None, program: str, **environment: Any) -> bool:
+        """Train, evaluate and save, and pass every event to `logger`, which only the first rank has. Collective.
 
-    with signals.heard() as asked, _told_how_to_resume(optimizer, folder, resume):
-        events = training.train(
-            networks,
-            sources,
-            optimizer,
-            evaluate,
-            epochs=args.epochs,
-            lr_drops=args.lr_drops,
-            lr_decay=args.lr_decay,
-            eval_every=args.eval_every,
-            checkpoint_every=args.checkpoint_every,
-            save=save,
-            progress=progress,
-            asked=asked,
-            amp=args.amp == "bf16",
-            team=team,
-            world=world,
-        )
-        for event in itertools.chain([start], events):
-            if report:
-                if event["event"] == "eval":
-                    report.save_master(evaluation_model)
-                report(event)
-            if event["event"] == "lost" and args.on_nan == "stop":
-                raise FloatingPointError(f"NaN or infinity in replicas {event['replicas']} in round {event['round']}")
-        ended = event["event"] == "end"
-        if not ended and unsaved is not None:
-            raise checkpoint.CheckpointError(f"stopped in round {optimizer.rounds + 1}, which is not saved: {unsaved}")
-    if not ended and report:
-        report({"event": "stop", "round": optimizer.rounds, "command": resume})
-    return ended
+        Returns whether the run is complete; otherwise a signal stopped it.
+
+        Args:
+            program: the shell command that starts this program again with the same number of replicas.
+            environment: further fields of the log's first event: devices and how replicas communicate.
+        """
+        args, optimizer, groups = self.args, self.optimizer, self.groups
+        evaluation_model = build_model(args, self.data)
+        plan = schedule(args)
+        start = {
+            "event": "resume" if resume else "start",
+            **environment_info(),
+            "arguments": _to_json(args),
+            "dataset": args.dataset,
+            "source_dir": self.data.source_dir,
+            "num_replicas": args.replicas,
+            "sync_every": args.sync_every,
+            "num_parameters": sum(parameter.numel() for parameter in evaluation_model.parameters()),
+            "num_train_images": len(self.data.train_labels),
+            "batches_per_epoch": self.batches_per_epoch,
+            "num_rounds": plan.num_rounds(self.batches_per_epoch),
+            "threads_per_rank": torch.get_num_threads(),
+            **environment,
+        }
+        fault_injection.inject_fault(optimizer, list(self.networks))
+        state = TrainState()
+        if resume:
+            state = TrainState(**resume.manifest["train_state"])
+            start |= dict(round=optimizer.rounds_done, checkpoint=str(resume.path), changes=resume.changes)
+        folder = groups.world.all_gather(logger and logger.folder)[0]
+        resume_command = f"{program} --resume {shlex.quote(str(folder))}"
+        if folder and checkpoint.list_checkpoints(folder / checkpoint.FOLDER):
+            launcher.write_resume_command(resume_command)
+        save_error: OSError | None = None
+
+        def save(state: TrainState) -> None:
+            nonlocal save_error
+            if folder is None:
+                return
+            metadata = dict(arguments=_to_json(args), train_state=dataclasses.asdict(state))
+            if logger:
+                metadata["log_bytes"] = logger.log_bytes
+            try:
+                checkpoint.save(folder / checkpoint.FOLDER, optimizer, self.networks, metadata, groups)
+                launcher.write_resume_command(resume_command)
+                save_error = None
+            except OSError as error:
+                save_error = error
+                if logger:
+                    logger({"event": "checkpoint_failed", "round": optimizer.rounds_done, "message": str(error)})
+
+        def evaluate() -> dict[str, Any]:
+            running_stats = {}
+            if optimizer.rounds_done == start["num_rounds"]:  # before `evaluate`, which leaves the master in the model
+                running_stats = evaluation.evaluate_running_stats(
+                    optimizer, evaluation_model, self.data, networks=self.networks, groups=groups
+                )
+            recalibrated = evaluation.evaluate(
+                optimizer,
+                evaluation_model,
+                self.data,
+                batch_size=args.batch_size,
+                replicas=list(self.networks),
+                groups=groups,
+            )
+            return recalibrated | running_stats
+
+        with signals.handle_signals() as stop_request, _note_how_to_resume(optimizer, folder, resume_command):
+            events = train(
+                self.replicas,
+                optimizer,
+                plan,
+                evaluate=evaluate,
+                save=save,
+                state=state,
+                stop_request=stop_request,
+                amp=args.amp == "bf16",
+                groups=groups,
+            )
+            for event in itertools.chain([start], events):
+                if logger:
+                    if event["event"] == "eval":
+                        logger.save_master(evaluation_model)
+                    logger(event)
+                if event["event"] == "nonfinite" and args.on_nan == "stop":
+                    raise FloatingPointError(
+                        f"NaN or infinity in replicas {event['replicas']} in round {event['round']}"
+                    )
+            finished = event["event"] == "finished"
+            if not finished and save_error is not None:
+                raise checkpoint.CheckpointError(
+                    f"stopped in round {optimizer.rounds_done + 1}, which could not be saved: {save_error}"
+                )
+        if not finished and logger:
+            logger({"event": "interrupted", "round": optimizer.rounds_done, "resume_command": resume_command})
+        return finished

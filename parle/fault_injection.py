@@ -1,7 +1,7 @@
-"""Faults on purpose, for the tests of what survives them: PARLE_FAULT=KIND:REPLICA:ROUND strikes as that round begins.
+"""Faults for the tests of fault tolerance: PARLE_FAULT=KIND:REPLICA:ROUND takes effect as that round begins.
 
-raise    an exception        kill     SIGKILL, as when memory runs out
-stall    sleep for ever      poison   NaN in the replica's weights
+raise    raise an exception      kill     SIGKILL, as when memory runs out
+hang     sleep forever           nan      fill the replica's weights with NaN
 """
 
 import os
@@ -9,29 +9,31 @@ import signal
 import time
 from typing import Any
 
-from parle.optimizer import ReplicaOptimizer
+from parle.optimizer import ParleBase
+
+KINDS = ("raise", "kill", "hang", "nan")
 
 
-def inject(optimizer: ReplicaOptimizer, replicas: list[int]) -> None:
-    """Arm the fault that the environment names, if it is for one of the replicas that live here."""
+def inject_fault(optimizer: ParleBase, replicas: list[int]) -> None:
+    """Register the fault that the environment requests, if it is for one of the local replicas."""
     if "PARLE_FAULT" not in os.environ:
         return
-    kind, replica, round = os.environ["PARLE_FAULT"].split(":")
-    if kind not in ("raise", "kill", "stall", "poison"):
+    kind, replica, round_number = os.environ["PARLE_FAULT"].split(":")
+    if kind not in KINDS:
         raise ValueError(f"Invalid PARLE_FAULT: {kind}")
     if int(replica) not in replicas:
         return
 
-    def strike(*_: Any) -> None:
-        if (optimizer.rounds + 1, optimizer.batches) != (int(round), 0):
+    def fault(*_: Any) -> None:
+        if (optimizer.rounds_done + 1, optimizer.step_in_round) != (int(round_number), 0):
             return
         if kind == "raise":
-            raise RuntimeError("a fault on purpose")
+            raise RuntimeError("injected fault")
         if kind == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
-        if kind == "stall":
+        if kind == "hang":
             time.sleep(1e6)
-        if kind == "poison":
+        if kind == "nan":
             optimizer.vectors[replicas.index(int(replica))]["weights"].fill_(float("nan"))
 
-    optimizer.register_step_pre_hook(strike)
+    optimizer.register_step_pre_hook(fault)

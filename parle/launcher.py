@@ -1,4 +1,4 @@
-"""Start ranks and see which is killed; find out whether a launcher has started this process."""
+"""Start MPI ranks and supervise them; detect the launcher that started this process."""
 
 import contextlib
 import ctypes
@@ -11,93 +11,99 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-# Where the ranks that a launcher starts find their number and how many there are; PMIx does not tell the latter
+# Environment variables that hold a process's rank and the number of ranks; PMIx does not give the latter
 LAUNCHERS = {
     "Open MPI": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
     "MPICH or Intel MPI": ("PMI_RANK", "PMI_SIZE"),
     "Slurm": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
     "PMIx": ("PMIX_RANK", None),
 }
-STARTED = "PARLE_STARTED"  # set for the ranks that this program starts: a folder where they leave word for it
-LEFT, FAILED = b"left", b"failed"  # a rank's last word, unless it is killed
-GRACE = 10.0  # seconds from the end of the first rank to that of the others
-TERMINAL = "PARLE_TERMINAL"  # and where that is done from a terminal: its width, since their own output is a pipe
+STATUS_DIR = "PARLE_STATUS_DIR"  # set for ranks started by this program: the directory of their status pipes
+TERMINAL_WIDTH = "PARLE_TERMINAL_WIDTH"  # set if that program runs in a terminal; the ranks themselves write to a pipe
+EXITED, FAILED = b"exited", b"failed"  # a rank's exit notice; a killed rank sends none
+GRACE_PERIOD = 10.0  # seconds from the exit of the first rank to that of the others
 
 
-def launched(environment: Mapping[str, str] = os.environ) -> tuple[int, int | None] | None:
-    """Rank and number of ranks (None: not told) where a launcher started this process, else None."""
-    found = _launcher(environment)
-    return found and found[1:]
+def rank_from_environment(environment: Mapping[str, str] = os.environ) -> tuple[int, int | None] | None:
+    """Return rank and number of ranks (None if unknown) if a launcher started this process, else None."""
+    detected = _detect_launcher(environment)
+    return detected and detected[1:]
 
 
-def launcher(environment: Mapping[str, str] = os.environ) -> str | None:
-    """Whose launcher started this process."""
-    found = _launcher(environment)
-    return found and found[0]
+def launcher_name(environment: Mapping[str, str] = os.environ) -> str | None:
+    """Return the launcher that started this process, if any."""
+    detected = _detect_launcher(environment)
+    return detected and detected[0]
 
 
-def _launcher(environment: Mapping[str, str]) -> tuple[str, int, int | None] | None:
+def _detect_launcher(environment: Mapping[str, str]) -> tuple[str, int, int | None] | None:
     for name, (rank, size) in LAUNCHERS.items():
         if all(environment.get(variable, "").isdecimal() for variable in (rank, size) if variable):
             ranks = None if size is None else int(environment[size])
-            # a step of one task may be a shell (srun --pty bash), and what is typed there is not launched
+            # a Slurm step of one task may be a shell (srun --pty bash) in which this program was typed
             if environment.get("SLURM_STEP_NUM_TASKS") != "1" or ranks not in (1, None):
                 return name, int(environment[rank]), ranks
     return None
 
 
-def python() -> str:
-    """What runs this program again: its Python, by the name that a shell finds it under if there is one."""
+def is_started_by_parle() -> bool:
+    """Return whether this process is a rank that `spawn_ranks` started."""
+    return STATUS_DIR in os.environ
+
+
+def python_command() -> str:
+    """Return the shell word that runs this Python again."""
     return "python" if shutil.which("python") == sys.executable else shlex.quote(sys.executable)
 
 
-def mpiexec() -> str | None:
-    """The one beside this Python, also where the environment is not activated, or else on the PATH."""
+def find_mpiexec() -> str | None:
+    """Return the mpiexec beside this Python, which need not be on the PATH, or else the one on the PATH."""
     beside = Path(sys.executable).with_name("mpiexec")
     return str(beside) if beside.exists() else shutil.which("mpiexec")
 
 
-def start(count: int) -> int | None:
-    """Run this very command again as `count` ranks and give their exit status. None where one rank is enough.
+def spawn_ranks(count: int) -> int | None:
+    """Run this command again as `count` ranks and return their exit status; return None if one rank is enough.
 
-    Signals are passed on. When a rank was killed, the last line says which, and how to resume.
+    Signals are forwarded. If a rank is killed, the last line on stderr names it and prints the command that resumes.
 
     Raises:
-        OSError: no mpiexec, or one whose ranks do not know that they were launched.
+        OSError: there is no mpiexec, or its ranks cannot detect that they were launched.
     """
     if count == 1:
         return None
-    if STARTED in os.environ:
-        raise OSError("this mpiexec does not tell its ranks their number: start them with the launcher of your MPI")
-    command = mpiexec()
+    if is_started_by_parle():
+        raise OSError("this mpiexec does not pass rank numbers to its processes: use the launcher of your MPI")
+    command = find_mpiexec()
     if command is None:
         raise FileNotFoundError("no mpiexec beside this Python or on the PATH: pip install mpich")
     if sys.stdout and sys.stdout.isatty():
-        os.environ[TERMINAL] = str(shutil.get_terminal_size().columns)
-    # Open MPI refuses more ranks than cores, and root, unless told; other launchers do not read these
+        os.environ[TERMINAL_WIDTH] = str(shutil.get_terminal_size().columns)
+    # Open MPI refuses root and more ranks than cores without these; other launchers ignore them
     os.environ.setdefault("PRTE_MCA_rmaps_default_mapping_policy", ":oversubscribe")
     os.environ.setdefault("OMPI_ALLOW_RUN_AS_ROOT", "1")
     os.environ.setdefault("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")
-    if sys.stdout is None:  # closed before the program began
+    if sys.stdout is None:  # closed before the program started
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     sys.stdout.flush()
     with tempfile.TemporaryDirectory(prefix="parle-") as folder:
-        return _watch([command, "-n", str(count), sys.executable, *sys.argv], Path(folder), count)
+        return _supervise([command, "-n", str(count), sys.executable, *sys.argv], Path(folder), count)
 
 
-def _watch(command: list[str], folder: Path, count: int) -> int:
-    """Run mpiexec to its end, pass on what it says, and see which rank is gone first without a farewell."""
+def _supervise(command: list[str], folder: Path, count: int) -> int:
+    """Run mpiexec until it ends, forward its output, and detect which rank exits first without an exit notice."""
     streams = selectors.DefaultSelector()
-    for rank in range(count):  # the kernel tells of their ends in the order in which they came
+    for rank in range(count):  # the kernel reports closed pipes in the order in which they were closed
         os.mkfifo(folder / str(rank))
         streams.register(os.open(folder / str(rank), os.O_RDONLY | os.O_NONBLOCK), selectors.EVENT_READ, rank)
-    # A group of its own: Ctrl-C reaches it from here, once. Its standard input is not the terminal's, then.
+    # In a process group of its own, mpiexec gets Ctrl-C once, from here; it must then not read from the terminal.
     mpiexec = subprocess.Popen(
         command,
-        env=os.environ | {STARTED: str(folder)},
+        env=os.environ | {STATUS_DIR: str(folder)},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -108,57 +114,94 @@ def _watch(command: list[str], folder: Path, count: int) -> int:
         signal.signal(number, lambda number, _: mpiexec.send_signal(number))
     streams.register(mpiexec.stdout, selectors.EVENT_READ, sys.stdout)
     streams.register(mpiexec.stderr, selectors.EVENT_READ, sys.stderr)
-    talking, gone, farewells, deadline = 2, [], {}, None
-    while talking:
-        if 0 < len(gone) < count:
-            deadline = deadline or time.monotonic() + GRACE
-            if time.monotonic() > deadline:  # as when MPI starts on some ranks and not on others, which wait for ever
+    open_outputs, exited_ranks, exit_notices, deadline = 2, [], {}, None
+    while open_outputs:
+        if 0 < len(exited_ranks) < count:
+            deadline = deadline or time.monotonic() + GRACE_PERIOD
+            if time.monotonic() > deadline:  # for example if MPI starts on some ranks only and they wait forever
                 mpiexec.terminate()
         for key, _ in streams.select(1 if deadline else None):
             chunk = os.read(key.fd, 65536)
             if not chunk:
                 streams.unregister(key.fileobj)
             if not isinstance(key.data, int):
-                talking -= not chunk
-                with contextlib.suppress(OSError):  # nobody reads any more, or the disk is full; the run goes on
+                open_outputs -= not chunk
+                with contextlib.suppress(OSError):  # the reader is gone or the disk is full; the run continues
                     key.data.buffer.write(chunk)
                     key.data.flush()
             elif chunk:
-                farewells[key.data] = chunk
+                exit_notices[key.data] = chunk
             else:
-                gone.append(key.data)
+                exited_ranks.append(key.data)
     status = mpiexec.wait()
-    culprit = next((f"rank {rank}: killed" for rank in gone if rank not in farewells), None)
+    failed_rank = next((f"rank {rank}: killed" for rank in exited_ranks if rank not in exit_notices), None)
     if deadline is not None and time.monotonic() > deadline:
-        culprit = f"rank {gone[0]}: ended before the others"
+        failed_rank = f"rank {exited_ranks[0]}: exited before the others"
     elif status < 0:
-        culprit = "mpiexec: killed"
-    if culprit is not None and FAILED not in farewells.values():
+        failed_rank = "mpiexec: killed"
+    if failed_rank is not None and FAILED not in exit_notices.values():
         resume = folder / "resume"
-        hint = f"; go on with: {resume.read_text()}" if resume.exists() else ""
-        sys.stderr.write(f"{culprit}{hint}\n")
+        hint = f"; resume with: {resume.read_text()}" if resume.exists() else ""
+        sys.stderr.write(f"{failed_rank}{hint}\n")
         status = status or 1
     return status if status >= 0 else 128 - status
 
 
 def _die_with_parent() -> None:
-    """mpiexec gets SIGTERM, and its ranks from it, when this process is killed itself: Linux's PR_SET_PDEATHSIG."""
+    """Have mpiexec, and thereby its ranks, get SIGTERM if this process is killed: PR_SET_PDEATHSIG of Linux."""
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
-def greet() -> Callable[[bytes], None]:
-    """Tell the process that has started this rank, if it is this program's, that it lives. Gives what says farewell."""
-    rank = launched()
-    if STARTED not in os.environ or rank is None:
-        return lambda word: None
-    line = os.open(Path(os.environ[STARTED], str(rank[0])), os.O_WRONLY)  # open as long as the rank lives
-    return lambda word: (os.write(line, word), os.close(line))
+def open_status_pipe() -> Callable[[bytes], None]:
+    """Open this rank's pipe to the process that supervises it, if any. Returns the function that reports its exit.
+
+    The pipe stays open for as long as the rank lives.
+    """
+    rank = rank_from_environment()
+    if not is_started_by_parle() or rank is None:
+        return lambda notice: None
+    pipe = os.open(Path(os.environ[STATUS_DIR], str(rank[0])), os.O_WRONLY)
+    return lambda notice: (os.write(pipe, notice), os.close(pipe))
 
 
-def leave_word(resume: str) -> None:
-    """Leave the command that resumes the run for the process that has started the ranks, if it is this program's."""
-    if STARTED in os.environ and launched() is not None:
-        folder, rank = Path(os.environ[STARTED]), launched()[0]
-        with contextlib.suppress(OSError):  # without room for it the last line says less
-            (folder / f".resume-{rank}").write_text(resume)
-            os.replace(folder / f".resume-{rank}", folder / "resume")  # whole at any moment
+def write_resume_command(command: str) -> None:
+    """Leave the command that resumes the run to the process that supervises this rank, if any."""
+    if is_started_by_parle() and rank_from_environment() is not None:
+        folder, rank = Path(os.environ[STATUS_DIR]), rank_from_environment()[0]
+        with contextlib.suppress(OSError):  # on a full disk the last line lacks this hint
+            (folder / f".resume-{rank}").write_text(command)
+            os.replace(folder / f".resume-{rank}", folder / "resume")  # atomic
+
+
+def run_or_abort(main: Callable[[], None]) -> None:
+    """Run `main`; any exception ends every rank, with `rank R: …` as the last line and a non-zero exit status.
+
+    Otherwise an exception ends one rank, and the others wait for it forever.
+    """
+    report_exit = open_status_pipe()
+    try:
+        main()
+        report_exit(EXITED)
+    except BaseException as error:
+        report_exit(EXITED if isinstance(error, SystemExit) else FAILED)
+        mpi = sys.modules.get("mpi4py.MPI")
+        if mpi is None or not mpi.Is_initialized() or mpi.Is_finalized():
+            raise
+        code = 1
+        if isinstance(error, SystemExit):
+            if error.code in (0, None):
+                raise
+            code = error.code if isinstance(error.code, int) else 1
+        else:
+            text = f"rank {mpi.COMM_WORLD.rank}: {type(error).__name__}: {describe_error(error)}\n"
+            sys.stderr.write(traceback.format_exc() + text)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        time.sleep(0.1)  # otherwise mpiexec may end before it has forwarded the output
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # MPI_Abort would print a last line of its own
+        mpi.COMM_WORLD.Abort(code)
+
+
+def describe_error(error: BaseException) -> str:
+    """Return an error's message and notes as one line."""
+    return "; ".join(" ".join(text.split()) for text in (str(error), *getattr(error, "__notes__", ())))

@@ -1,4 +1,4 @@
-"""What a run tells: lines or a bar on the screen, and in its folder log.jsonl and master.pt. First rank only."""
+"""Output of a run on the first rank: lines or a progress bar on the screen, log.jsonl and master.pt."""
 
 import collections
 import contextlib
@@ -21,26 +21,27 @@ from tqdm import tqdm
 
 from parle import launcher
 
-LINE_EVERY = 5.0  # seconds between lines on rounds
+LOG_VERSION = 2  # of the events and their keys: see docs/logs.md
+LINE_EVERY = 5.0  # seconds between lines about rounds
 
 
-class Report:
-    """Takes a run's events one by one: each becomes a line of `folder`/log.jsonl and, for a person, of the screen.
+class RunLogger:
+    """Writes each event of a run as a line of `folder`/log.jsonl and prints it.
 
-    A run that is resumed goes on after the first `log_bytes` of its log: what came later is done again.
+    A resumed run keeps the first `log_bytes` of its log and repeats what came later.
 
     Raises:
-        OSError: the folder cannot be written.
+        OSError: the directory cannot be written, or another run is writing to it.
     """
 
-    def __init__(self, folder: Path, label: str, log_bytes: int | None = None):
+    def __init__(self, folder: Path, log_bytes: int | None = None):
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.label = folder, label
+        self.folder = folder
         self.log = folder / "log.jsonl"
         if log_bytes is None or not self.log.exists():
             self.log.touch(exist_ok=False)
         handle = os.open(self.log, os.O_RDWR)
-        self.release = weakref.finalize(self, os.close, handle)  # the lock, at the end or with the process
+        self.release_lock = weakref.finalize(self, os.close, handle)  # at the latest when the process exits
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -48,7 +49,7 @@ class Report:
         if log_bytes is not None:
             os.truncate(self.log, min(log_bytes, self.log_bytes))
         self.bar: tqdm | None = None
-        self.spoken = -LINE_EVERY
+        self.last_line_seconds = -LINE_EVERY
         self.start: dict[str, Any] = {}
         self.last_eval: dict[str, Any] = {}
 
@@ -56,48 +57,52 @@ class Report:
         size = self.log_bytes
         try:
             with open(self.log, "a") as file:
-                file.write(json.dumps(_finite(event), allow_nan=False) + "\n")
+                file.write(json.dumps(_nan_to_null(event), allow_nan=False) + "\n")
         except OSError as error:
             with contextlib.suppress(OSError):
-                os.truncate(self.log, size)  # whole lines or none
-            self.say(f"WARNING: a line is missing from {self.log}: {error}")
+                os.truncate(self.log, size)  # no partial lines
+            self.print_line(f"WARNING: a line is missing from {self.log}: {error}")
         getattr(self, f"_{event['event']}")(event)
 
     @property
     def log_bytes(self) -> int:
         return self.log.stat().st_size if self.log.exists() else 0
 
-    def say(self, text: str) -> None:
-        """A line on the screen, with what is trained on what in front."""
-        if sys.stdout is None:  # closed before the program began
+    def print_line(self, text: str) -> None:
+        if sys.stdout is None:  # closed before the program started
             return
-        with _whoever_reads():
-            tqdm.write(f"{self.label}  {text}")
+        with ignore_closed_stdout():
+            tqdm.write(text)
             sys.stdout.flush()
 
     def _start(self, event: dict[str, Any]) -> None:
         self.start, arguments = event, event["arguments"]
-        threads = _count(event["threads"], "thread")
-        spread = (
-            f"on {_count(event['ranks'], 'rank')}, {threads} each" if "ranks" in event else f"in one process, {threads}"
-        )
+        threads, processes = pluralize(event["threads_per_rank"], "thread"), "in one process"
+        if "num_ranks" in event:
+            threads, processes = f"{threads} each", f"on {pluralize(event['num_ranks'], 'rank')}"
         counts = collections.Counter(event["devices"])
         devices = ", ".join(f"{counts[name]} on {name}" if len(counts) > 1 else name for name in sorted(counts))
-        idle = f"; idle: {', '.join(event['idle'])}" if event.get("idle") else ""
-        self.say(f"{arguments['method']}: {_count(event['replicas'], 'replica')} {spread}, {devices}{idle}")
-        origin = f" from {event['origin']}" if event["origin"] else ""
-        rounds, length = _count(event["rounds"], "round"), _count(event["sync_every"], "mini-batch")
-        self.say(
-            f"{event['parameters']:,} parameters, {event['images']:,} images{origin}; {rounds} of {length} "
-            f"of {arguments['batch_size']}, {_count(event['batches_per_epoch'], 'round')} an epoch; in {self.folder}"
+        idle = f"; idle: {', '.join(event['idle_devices'])}" if event.get("idle_devices") else ""
+        self.print_line(
+            f"{arguments['model']} on {event['dataset']}: {arguments['method']}, "
+            f"{pluralize(event['num_replicas'], 'replica')} {processes} ({threads}), {devices}{idle}"
         )
-        columns = os.environ.get(launcher.TERMINAL)
+        source = f" from {event['source_dir']}" if event["source_dir"] else ""
+        length = f"{pluralize(event['num_rounds'], 'round')} of {pluralize(event['sync_every'], 'step')}"
+        self.print_line(
+            f"{event['num_parameters']:,} parameters; {event['num_train_images']:,} training images{source}; "
+            f"batch size {arguments['batch_size']}"
+        )
+        self.print_line(
+            f"{length}, {pluralize(event['batches_per_epoch'], 'round')} per epoch; output directory {self.folder}"
+        )
+        columns = os.environ.get(launcher.TERMINAL_WIDTH)
         if sys.stdout and (columns or sys.stdout.isatty()):
-            with _whoever_reads():  # on stdout like all else: mpiexec would bring stderr in another order
+            with ignore_closed_stdout():  # on stdout like all other output: mpiexec does not keep the order with stderr
                 self.bar = tqdm(
-                    total=event["rounds"],
+                    total=event["num_rounds"],
                     initial=event.get("round", 0),
-                    desc=self.label,
+                    desc=f"{arguments['model']} on {event['dataset']}",
                     bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}",
                     ncols=int(columns) if columns else None,
                     file=sys.stdout,
@@ -106,91 +111,98 @@ class Report:
     def _resume(self, event: dict[str, Any]) -> None:
         self._start(event)
         changes = "".join(f"; {name} is {now}, was {was}" for name, (was, now) in event["changes"].items())
-        self.say(f"resumed in round {event['round'] + 1} from {event['checkpoint']}{changes}")
+        self.print_line(f"resumed in round {event['round'] + 1} from {event['checkpoint']}{changes}")
 
-    def _lost(self, event: dict[str, Any]) -> None:
+    def _nonfinite(self, event: dict[str, Any]) -> None:
         names = ", ".join(f"replica {number}" for number in event["replicas"])
-        self.say(f"WARNING: NaN or infinity in {names} in round {event['round']}: restarted from the master")
+        self.print_line(f"WARNING: NaN or infinity in {names} in round {event['round']}: restarted from the master")
 
-    def _checkpoint(self, event: dict[str, Any]) -> None:
-        self.say(f"WARNING: no checkpoint of round {event['round']}: {event['error']}")
+    def _checkpoint_failed(self, event: dict[str, Any]) -> None:
+        self.print_line(f"WARNING: no checkpoint of round {event['round']}: {event['message']}")
 
     def _close(self) -> None:
-        self.release()
+        self.release_lock()
         if self.bar is not None:
-            with _whoever_reads():
+            with ignore_closed_stdout():
                 self.bar.close()
 
-    def _stop(self, event: dict[str, Any]) -> None:
+    def _interrupted(self, event: dict[str, Any]) -> None:
         self._close()
-        self.say(f"stopped in round {event['round'] + 1}; go on with: {event['command']}")
+        self.print_line(f"stopped in round {event['round'] + 1}; resume with: {event['resume_command']}")
+
+    def _epoch(self, event: dict[str, Any]) -> str:
+        """Return the epoch with its passes over the data, which are unknown if L varies."""
+        length = self.start["sync_every"]
+        passes = "" if length == "auto" else f" ({event['epoch'] * length:.1f} passes)"
+        return f"epoch {event['epoch']:.2f}{passes}"
 
     def _round(self, event: dict[str, Any]) -> None:
-        done, total = event["round"], self.start["rounds"]
-        figures = f"loss {event['loss']:.4f}  error {event['error']:5.2f} %"
+        done, total = event["round"], self.start["num_rounds"]
+        numbers = f"loss {event['train_loss']:.4f}  error {event['train_error']:5.2f} %"
         if self.bar is not None:
-            with _whoever_reads():
-                self.bar.set_postfix_str(figures, refresh=False)
+            with ignore_closed_stdout():
+                self.bar.set_postfix_str(numbers, refresh=False)
                 self.bar.update(done - self.bar.n)
-        elif event["seconds"] - self.spoken >= LINE_EVERY or done == total:
-            self.spoken = event["seconds"]
-            left = _clock(event["seconds"] / done * (total - done))
-            figures += f"  {event['images_per_second']:,.0f} images/s  {left} left"
-            self.say(f"round {done:{len(str(total))}}/{total}  epoch {event['epoch']:.2f}  {figures}")
+        elif event["train_seconds"] - self.last_line_seconds >= LINE_EVERY or done == total:
+            self.last_line_seconds = event["train_seconds"]
+            left = format_duration(event["train_seconds"] / done * (total - done))
+            self.print_line(
+                f"round {done:{len(str(total))}}/{total}  {self._epoch(event)}  {numbers}  "
+                f"{event['images_per_second']:,.0f} images/s  {left} left"
+            )
 
     def _eval(self, event: dict[str, Any]) -> None:
         self.last_eval = event
         replicas = " ".join(f"{error:.2f}" for error in event["replica_errors"])
-        self.say(
-            f"epoch {event['epoch']:.2f}  test error: master {event['master_error']:.2f} %  replicas {replicas} %  "
+        self.print_line(
+            f"{self._epoch(event)}  test error: master {event['master_error']:.2f} %, replicas {replicas} %, "
             f"ensemble {event['ensemble_error']:.2f} %"
         )
 
-    def _end(self, event: dict[str, Any]) -> None:
+    def _finished(self, event: dict[str, Any]) -> None:
         self._close()
         last = self.last_eval
         names = ["master", *(f"replica {number}" for number in range(len(last["replica_errors"]))), "ensemble"]
         columns = {"recalibrated": _errors(last)}
-        if "averaged_master_error" in last:
-            columns["averaged"] = _errors(last, "averaged_")
+        if "running_stats_master_error" in last:
+            columns["running stats"] = _errors(last, "running_stats_")
         notes = [
             f"loss {last['master_loss']:.4f}, best {event['best_master_error']:.2f} %",
-            *(f"{distance:.4f} of the master's norm away from it" for distance in last["distances"]),
-            "of the replicas' probabilities",
+            *(f"distance to master {distance:.4f}" for distance in last["replica_distances"]),
+            "mean of probabilities",
         ]
-        header = "".join(f"{title:>14}" for title in columns) + "   batch-norm statistics" if len(columns) > 1 else ""
-        self.say(f"test error{header}")
+        header = "".join(f"{title:>15}" for title in columns) + "   (batch norm)" if len(columns) > 1 else ""
+        self.print_line(f"test error  {header}")
         for name, *errors, note in zip(names, *columns.values(), notes, strict=True):
-            self.say(f"  {name:12}{'    '.join(f'{error:8.2f} %' for error in errors)}   {note}")
-        seconds, waiting = event["seconds"], event["wait_seconds"]
-        idle = f", {100 * waiting / seconds:.1f} % waiting for the slowest rank" if "ranks" in self.start else ""
-        self.say(
-            f"{seconds:.1f} s of training, {event['images'] / seconds:,.0f} images/s; "
-            f"{100 * (event['sync_seconds'] - waiting) / seconds:.2f} % of it synchronizing{idle}"
-        )
-        self.say(f"log and master in {self.folder}")
+            self.print_line(f"  {name:10}{''.join(f'{error:13.2f} %' for error in errors)}   {note}")
+        seconds, waiting = event["train_seconds"], event["straggler_seconds"]
+        self.print_line(f"{seconds:.1f} s of training, {event['images_seen'] / seconds:,.0f} images/s")
+        idle = f", {100 * waiting / seconds:.1f} % waiting for the slowest rank" if "num_ranks" in self.start else ""
+        self.print_line(f"{100 * (event['sync_seconds'] - waiting) / seconds:.2f} % of the time synchronizing{idle}")
+        self.print_line(f"log and master in {self.folder}")
 
     def save_master(self, model: torch.nn.Module) -> None:
-        """The master as a plain state dict, in one piece or not at all, and finite."""
+        """Replace master.pt by a plain state dict of the master, atomically, unless it has NaN or infinity."""
         path = self.folder / "master.pt"
         temporary = path.with_suffix(".tmp")
         state = {name: value.cpu() for name, value in model.state_dict().items()}
         try:
             if not all(value.isfinite().all() for value in state.values()):
-                raise ValueError("that one has NaN or infinity")
+                raise ValueError("it has NaN or infinity")
             with open(temporary, "wb") as file:
                 torch.save(state, file)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-        except (ValueError, OSError, RuntimeError) as error:  # torch has a RuntimeError for a full disk
+        except (ValueError, OSError, RuntimeError) as error:  # torch raises RuntimeError for a full disk
             temporary.unlink(missing_ok=True)
-            self.say(f"WARNING: {path} is not the newest master: {error}")
+            self.print_line(f"WARNING: {path} does not hold the latest master: {error}")
 
 
-def surroundings() -> dict[str, Any]:
-    """For the log: when, what versions, what machine, what revision of this program."""
+def environment_info() -> dict[str, Any]:
+    """Return the log version, time, command, library versions, machine and revision of this program."""
     return {
+        "log_version": LOG_VERSION,
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": sys.argv,
         "python": platform.python_version(),
@@ -202,7 +214,7 @@ def surroundings() -> dict[str, Any]:
 
 
 def revision() -> str | None:
-    """The commit of this program, "-dirty" where a .py file differs from it; None where git does not know."""
+    """Return this program's commit, with "-dirty" if a .py file differs from it, or None outside a repository."""
 
     def git(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = ["git", "-C", str(Path(__file__).parent.parent), *arguments]
@@ -217,35 +229,34 @@ def revision() -> str | None:
 
 
 @contextlib.contextmanager
-def _whoever_reads() -> Iterator[None]:
-    """Where nobody reads any more, or the disk is full, the run goes on in silence."""
+def ignore_closed_stdout() -> Iterator[None]:
+    """If the reader of stdout is gone or the disk is full, discard the output and let the run continue."""
     try:
         yield
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: what has diverged is null."""
+def _nan_to_null(value: Any) -> Any:
+    """Replace NaN and infinity, which JSON does not have, by None."""
     if isinstance(value, dict):
-        return {name: _finite(inner) for name, inner in value.items()}
+        return {name: _nan_to_null(inner) for name, inner in value.items()}
     if isinstance(value, list):
-        return [_finite(inner) for inner in value]
+        return [_nan_to_null(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _errors(evaluation: dict[str, Any], kind: str = "") -> list[float]:
-    """Of the master, the replicas and the ensemble."""
-    master, replicas, ensemble = (evaluation[kind + n] for n in ("master_error", "replica_errors", "ensemble_error"))
+def _errors(evaluation: dict[str, Any], prefix: str = "") -> list[float]:
+    """Return the errors of the master, the replicas and the ensemble."""
+    master, replicas, ensemble = (evaluation[prefix + n] for n in ("master_error", "replica_errors", "ensemble_error"))
     return [master, *replicas, ensemble]
 
 
-def _count(number: int | str, noun: str) -> str:
-    plural = f"{noun}es" if noun.endswith("ch") else f"{noun}s"
-    return f"{number} {noun if number == 1 else plural}"
+def pluralize(number: int | str, noun: str) -> str:
+    return f"{number} {noun if number == 1 else noun + 's'}"
 
 
-def _clock(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

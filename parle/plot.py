@@ -1,7 +1,7 @@
-"""Draw runs from their logs: errors, training loss, how far apart the replicas are and how tightly they are held.
+"""Plot runs from their logs: test errors, training loss, distances between replicas and coupling coefficients.
 
-python plot.py runs/…                       # into runs/…/plot.png
-python plot.py runs/a runs/b -o both.svg    # overlaid, a colour each
+python -m parle.plot runs/...                       # writes runs/.../plot.png
+python -m parle.plot runs/a runs/b -o both.svg      # overlaid, one color per run
 """
 
 import argparse
@@ -24,53 +24,77 @@ from PIL import Image
 
 from parle import cli, experiment
 
-MOST = 200  # points of a curve; with more of them each is the mean of neighbours
-FEW = 30  # points that a curve shows as such
+MAX_POINTS = 200  # of a curve; with more events, each point is the mean of neighbors
+MAX_MARKERS = 30  # of a curve; with more points, none has a marker
 MASTER = dict(linewidth=2.0, marker="o", markersize=4)
 ENSEMBLE = dict(linewidth=1.2, linestyle="--", marker="D", markersize=2.5)
 REPLICA = dict(linewidth=0.7, marker=".", markersize=4, alpha=0.5)
 SOLID = dict(linewidth=1.4, marker=".")
 DASHED = SOLID | dict(linestyle="--")
-LOST = dict(linewidth=0, marker="x", markersize=5)
+NONFINITE = dict(linewidth=0, marker="x", markersize=5)
 SUFFIXES = (".png", ".svg", ".pdf")
-SIGNS = {"replicas": "n", "sync_every": "L", "gamma": "γ", "rho": "ρ", "alpha": "α"}
-SPEAK_FOR_THEMSELVES = ("model", "dataset", "method")
+SYMBOLS = {"replicas": "n", "sync_every": "L", "gamma": "γ", "rho": "ρ", "alpha": "α"}
+UNLABELED = ("model", "dataset", "method")  # their values need no name beside them
+
+# Names of version 1 of the log that version 2 changed
+VERSION_1_EVENTS = {"lost": "nonfinite"}
+VERSION_1_KEYS = {
+    "seconds": "train_seconds",
+    "loss": "train_loss",
+    "gamma": "gamma_k",
+    "rho": "coupling_k",
+    "spread": "replica_distance_rms",
+    "distances": "replica_distances",
+}
 
 Columns = dict[str, np.ndarray]
 
 
 class Run(NamedTuple):
-    """What a log tells. Columns are by name, an element an event; what is null there, having diverged, is NaN."""
+    """The contents of a log. Columns have one element per event; null, which stands for NaN or infinity, is NaN."""
 
     folder: Path
     arguments: dict[str, Any]
     rounds: Columns
-    evals: Columns  # those of the replicas, (evaluations, n), are NaN where there was no such replica then
-    lost: np.ndarray  # rounds in which a replica was
+    evals: Columns  # per-replica columns are (evaluations, n), NaN where a run had fewer replicas
+    nonfinite: np.ndarray  # rounds in which a replica was not finite
 
 
 def read(folder: Path) -> Run:
-    """The log of a run, be it still running. Raises: Mistake."""
+    """Return the log of a run, which may still be running. Raises: UsageError."""
     path = folder / "log.jsonl"
     try:
-        *lines, _ = path.read_text().split("\n")  # behind the last newline is what is being written
-        events = [json.loads(line) for line in lines]
-        told = {kind: [event for event in events if event["event"] == kind] for kind in ("round", "eval", "lost")}
-        if not told["round"]:
-            raise cli.Mistake(f"{path} has no round yet: wait for one, or leave this run out")
+        *lines, _ = path.read_text().split("\n")  # the part after the last newline is being written
+        events = _upgrade([json.loads(line) for line in lines])
+        by_kind = {
+            kind: [event for event in events if event["event"] == kind] for kind in ("round", "eval", "nonfinite")
+        }
+        if not by_kind["round"]:
+            raise cli.UsageError(f"{path} has no round yet: wait for one, or leave this run out")
         starts = [event["arguments"] for event in events if event["event"] in ("start", "resume")]
-        common = ("round", "epoch", "seconds")
+        common = ("round", "epoch", "train_seconds")
         return Run(
             folder,
             dict(starts[-1]),
-            _columns(told["round"], *common, "loss", "gamma", "rho", "spread"),
-            _columns(told["eval"], *common, "master_error", "replica_errors", "ensemble_error", "distances"),
-            np.array([event["round"] for event in told["lost"]], dtype=float),
+            _columns(by_kind["round"], *common, "train_loss", "gamma_k", "coupling_k", "replica_distance_rms"),
+            _columns(by_kind["eval"], *common, "master_error", "replica_errors", "ensemble_error", "replica_distances"),
+            np.array([event["round"] for event in by_kind["nonfinite"]], dtype=float),
         )
     except OSError as error:
-        raise cli.Mistake(f"{error}: name the folder of a run") from error
+        raise cli.UsageError(f"{error}: give the output directory of a run") from error
     except (ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError) as error:
-        raise cli.Mistake(f"{path} is not the log of a run ({type(error).__name__}: {error})") from error
+        raise cli.UsageError(f"{path} is not the log of a run ({type(error).__name__}: {error})") from error
+
+
+def _upgrade(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Give the events of a version 1 log the names of version 2."""
+    if not events or "log_version" in events[0]:
+        return events
+    return [
+        {VERSION_1_KEYS.get(key, key): value for key, value in event.items()}
+        | {"event": VERSION_1_EVENTS.get(event["event"], event["event"])}
+        for event in events
+    ]
 
 
 def _columns(events: list[dict[str, Any]], *names: str) -> Columns:
@@ -84,49 +108,51 @@ def _columns(events: list[dict[str, Any]], *names: str) -> Columns:
 
 
 def labels(runs: Sequence[Run]) -> list[str]:
-    """For each run what tells it from the others: as few arguments as do, and its folder where they do not."""
+    """Return a label for each run: the fewest arguments that distinguish it, or else its directory."""
     known = dict.fromkeys(name for run in runs for name in run.arguments)
-    order = [*SPEAK_FOR_THEMSELVES, *(name for name in known if name not in SPEAK_FOR_THEMSELVES and name != "seed")]
+    order = [*UNLABELED, *(name for name in known if name not in UNLABELED and name != "seed")]
     chosen: list[str] = []
-    apart = 1
+    distinct = 1
     for name in [*order, "seed"]:
         kinds = len({_label(run, [*chosen, name]) for run in runs})
-        if name not in experiment.MACHINE and kinds > apart:
-            chosen, apart = [*chosen, name], kinds
-    if apart == len(runs):
+        if name not in experiment.LOCAL_ARGUMENTS and kinds > distinct:
+            chosen, distinct = [*chosen, name], kinds
+    if distinct == len(runs):
         return [_label(run, chosen) for run in runs]
     return [", ".join(filter(None, (_label(run, chosen), str(run.folder)))) for run in runs]
 
 
 def _label(run: Run, names: Sequence[str]) -> str:
-    def told(name: str) -> str:
+    def text(name: str) -> str:
         value = run.arguments.get(name)
         value = " ".join(map(_short, value)) or "none" if isinstance(value, list) else _short(value)
-        return value if name in SPEAK_FOR_THEMSELVES else f"{SIGNS.get(name, name.replace('_', '-'))}={value}"
+        return value if name in UNLABELED else f"{SYMBOLS.get(name, name.replace('_', '-'))}={value}"
 
-    return ", ".join(map(told, names))
+    return ", ".join(map(text, names))
 
 
 def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def draw(runs: Sequence[Run]) -> Figure:
-    """Test error and training loss against epochs and seconds; distances and coefficients against epochs."""
+def plot_runs(runs: Sequence[Run]) -> Figure:
+    """Plot test error and training loss over epochs and seconds, distances and coefficients over epochs."""
     figure = Figure(figsize=(8, 8), layout="constrained")
     (error, error_time), (loss, loss_time), (distance, coefficient) = figure.subplots(3, 2)
     colors = _colors(len(runs))
     for run, color in zip(runs, colors, strict=True):
-        for against, errors, losses in (("epoch", error, loss), ("seconds", error_time, loss_time)):
-            _curve(errors, run.evals[against], run.evals["replica_errors"], color, REPLICA)
-            _curve(errors, run.evals[against], run.evals["ensemble_error"], color, ENSEMBLE)
-            _curve(errors, run.evals[against], run.evals["master_error"], color, MASTER)
-            _curve(losses, run.rounds[against], run.rounds["loss"], color, SOLID)
+        for x, errors, losses in (("epoch", error, loss), ("train_seconds", error_time, loss_time)):
+            _curve(errors, run.evals[x], run.evals["replica_errors"], color, REPLICA)
+            _curve(errors, run.evals[x], run.evals["ensemble_error"], color, ENSEMBLE)
+            _curve(errors, run.evals[x], run.evals["master_error"], color, MASTER)
+            _curve(losses, run.rounds[x], run.rounds["train_loss"], color, SOLID)
         epochs = run.rounds["epoch"]
-        _curve(distance, run.evals["epoch"], _positive(run.evals["distances"]), color, REPLICA)
-        _curve(distance, epochs[:-1], _positive(run.rounds["spread"][1:]), color, SOLID)  # logged a line late
-        _curve(coefficient, epochs, _positive(run.rounds["gamma"]), color, SOLID)
-        _curve(coefficient, epochs, _positive(run.rounds["rho"]), color, DASHED)
+        _curve(distance, run.evals["epoch"], _positive(run.evals["replica_distances"]), color, REPLICA)
+        _curve(
+            distance, epochs[:-1], _positive(run.rounds["replica_distance_rms"][1:]), color, SOLID
+        )  # logged one event late
+        _curve(coefficient, epochs, _positive(run.rounds["gamma_k"]), color, SOLID)
+        _curve(coefficient, epochs, _positive(run.rounds["coupling_k"]), color, DASHED)
 
     for here, there in ((error_time, error), (loss_time, loss)):
         here.sharey(there)
@@ -142,33 +168,33 @@ def draw(runs: Sequence[Run]) -> Figure:
     _finish(coefficient, "coupling coefficient", "epochs")
     _legend(error, master=MASTER, ensemble=ENSEMBLE, replicas=REPLICA)
     _legend(distance, **{"root mean square": SOLID, "replicas": REPLICA})
-    _legend(coefficient, **{"γ, to the anchor": SOLID, "ρ L n, to the mean": DASHED})
+    _legend(coefficient, **{"γ_k, to the anchor": SOLID, "c_k, to the mean": DASHED})
     for run, color in zip(runs, colors, strict=True):
-        if len(run.lost):
-            _legend(loss, **{"a replica was lost": LOST})
+        if len(run.nonfinite):
+            _legend(loss, **{"a replica was NaN or infinite": NONFINITE})
             for axes in (error, error_time, loss, loss_time, distance):
-                when = run.rounds["seconds" if axes in (error_time, loss_time) else "epoch"]
-                when = np.interp(run.lost, run.rounds["round"], when)
-                axes.plot(when, 0.03 + 0 * when, color=color, transform=axes.get_xaxis_transform(), **LOST)
-    _name(figure, runs, colors)
+                when = run.rounds["train_seconds" if axes in (error_time, loss_time) else "epoch"]
+                when = np.interp(run.nonfinite, run.rounds["round"], when)
+                axes.plot(when, 0.03 + 0 * when, color=color, transform=axes.get_xaxis_transform(), **NONFINITE)
+    _add_title(figure, runs, colors)
     return figure
 
 
 def _colors(count: int) -> Sequence[Any]:
     if count <= 10:
-        return matplotlib.color_sequences["petroff10"][:count]  # made to be told apart by everybody
+        return matplotlib.color_sequences["petroff10"][:count]  # distinguishable with color blindness
     return matplotlib.colormaps["viridis"](np.linspace(0, 0.95, count))
 
 
-def _name(figure: Figure, runs: Sequence[Run], colors: Sequence[Any]) -> None:
-    """One run by a title, several by a legend of what tells them apart."""
+def _add_title(figure: Figure, runs: Sequence[Run], colors: Sequence[Any]) -> None:
+    """Add the title, and for several runs a legend of their differences."""
     if len(runs) == 1:
-        figure.suptitle(_label(runs[0], [*SPEAK_FOR_THEMSELVES, "replicas", "sync_every", "seed"]))
+        figure.suptitle(_label(runs[0], [*UNLABELED, "replicas", "sync_every", "seed"]))
         return
-    shared = [name for name in SPEAK_FOR_THEMSELVES if len({_label(run, [name]) for run in runs}) == 1]
+    shared = [name for name in UNLABELED if len({_label(run, [name]) for run in runs}) == 1]
     figure.suptitle(_label(runs[0], shared))
     names = labels(runs)
-    ncols = max(1, 110 // (8 + max(map(len, names))))  # of the 110 letters that the figure is wide
+    ncols = max(1, 110 // (8 + max(map(len, names))))  # the figure is 110 characters wide
     figure.set_figheight(8 + 0.2 * math.ceil(len(names) / ncols))
     lines = [Line2D([], [], color=color, linewidth=3) for color in colors]
     figure.legend(lines, names, loc="outside lower center", ncols=ncols, frameon=False, fontsize="small")
@@ -177,27 +203,27 @@ def _name(figure: Figure, runs: Sequence[Run], colors: Sequence[Any]) -> None:
 def save(figure: Figure, path: Path) -> None:
     """Raises: OSError."""
     if path.suffix != ".png":
-        with matplotlib.rc_context({"svg.fonttype": "none"}):  # letters, not their outlines
+        with matplotlib.rc_context({"svg.fonttype": "none"}):  # text instead of outlines
             figure.savefig(path)
         return
     pixels = io.BytesIO()
     figure.savefig(pixels, dpi=120)
-    Image.open(pixels).convert("RGB").quantize(128).save(path, optimize=True)  # a third of the bytes, for a repository
+    Image.open(pixels).convert("RGB").quantize(128).save(path, optimize=True)  # a third of the bytes
 
 
 def _positive(values: np.ndarray) -> np.ndarray:
-    """Without zeros, which no logarithmic scale can show: a replica that is where the master is, and no coupling."""
+    """Replace zeros, which a logarithmic scale cannot show, by NaN."""
     return np.where(values > 0, values, np.nan)
 
 
 def _curve(axes: Axes, xs: np.ndarray, ys: np.ndarray, color: Any, style: dict[str, Any]) -> None:
-    if len(xs) > MOST:
-        xs, ys = (np.array([part.mean(0) for part in np.array_split(values, MOST)]) for values in (xs, ys))
-    axes.plot(xs, ys, color=color, **style | ({} if len(xs) <= FEW else {"marker": None}))
+    if len(xs) > MAX_POINTS:
+        xs, ys = (np.array([part.mean(0) for part in np.array_split(values, MAX_POINTS)]) for values in (xs, ys))
+    axes.plot(xs, ys, color=color, **style | ({} if len(xs) <= MAX_MARKERS else {"marker": None}))
 
 
 def _finish(axes: Axes, ylabel: str = "", xlabel: str = "") -> None:
-    """Labels, and a logarithmic scale where every value allows it."""
+    """Set labels, and a logarithmic scale if all values are positive."""
     axes.set_ylabel(ylabel)
     axes.set_xlabel(xlabel)
     axes.grid(linewidth=0.5, alpha=0.3)
@@ -218,31 +244,35 @@ def _finish(axes: Axes, ylabel: str = "", xlabel: str = "") -> None:
 
 
 def _legend(axes: Axes, **styles: dict[str, Any]) -> None:
-    """What a style means, whatever the colour."""
+    """Add a legend of line styles, in gray."""
     lines = [Line2D([], [], color="dimgray", **style) for style in styles.values()]
     axes.legend(lines, list(styles), frameon=False, fontsize="small")
 
 
 def main() -> None:
-    parser = cli.Parser(prog="plot.py", description="Draw runs, from their logs.", allow_abbrev=False)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder; several are overlaid")
-    parser.add_argument("-o", "--out", type=Path, metavar="FILE", help=".png, .svg or .pdf (plot.png in the first RUN)")
+    parser = cli.Parser(prog="parle.plot", description="Plot runs from their logs.", allow_abbrev=False)
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="output directory of a run; several are overlaid"
+    )
+    parser.add_argument(
+        "-o", "--out", type=Path, metavar="FILE", help="figure, .png, .svg or .pdf (default: plot.png in the first RUN)"
+    )
     try:
         run(parser.parse_args())
-    except cli.Mistake as error:
-        cli.tell(parser.prog, error)
+    except cli.UsageError as error:
+        cli.print_error(parser.prog, error)
         sys.exit(2)
 
 
 def run(args: argparse.Namespace) -> None:
     out = args.out or args.runs[0] / "plot.png"
     if out.suffix not in SUFFIXES:
-        raise cli.Mistake(f"-o {out}: use a name that ends in {', '.join(SUFFIXES)}")
-    figure = draw([read(folder) for folder in args.runs])
+        raise cli.UsageError(f"-o {out}: choose a name that ends in {', '.join(SUFFIXES)}")
+    figure = plot_runs([read(folder) for folder in args.runs])
     try:
         save(figure, out)
     except OSError as error:
-        raise cli.Mistake(f"-o: {error}; name another file") from error
+        raise cli.UsageError(f"-o: {error}; choose another file") from error
     print(out)
 
 

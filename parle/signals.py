@@ -1,36 +1,40 @@
-"""What a person or a cluster asks of a run while it trains, by a signal."""
+"""Signals: save and stop, save and continue."""
 
 import contextlib
+import os
 import signal
 from collections.abc import Iterator
 from types import FrameType
 
-from parle.training import Asked
+from parle.training import StopRequest
 
-STOPPED = 75  # exit status of a run that was asked to stop: the BSDs' "try again later"
+EXIT_RESUMABLE = os.EX_TEMPFAIL  # 75: the run was stopped by a signal and can be resumed
 
 
-def await_training() -> None:
-    """Before and after training there is nothing to save: a warning, by SIGUSR1, does not end the program."""
+def ignore_sigusr1() -> None:
+    """Ignore SIGUSR1 before and after training: there is nothing to save, and a warning must not end the program."""
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 @contextlib.contextmanager
-def heard() -> Iterator[Asked]:
-    """Within, SIGINT and SIGTERM ask to save and stop, SIGUSR1 to save and go on. A second SIGINT stops at once."""
-    asked = Asked()
+def handle_signals() -> Iterator[StopRequest]:
+    """Within the context, SIGINT and SIGTERM request to save and stop, SIGUSR1 to save and continue.
 
-    def hear(number: int, frame: FrameType | None) -> None:
+    A second SIGINT raises KeyboardInterrupt.
+    """
+    request = StopRequest()
+
+    def handle(number: int, frame: FrameType | None) -> None:
         if number == signal.SIGUSR1:
-            asked.save = True
-        elif asked.stop and number == signal.SIGINT:
+            request.save = True
+        elif request.stop and number == signal.SIGINT:
             raise KeyboardInterrupt
         else:
-            asked.stop = True
+            request.stop = True
 
-    before = {number: signal.signal(number, hear) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:
-        yield asked
+        yield request
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
