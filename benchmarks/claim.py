@@ -37,10 +37,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 
 import engine
-import ranks
-
 import loader
 import models
+import ranks
 from benchmarks import record
 from parle import PRESETS, PULL_CAP
 from parle_gpu import Parle

@@ -13,7 +13,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import options
-
 from benchmarks import record
 
 ROOT = Path(__file__).parent.parent

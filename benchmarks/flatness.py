@@ -29,7 +29,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import checkpoint
 import engine
 import experiment
-
 import loader
 import models
 from benchmarks import paper, record

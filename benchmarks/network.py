@@ -30,12 +30,11 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import launch
-import ranks
-from optimizer import TAIL
-
 import loader
 import models
+import ranks
 from benchmarks import record
+from optimizer import TAIL
 from parle import PRESETS
 from parle_mpi import Parle
 

@@ -32,10 +32,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import checkpoint
 import engine
 import interrupts
-import options
-
 import loader
 import models
+import options
 from benchmarks import record
 
 ROOT = Path(__file__).parent.parent

@@ -34,10 +34,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import engine
 import launch
-import ranks
-
 import loader
 import models
+import ranks
 from benchmarks import record
 from benchmarks.rules import GRID, Method, first_settings, flatten, mean, methods
 

@@ -26,8 +26,9 @@ def origin() -> dict[str, str | None]:
 
 def machine() -> str:
     """The processor and the versions that a number depends on, in one line."""
-    import ranks
     import torch
+
+    import ranks
 
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -5,16 +5,16 @@ import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import options
-import ranks
 import torch
-from optimizer import Replica
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import PostLocalSGDState, post_localSGD_hook
 from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
 from torch.distributed.optim import PostLocalSGDOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
+import options
+import ranks
+from optimizer import Replica
 from parle import GAMMA_CAP, PULL_CAP, nesterov, scope
 from parle_mpi import Parle
 

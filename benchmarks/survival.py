@@ -24,7 +24,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import checkpoint
-
 from benchmarks import record
 
 ROOT = Path(__file__).parent.parent

@@ -28,10 +28,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import engine
 import launch
-import ranks
-
 import loader
 import models
+import ranks
 from benchmarks import record
 from parle_mpi import Parle
 

@@ -3,9 +3,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import launch
 import pytest
 import torch
+
+import launch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))

@@ -16,10 +16,9 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import engine
+import loader
 import ranks
 from optimizer import TAIL
-
-import loader
 from parle_mpi import Parle
 from tests.reference import Reference
 

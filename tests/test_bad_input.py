@@ -15,12 +15,12 @@ import sys
 import urllib.error
 from pathlib import Path
 
-import checkpoint
-import launch
 import numpy as np
 import pytest
 import torch
 
+import checkpoint
+import launch
 import loader
 import parle_gpu
 from tests.conftest import ROOT

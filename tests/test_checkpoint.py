@@ -18,22 +18,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
 import checkpoint
 import engine
 import experiment
 import faults
 import launch
-import numpy as np
-import pytest
-import ranks
-import report
-import torch
-from checkpoint import CheckpointError
-from torch import nn
-
 import loader
 import models
 import parle_gpu
+import ranks
+import report
+from checkpoint import CheckpointError
 from parle_gpu import Parle
 
 FULL = OSError(errno.ENOSPC, "No space left on device")

@@ -7,16 +7,16 @@ import sys
 import time
 from itertools import count, pairwise
 
-import doctor
-import engine
-import experiment
-import launch
-import options
 import pytest
 import torch
 from torch import nn
 
+import doctor
+import engine
+import experiment
+import launch
 import loader
+import options
 import parle_gpu
 from tests.conftest import ROOT
 

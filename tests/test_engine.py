@@ -6,12 +6,12 @@ from copy import deepcopy
 from itertools import chain, pairwise
 from types import SimpleNamespace
 
-import engine
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+import engine
 import loader
 import parle_gpu
 from parle_mpi import Parle

@@ -6,18 +6,18 @@ import time
 from copy import deepcopy
 from pathlib import Path
 
+import pytest
+import torch
+
 import checkpoint
 import engine
 import experiment
-import options
-import pytest
-import torch
-from optimizer import ReplicaOptimizer
-
 import loader
 import models
+import options
 import parle_gpu
 import parle_mpi
+from optimizer import ReplicaOptimizer
 
 pytestmark = pytest.mark.usefixtures("no_launcher")
 

@@ -1,8 +1,8 @@
-import faults
 import pytest
 import torch
 from torch import nn
 
+import faults
 from parle_gpu import Parle
 
 

@@ -1,12 +1,12 @@
-import checkpoint
-import engine
-import experiment
-import options
 import pytest
 import torch
 
+import checkpoint
+import engine
+import experiment
 import loader
 import models
+import options
 from benchmarks import flatness, record
 from parle_gpu import Parle
 

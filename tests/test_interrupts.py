@@ -2,10 +2,10 @@ import os
 import signal
 import sys
 
-import interrupts
-import options
 import pytest
 
+import interrupts
+import options
 import parle_gpu
 import parle_mpi
 

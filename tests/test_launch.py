@@ -10,9 +10,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
-import launch
 import pytest
 
+import launch
 from tests.conftest import outside
 
 ROOT = Path(launch.__file__).parent

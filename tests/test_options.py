@@ -3,14 +3,14 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
+import torch
+
 import checkpoint
 import engine
 import experiment
 import launch
 import options
-import pytest
-import torch
-
 from loader import SOURCES
 from parle_gpu import Parle
 

@@ -7,10 +7,10 @@ import sys
 import threading
 import time
 
-import checkpoint
-import options
 import pytest
 
+import checkpoint
+import options
 from benchmarks import paper, record
 
 PROGRAM = """

@@ -3,15 +3,15 @@
 import gc
 from collections import Counter
 
-import engine
 import pytest
 import torch
-from optimizer import RIDERS, TAIL, Replica
 from torch import nn
 from torch.nn import functional as F
 
+import engine
 import loader
 import models
+from optimizer import RIDERS, TAIL, Replica
 from parle_gpu import Parle, Stopwatch
 from tests.devices import Devices, device_of
 from tests.lockstep import CASES, PRECISIONS, P, lockstep

@@ -17,10 +17,9 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import ranks
-
 import loader
 import models
+import ranks
 from benchmarks import claim, peers, record, rules
 
 STEPS, P, NB = 12, 10, 4

@@ -5,11 +5,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import options
-import plot
 import pytest
 
+import options
 import parle_gpu
+import plot
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.usefixtures("no_launcher")

@@ -9,15 +9,15 @@ import threading
 import urllib.error
 from types import SimpleNamespace
 
-import engine
-import experiment
-import options
 import pytest
 import torch
 from torch import nn
 
+import engine
+import experiment
 import loader
 import models
+import options
 import parle_gpu
 import parle_mpi
 from tests.conftest import OFFLINE, ROOT

@@ -6,8 +6,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import ranks
 import torch
+
+import ranks
 
 ROOT = Path(ranks.__file__).parent
 

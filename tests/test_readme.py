@@ -5,9 +5,9 @@ import shutil
 import subprocess
 import sys
 
-import options
 import pytest
 
+import options
 from tests.conftest import ROOT, outside
 from tests.test_parle_mpi import OFFLINE
 

@@ -7,11 +7,12 @@ import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
 
-import launch
 import pytest
-import report
 import torch
 from torch import nn
+
+import launch
+import report
 
 LABEL = "lenet on mnist"
 START = {

@@ -13,11 +13,11 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import checkpoint
-import launch
 import pytest
 import torch
 
+import checkpoint
+import launch
 from benchmarks import record, survival
 from tests.conftest import MPIEXEC, ROOT, outside
 from tests.test_checkpoint import result
