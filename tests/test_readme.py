@@ -68,7 +68,7 @@ def run(command, cwd, **environment):
 
 @pytest.mark.slow
 @pytest.mark.timeout(200)
-def test_training_command_works_without_a_network(clone):
+def test_training_command_works_offline(clone):
     done = run(TRAIN, clone, **OFFLINE)
     assert done.returncode == 0, done.stderr
     assert "digits" in done.stdout.splitlines()[0]
