@@ -24,8 +24,8 @@ LAUNCHERS = {
 }
 STATUS_DIR = "PARLE_STATUS_DIR"  # set for ranks started by this program: the directory of their status pipes
 TERMINAL_WIDTH = "PARLE_TERMINAL_WIDTH"  # set if that program runs in a terminal; the ranks themselves write to a pipe
-EXITED, FAILED = b"exited", b"failed"  # a rank's exit notice; a killed rank sends none
-GRACE_PERIOD = 10.0  # seconds from the exit of the first rank to that of the others
+FINISHED, EXITED, FAILED = b"finished", b"exited", b"failed"  # a rank's exit notice; a killed rank sends none
+GRACE_PERIOD = 10.0  # seconds that the others have to exit after a rank that did not finish
 
 
 def rank_from_environment(environment: Mapping[str, str] = os.environ) -> tuple[int, int | None] | None:
@@ -116,7 +116,7 @@ def _supervise(command: list[str], folder: Path, count: int) -> int:
     streams.register(mpiexec.stderr, selectors.EVENT_READ, sys.stderr)
     open_outputs, exited_ranks, exit_notices, deadline = 2, [], {}, None
     while open_outputs:
-        if 0 < len(exited_ranks) < count:
+        if any(exit_notices.get(rank) != FINISHED for rank in exited_ranks) and len(exited_ranks) < count:
             deadline = deadline or time.monotonic() + GRACE_PERIOD
             if time.monotonic() > deadline:  # for example if MPI starts on some ranks only and they wait forever
                 mpiexec.terminate()
@@ -181,10 +181,11 @@ def run_or_abort(main: Callable[[], None]) -> None:
     report_exit = open_status_pipe()
     try:
         main()
-        report_exit(EXITED)
+        report_exit(FINISHED)
     except BaseException as error:
-        report_exit(EXITED if isinstance(error, SystemExit) else FAILED)
         mpi = sys.modules.get("mpi4py.MPI")
+        finished = mpi is not None and mpi.Is_finalized()
+        report_exit(FAILED if not isinstance(error, SystemExit) else FINISHED if finished else EXITED)
         if mpi is None or not mpi.Is_initialized() or mpi.Is_finalized():
             raise
         code = 1
