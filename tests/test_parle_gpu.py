@@ -14,7 +14,7 @@ import models
 from optimizer import RIDERS, TAIL, Replica
 from parle_gpu import Parle, Stopwatch
 from tests.devices import Devices, device_of
-from tests.lockstep import CASES, PRECISIONS, P, lockstep
+from tests.lockstep import CASES, DOUBLE, EXTRA, SINGLE, P, lockstep
 from tests.test_optimizer import batch, network, weights
 
 SETTINGS = dict(lr=0.1, sync_every=3, batches_per_epoch=4)
@@ -78,25 +78,21 @@ def test_pretended_devices_do_not_mix():
         assert here.tolist() == moved.tolist() == [1, 2, 2]
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)
-@pytest.mark.parametrize(("replicas", "count"), [(n, d) for n in (1, 2, 3, 5) for d in (1, 2, 3) if d <= n])
-def test_replicas_over_devices_in_lockstep_with_the_reference(devices, replicas, count, dtype, tolerance):
-    here = [(number, 0, place) for number, place in enumerate(places(replicas, count))]
-    home, *others = places(count, count)
-    sync = [(other, home, P + TAIL) for other in others] + [(home, other, P + TAIL) for other in others]
-    share = [(home, other, P) for other in others]
-
-    def build(parameters, **settings):
-        optimizer = Parle(parameters, **settings)
-        devices.copies.clear()
-        return optimizer
-
+@pytest.mark.parametrize(
+    ("numbers", "precision"), [([0], DOUBLE), ([0, 0], SINGLE), ([1, 0, 0], DOUBLE), ([0, 1, 2, 1], SINGLE)]
+)
+def test_lockstep_with_reference_over_devices(devices, numbers, precision):
+    home, *others = [torch.device("cpu", number) for number in dict.fromkeys(numbers)]
+    here = [(replica, 0, torch.device("cpu", number)) for replica, number in enumerate(numbers)]
+    sync = [(other, home) for other in others] + [(home, other) for other in others]
+    share = [(home, other) for other in others]
     for _, n, settings in CASES:
-        if n in (None, replicas):
-            for optimizer, ended in lockstep(build, here, replicas, 1, dtype, tolerance, **settings):
+        if n in (None, len(numbers)):
+            run = lockstep(Parle, here, len(numbers), 1, *precision, devices.copies, **settings)
+            for optimizer, ended in run:
                 shared = settings["sync_every"] == "auto" and optimizer.param_groups[0]["round_length"] == 1
-                assert devices.copies == (share if shared else []) + (sync if ended else [])
-                devices.copies.clear()
+                assert [copy[:2] for copy in devices.copies] == (share if shared else []) + (sync if ended else [])
+                assert all(P <= size <= P + EXTRA for *_, size in devices.copies)
 
 
 def test_all_replicas_start_as_the_first_and_the_master_is_kept_on_its_device(devices):
@@ -390,7 +386,7 @@ def test_the_stopwatch_adds_up(monkeypatch, device, mark):
 
 @pytest.mark.cuda
 @needs_gpus
-@pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [DOUBLE, SINGLE])
 def test_replicas_over_gpus_in_lockstep_with_the_reference(dtype, tolerance):
     here = [(number, 0, GPUS[number % len(GPUS)]) for number in range(3)]
     for _, n, settings in CASES:
