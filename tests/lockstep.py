@@ -79,7 +79,19 @@ def gradients(parameters):
 
 
 def lockstep(
-    build, here, replicas, team, dtype, tolerance, messages=None, *, sync_every, gamma0, rho0, s=1.0, outer_momentum=None
+    build,
+    here,
+    replicas,
+    team,
+    dtype,
+    tolerance,
+    messages=None,
+    *,
+    sync_every,
+    gamma0,
+    rho0,
+    s=1.0,
+    outer_momentum=None,
 ):
     """Yield the optimizer and whether a round ended, after each step and after all buffers were compared.
 
@@ -126,7 +138,10 @@ def lockstep(
     noise = np.random.default_rng(3)
     for step in range(STEPS):
         if step == RESUME_AT:
-            state, weights = copy.deepcopy(optimizer.state_dict()), [[p.detach().clone() for p in o] for o in parameters]
+            state, weights = (
+                copy.deepcopy(optimizer.state_dict()),
+                [[p.detach().clone() for p in o] for o in parameters],
+            )
             optimizer, parameters, frozen = start()
             for own, values in zip(parameters, weights, strict=True):
                 for parameter, value in zip(own, values, strict=True):
