@@ -29,7 +29,7 @@ END = {"event", "seconds", "master_error", "best_master_error", "sync_seconds", 
 
 
 def together(*models, **settings):
-    """The optimizer of replicas that all live here."""
+    """The optimizer of replicas of this process."""
     settings = dict(lr=0.1, sync_every=5, batches_per_epoch=5) | settings
     return parle_gpu.Parle([model.parameters() for model in models], **settings)
 
@@ -39,7 +39,7 @@ def recalibrate(model, data, batch_size, team=engine.ALONE):
 
 
 def dataset(train=40, test=30, size=4):
-    """Random images whose class is how bright their upper half is."""
+    """Random images, labeled by the brightness of their upper half."""
     images = torch.randint(0, 256, (train + test, size, size, 1), dtype=torch.uint8)
     brightness = images[:, : size // 2].float().mean((1, 2, 3))
     labels = brightness.argsort().argsort() * 3 // (train + test)
@@ -238,7 +238,7 @@ def test_evaluation_equals_a_direct_computation():
     assert result["ensemble_error"] == pytest.approx(100 * (mean.argmax(1) != data.test_labels).double().mean().item())
     assert result["ensemble_error"] not in errors
     other = torch.stack([logits for logits, _ in every]).mean(0)
-    assert not torch.equal(mean.argmax(1), other.argmax(1)), "no test of whose mean is taken"
+    assert not torch.equal(mean.argmax(1), other.argmax(1)), "the data do not distinguish the two means"
 
     master = network()
     torch.nn.utils.vector_to_parameters(optimizer.master, master.parameters())
@@ -471,8 +471,8 @@ def test_events_are_in_order_and_have_the_documented_keys(epochs, eval_every, ev
         return engine.evaluate(optimizer, evaluation_model, data, batch_size=8, replicas=[0])
 
     events = train(model, batches, optimizer, evaluate, epochs=epochs, eval_every=eval_every)
-    told = [(event["event"], event.get("round")) for event in events]
-    assert told == [(kind, done) for done in evals for kind in ("round", "eval")] + [("end", None)]
+    seen = [(event["event"], event.get("round")) for event in events]
+    assert seen == [(kind, done) for done in evals for kind in ("round", "eval")] + [("end", None)]
     for kind, keys in (("round", ROUND), ("eval", EVAL), ("end", END)):
         for event in of_kind(kind, events):
             assert keys <= event.keys()
@@ -590,15 +590,15 @@ def train_together(n, sync_every, epochs, evaluate=None):
     optimizer = together(*models, sync_every=sync_every)
     evaluate = evaluate or (lambda: {"master_error": 50.0})
     events = engine.train(models, batches, optimizer, evaluate, epochs=epochs, lr_drops=[], lr_decay=0.2)
-    told = [(event, torch.stack(optimizer.distances()).square().mean().sqrt().item()) for event in events]
-    return models, batches, told
+    seen = [(event, torch.stack(optimizer.distances()).square().mean().sqrt().item()) for event in events]
+    return models, batches, seen
 
 
 @pytest.mark.parametrize(("n", "sync_every", "epochs", "images"), [(1, 1, 2, 80), (3, 4, 1.4, 672)])
 def test_images_of_all_replicas_are_counted(n, sync_every, epochs, images):
-    _, batches, told = train_together(n, sync_every, epochs)
-    assert told[-1][0]["images"] == images == 8 * sum(source.drawn for source in batches)
-    for event, _ in told[:1]:
+    _, batches, seen = train_together(n, sync_every, epochs)
+    assert seen[-1][0]["images"] == images == 8 * sum(source.drawn for source in batches)
+    for event, _ in seen[:1]:
         images_of_line = 8 * n * sync_every * event["round"]
         assert event["images_per_second"] == pytest.approx(images_of_line / event["seconds"])
 
@@ -612,17 +612,17 @@ def test_logged_loss_is_the_mean_over_steps_and_replicas(monkeypatch):
         return cross_entropy(logits, targets, **settings)
 
     monkeypatch.setattr(F, "cross_entropy", recorded)
-    _, _, told = train_together(3, sync_every=10, epochs=1)
+    _, _, seen = train_together(3, sync_every=10, epochs=1)
     assert len(losses) == 3 * 50
-    first, second = (event for event, _ in told if event["event"] == "round")
+    first, second = (event for event, _ in seen if event["event"] == "round")
     assert (first["round"], second["round"]) == (3, 5)
     assert first["loss"] == pytest.approx(sum(losses[:90]) / 90, rel=1e-5)
     assert second["loss"] == pytest.approx(sum(losses[90:]) / 60, rel=1e-5)
 
 
 def test_logged_distance_is_that_of_the_line_before():
-    _, _, told = train_together(3, sync_every=25, epochs=0.6)
-    lines = [(event["spread"], distance) for event, distance in told if event["event"] == "round"]
+    _, _, seen = train_together(3, sync_every=25, epochs=0.6)
+    lines = [(event["spread"], distance) for event, distance in seen if event["event"] == "round"]
     assert len(lines) == 3
     for (_, distance), (spread, _) in pairwise(lines):
         assert spread == pytest.approx(distance, rel=1e-4) and spread > 0
@@ -700,11 +700,11 @@ def test_device_ids_of_other_models_are_ignored(ids):
 
 @pytest.mark.parametrize(("ids", "parts"), [(None, [0]), ([0, 1, 2], [0, 1, 2])])
 def test_each_forward_pass_is_seeded_on_each_device(ids, parts, monkeypatch):
-    told = []
-    monkeypatch.setattr(engine, "seed", lambda *seed: told.append(seed))
+    seen = []
+    monkeypatch.setattr(engine, "seed", lambda *seed: seen.append(seed))
     models = [mlp() if ids is None else DataParallel(mlp(), ids) for _ in range(2)]
     for a, model in enumerate(models):
-        model.register_forward_pre_hook(lambda model, given, a=a: told.append(a))
+        model.register_forward_pre_hook(lambda model, given, a=a: seen.append(a))
     batches = [loader.Batches(dataset(), batch_size=8, seed=1, replica=a, replicas=2) for a in range(2)]
     optimizer = together(*models, sync_every=2)
     list(engine.train(models, batches, optimizer, lambda: {"master_error": 50.0}, epochs=1, lr_drops=[], lr_decay=1))
@@ -716,8 +716,8 @@ def test_each_forward_pass_is_seeded_on_each_device(ids, parts, monkeypatch):
             next(source)
             places = [torch.device("cpu")] if ids is None else [torch.device("cpu", i) for i in ids]
             expected += [(place, source.dropout_seed(i)) for place, i in zip(places, parts, strict=True)] + [a]
-    assert told == expected
-    numbers = [number for _, number in (seed for seed in told if isinstance(seed, tuple))]
+    assert seen == expected
+    numbers = [number for _, number in (seed for seed in seen if isinstance(seed, tuple))]
     assert len(set(numbers)) == len(numbers) == 2 * 5 * 2 * len(parts)
 
 
