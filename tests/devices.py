@@ -1,4 +1,4 @@
-"""Several devices where there is only a CPU: each tensor's memory is labelled with the one where it pretends to be."""
+"""Simulates several devices on a CPU: the storage of each tensor is labeled with its simulated device."""
 
 from torch import Tensor
 from torch.ops import aten
@@ -6,12 +6,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def device_of(tensor):
-    """None as long as it has not met a tensor that has one."""
-    return getattr(tensor.untyped_storage(), "pretended_device", None)
+    """The simulated device of a tensor; None until it is used with a tensor that has one."""
+    return getattr(tensor.untyped_storage(), "simulated_device", None)
 
 
 def tensors_in(values):
-    """And in their lists: what an operation takes or gives is never nested deeper."""
+    """The tensors among these values and in lists of them: operations do not nest deeper."""
     for value in values:
         if isinstance(value, Tensor):
             yield value
@@ -20,11 +20,11 @@ def tensors_in(values):
 
 
 class Devices(TorchDispatchMode):
-    """Within it, `.to("cpu:1")` puts a tensor on that device; what is computed from it is there too.
+    """A mode in which `.to("cpu:1")` puts a tensor on that device, together with all that is computed from it.
 
-    As between GPUs, only copying crosses from one to another: whatever else has tensors of two is an error. A fresh
-    tensor is where it is first used, but for scalars (0-dim), which any device reads from the host. Crossings are
-    listed in `copies`, each as (from, to, number of elements).
+    As with GPUs, only copies go from one device to another: any other operation on tensors of two devices is an error.
+    A new tensor gets the device where it is first used, except scalars (0-dim), which every device reads from the host.
+    `copies` lists the copies between devices, each as (from, to, number of elements).
     """
 
     def __init__(self):
@@ -48,5 +48,5 @@ class Devices(TorchDispatchMode):
         fresh = [tensor for tensor in inputs if tensor.dim() and function is not aten._to_copy.default]
         for tensor in (*tensors_in([result]), *fresh):
             if device_of(tensor) is None:
-                tensor.untyped_storage().pretended_device = next(iter(devices), None)
+                tensor.untyped_storage().simulated_device = next(iter(devices), None)
         return result

@@ -1,5 +1,5 @@
-"""Parle in float64 numpy, every replica in one loop, written from the equations of the paper. Slow; imports nothing
-of ours. It is what both optimizers are compared with, buffer by buffer, after every mini-batch."""
+"""Parle in float64 numpy, every replica in one loop, written from the equations of the paper. It is slow and imports
+nothing of the project. Both optimizers are compared with it, buffer by buffer, after every step."""
 
 import numpy as np
 
@@ -7,7 +7,8 @@ import numpy as np
 class Reference:
     """n replicas that start at `x0`, (P,). One call of `step` is one mini-batch of every replica.
 
-    gamma0 and rho0 are the coefficients at the start, nb the mini-batches per epoch. L is a number or "auto".
+    gamma0 and rho0 are the coefficients at the start, nb the mini-batches per epoch. L is a number or "auto". lr and
+    weight_decay are numbers, or vectors (P,) where parameter groups differ; "auto" reads the first element.
     """
 
     def __init__(self, x0, n, L, nb, lr, momentum, weight_decay, gamma0, rho0, alpha, s=1.0, outer_momentum=None):
@@ -15,7 +16,7 @@ class Reference:
         self.gamma0, self.rho0, self.alpha, self.s = gamma0, rho0, alpha, s
         self.outer_mu = momentum if outer_momentum is None else outer_momentum
         self.k = 0  # rounds done
-        self.i = 0  # mini-batches done in this round
+        self.i = 0  # steps done in this round
         self.xa = np.tile(np.asarray(x0, dtype=np.float64), (n, 1))
         self.y, self.z = self.xa.copy(), self.xa.copy()
         self.u, self.v = np.zeros_like(self.xa), np.zeros_like(self.xa)
@@ -23,12 +24,12 @@ class Reference:
 
     def step(self, gradients):
         """gradients: (n, P), of the loss at the replicas' y."""
-        growth = (1 + 1 / (2 * self.nb)) ** self.k
-        gamma = min(self.gamma0 * growth, 1.0)
+        self.growth = (1 + 1 / (2 * self.nb)) ** self.k
+        gamma = min(self.gamma0 * self.growth, 1.0)
         if self.i == 0:
-            self.L_k = max(1, round(self.lr / gamma)) if self.L == "auto" else self.L
+            self.L_k = max(1, round(np.ravel(self.lr)[0] / gamma)) if self.L == "auto" else self.L
             self.y, self.z = self.xa.copy(), self.xa.copy()
-        c = min(self.rho0 * self.L_k * self.n * growth, 10.0)
+        c = self.coupling()
         self.i += 1
 
         if self.L_k == 1:
@@ -38,19 +39,28 @@ class Reference:
                 self.xa[a] = self.xa[a] - self.lr * (d + self.mu * self.u[a])
             self.x = self.xa.mean(0)
             self.y = self.xa.copy()
-        else:
-            for a in range(self.n):
-                g = gradients[a] + self.weight_decay * self.y[a] + gamma * (self.y[a] - self.xa[a])
-                self.u[a] = self.mu * self.u[a] + g
-                self.y[a] = self.y[a] - self.lr * (g + self.mu * self.u[a])
-                self.z[a] = self.alpha * self.z[a] + (1 - self.alpha) * self.y[a]
-            if self.i == self.L_k:
-                z = self.z.mean(0)
-                for a in range(self.n):
-                    d = (self.xa[a] - self.z[a]) + c * (self.xa[a] - z)
-                    self.v[a] = self.outer_mu * self.v[a] + d
-                    self.xa[a] = self.xa[a] - self.s * self.lr * (d + self.outer_mu * self.v[a])
-                self.x = self.xa.mean(0)
-                self.y = self.xa.copy()
-        if self.i == self.L_k:
             self.k, self.i = self.k + 1, 0
+            return
+        for a in range(self.n):
+            g = gradients[a] + self.weight_decay * self.y[a] + gamma * (self.y[a] - self.xa[a])
+            self.u[a] = self.mu * self.u[a] + g
+            self.y[a] = self.y[a] - self.lr * (g + self.mu * self.u[a])
+            self.z[a] = self.alpha * self.z[a] + (1 - self.alpha) * self.y[a]
+        if self.i == self.L_k:
+            self.sync()
+
+    def sync(self):
+        """End the round, after L steps or earlier. Without a step since the last sync there is nothing to do."""
+        if self.i == 0:
+            return
+        c, z = self.coupling(), self.z.mean(0)
+        for a in range(self.n):
+            d = (self.xa[a] - self.z[a]) + c * (self.xa[a] - z)
+            self.v[a] = self.outer_mu * self.v[a] + d
+            self.xa[a] = self.xa[a] - self.s * self.lr * (d + self.outer_mu * self.v[a])
+        self.x = self.xa.mean(0)
+        self.y = self.xa.copy()
+        self.k, self.i = self.k + 1, 0
+
+    def coupling(self):
+        return min(self.rho0 * self.L_k * self.n * self.growth, 10.0)

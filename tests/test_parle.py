@@ -1,4 +1,4 @@
-"""The arithmetic of parle.py, its presets against their own authorities, and the published script's six faults."""
+"""The equations, the presets compared with independent implementations, and the published script's faults."""
 
 import math
 
@@ -39,7 +39,7 @@ def start():
     return torch.randn(7, dtype=torch.float32)
 
 
-def test_scoping_starts_at_the_coefficient_grows_once_a_round_and_stops_at_the_cap():
+def test_scoping_grows_with_rounds_up_to_the_cap():
     assert scope(0.01, 0, 469, 1.0) == 0.01
     assert scope(0.01, 1, 469, 1.0) == pytest.approx(0.01 * (1 + 1 / 938))
     assert scope(0.01, 469, 469, 1.0) == pytest.approx(0.01 * math.exp(0.5), rel=1e-3)
@@ -48,12 +48,12 @@ def test_scoping_starts_at_the_coefficient_grows_once_a_round_and_stops_at_the_c
     assert scope(0.01, 10**9, 1, 1.0) == 1.0
 
 
-def test_auto_gives_lr_over_gamma_and_at_least_one():
+def test_auto_round_length_is_lr_over_gamma_at_least_one():
     assert [round_length("auto", 0.1, gamma) for gamma in (0.004, 0.01, 0.03, 0.1, 1.0)] == [25, 10, 3, 1, 1]
     assert round_length(25, 0.1, 0.01) == 25
 
 
-def test_descend_by_hand():
+def test_inner_step_matches_hand_computation():
     y, u, x = torch.tensor([2.0]), torch.tensor([0.5]), torch.tensor([1.0])
     descend(y, torch.tensor([3.0]), u, x, pull=0.1, lr=0.2, momentum=0.9, weight_decay=0.05)
     d = 3 + 0.05 * 2 + 0.1 * (2 - 1)
@@ -61,7 +61,7 @@ def test_descend_by_hand():
     assert y.item() == pytest.approx(2 - 0.2 * (d + 0.9 * (0.9 * 0.5 + d)))
 
 
-def test_move_anchor_by_hand():
+def test_outer_step_matches_hand_computation():
     x, v = torch.tensor([1.0]), torch.tensor([0.5])
     move_anchor(x, torch.tensor([0.4]), torch.tensor([0.1]), v, pull=0.75, lr=0.2, momentum=0.9)
     d = (1 - 0.4) + 0.75 * (1 - 0.1)
@@ -69,7 +69,7 @@ def test_move_anchor_by_hand():
     assert x.item() == pytest.approx(1 - 0.2 * (d + 0.9 * (0.9 * 0.5 + d)))
 
 
-def test_the_mean_of_the_anchors_obeys_the_outer_update_itself():
+def test_mean_of_the_anchors_follows_the_outer_update():
     anchors, averages, momenta = torch.randn(3, 4, 7, dtype=torch.float64).unbind()
     master, momentum, z = anchors.mean(0), momenta.mean(0), averages.mean(0)
     for x, average, v in zip(anchors, averages, momenta, strict=True):
@@ -79,32 +79,31 @@ def test_the_mean_of_the_anchors_obeys_the_outer_update_itself():
     assert torch.allclose(momentum, momenta.mean(0), rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
-@pytest.mark.parametrize("pull", [0.0, 0.75, 10.0])
-@pytest.mark.parametrize(("share", "stable"), [(0.98, True), (1.02, False)])
-def test_rounds_diverge_where_the_step_of_the_mean_is_above_the_stated_limit(momentum, pull, share, stable):
+@pytest.mark.parametrize(("momentum", "pull"), [(0.0, 0.75), (0.9, 10.0)])
+def test_outer_update_diverges_above_the_stated_limit(momentum, pull):
     limit = (2 + 2 * momentum) / (1 + 2 * momentum)
-    x, z, v = torch.ones(1), torch.zeros(1), torch.zeros(1)
-    for _ in range(500):
-        move_anchor(x, z, z, v, pull=pull, lr=share * limit / (1 + pull), momentum=momentum)
-    assert (abs(x) < 0.01) == stable
+    for share, stable in ((0.97, True), (1.03, False)):
+        x, z, v = torch.ones(1), torch.zeros(1), torch.zeros(1)
+        for _ in range(300):
+            move_anchor(x, z, z, v, pull=pull, lr=share * limit / (1 + pull), momentum=momentum)
+        assert (abs(x) < 0.01) == stable
 
 
 # presets
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_sgd_is_torchs_sgd(comm, start, momentum):
+def test_sgd_preset_is_bitwise_torch_sgd(comm, start, momentum):
     settings = SETTINGS | dict(momentum=momentum)
     ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
     parle = Parle([ours], comm, batches_per_epoch=5, **preset("sgd"), **settings)
     sgd = torch.optim.SGD([theirs], nesterov=momentum > 0, fused=True, **settings)
-    for got, wanted in zip(train(parle, ours, 200), train(sgd, theirs, 200), strict=True):
+    for got, wanted in zip(train(parle, ours, 50), train(sgd, theirs, 50), strict=True):
         assert torch.equal(got, wanted)
     assert torch.equal(parle.master, theirs.detach())
 
 
-def test_the_inner_loop_without_pull_is_torchs_sgd_until_the_first_sync(comm, start):
+def test_inner_loop_without_gamma_is_bitwise_torch_sgd(comm, start):
     ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
     parle = Parle([ours], comm, batches_per_epoch=5, sync_every=26, gamma=0, rho=0, **SETTINGS)
     sgd = torch.optim.SGD([theirs], nesterov=True, fused=True, **SETTINGS)
@@ -112,7 +111,7 @@ def test_the_inner_loop_without_pull_is_torchs_sgd_until_the_first_sync(comm, st
         assert torch.equal(got, wanted)
 
 
-def test_entropy_sgd_is_nesterov_on_the_anchor_minus_the_inner_average(comm, start):
+def test_entropy_sgd_preset_matches_two_nested_torch_sgds(comm, start):
     """x ← x − lr·Nesterov(x − z), with y and z restarted at x: torch's SGD does the outer loop, and the inner."""
     parameter = nn.Parameter(start.clone().double())
     parle = Parle([parameter], comm, batches_per_epoch=5, lr=0.1, **preset("entropy-sgd"))
@@ -136,7 +135,7 @@ def test_entropy_sgd_is_nesterov_on_the_anchor_minus_the_inner_average(comm, sta
     assert torch.allclose(parle.master, x.detach(), rtol=1e-12, atol=0)
 
 
-def test_elastic_sgd_starts_at_a_pull_of_one():
+def test_elastic_sgd_preset_starts_at_a_coupling_of_one():
     for n in (1, 2, 6):
         assert scope(preset("elastic-sgd", n)["rho"] * 1 * n, 0, 5, 10.0) == pytest.approx(1)
 
@@ -154,7 +153,7 @@ def test_fault_1_scoping_counts_rounds_not_tensors(comm):
     assert parle.param_groups[0]["scoped_gamma"] == pytest.approx(0.01 * 1.05**4)
 
 
-def test_fault_2_the_users_rho_is_left_alone(comm, start):
+def test_fault_2_rho_is_not_overwritten(comm, start):
     parle = Parle([nn.Parameter(start)], comm, lr=0.1, rho=0.01, batches_per_epoch=10)
     for _ in range(60):
         parle.step()
@@ -162,17 +161,17 @@ def test_fault_2_the_users_rho_is_left_alone(comm, start):
     assert parle.param_groups[0]["scoped_rho"] == pytest.approx(0.01 * 25 * 1 * 1.05**2)
 
 
-def test_fault_3_gamma_is_a_coefficient_more_of_it_keeps_closer_to_the_anchor(comm, start):
+def test_fault_3_higher_gamma_stays_closer_to_the_anchor(comm, start):
     def distance(gamma):
         parameter = nn.Parameter(start.clone())
-        parle = Parle([parameter], comm, lr=0.1, gamma=gamma, rho=0, sync_every=100, batches_per_epoch=10)
-        *_, y = train(parle, parameter, 99)
+        parle = Parle([parameter], comm, lr=0.1, gamma=gamma, rho=0, sync_every=50, batches_per_epoch=10)
+        *_, y = train(parle, parameter, 49)
         return (y - start).norm()
 
     assert distance(0.0) > distance(0.3) > distance(GAMMA_CAP)
 
 
-def test_fault_4_momentum_is_nesterovs_as_in_torch(comm, start):
+def test_fault_4_momentum_is_nesterov_momentum(comm, start):
     parameter = nn.Parameter(torch.zeros(1))
     parle = Parle([parameter], comm, lr=1.0, momentum=0.9, sync_every=5, gamma=0, rho=0, batches_per_epoch=10)
     parameter.grad = torch.ones(1)
@@ -180,7 +179,7 @@ def test_fault_4_momentum_is_nesterovs_as_in_torch(comm, start):
     assert parameter.item() == pytest.approx(-1.9)  # the published script's first step was 2
 
 
-def test_fault_5_the_outer_step_starts_at_the_anchor_not_at_the_last_iterate(comm):
+def test_fault_5_outer_step_starts_at_the_anchor(comm):
     parameter = nn.Parameter(torch.zeros(1, dtype=torch.float64))
     parle = Parle([parameter], comm, lr=0.1, momentum=0, alpha=0, sync_every=1 + 1, gamma=0, rho=0, batches_per_epoch=9)
     for _ in range(2):
@@ -192,33 +191,31 @@ def test_fault_5_the_outer_step_starts_at_the_anchor_not_at_the_last_iterate(com
 
 
 class Twin:
-    """A communicator of this rank and one that does the very same. Its reduce, like MPI's, writes into what it got."""
+    """A communicator of this rank and another one that does exactly the same. Its reduce writes into its argument."""
 
     rank, size = 0, 2
 
-    def __init__(self):
-        self.live, self.during = None, []
+    def __init__(self, comm):
+        self.comm, self.live, self.during = comm, None, []
+
+    def __getattr__(self, name):
+        return getattr(self.comm, name)
+
+    def Dup(self):
+        return self
 
     def allgather(self, value):
         return [value, value]
 
-    def Split(self, color):
-        return type("One", (), dict(rank=0, size=1))
-
-    def Iallreduce(self, in_place, tensor):
+    def Iallreduce(self, in_place, tensor, *_):
         tensor.mul_(2)
         self.during.append(self.live.detach().clone())
-        return self.Ibarrier()
-
-    def Ibarrier(self, *_):
-        return type("Done", (), dict(Test=lambda self: True))()
-
-    Ibcast = Ibarrier
+        return self.comm.Ibarrier()
 
 
 @pytest.mark.parametrize("sync_every", [1, 3])
-def test_fault_6_the_reduce_does_not_write_into_the_live_weights(start, sync_every):
-    parameter, twin = nn.Parameter(start.clone()), Twin()
+def test_fault_6_reduce_does_not_write_into_live_weights(comm, start, sync_every):
+    parameter, twin = nn.Parameter(start.clone()), Twin(comm)
     twin.live = parameter
     parle = Parle([parameter], twin, lr=0.1, gamma=0, rho=0, sync_every=sync_every, batches_per_epoch=10)
     reference = nn.Parameter(start.clone())
@@ -231,7 +228,6 @@ def test_fault_6_the_reduce_does_not_write_into_the_live_weights(start, sync_eve
         assert torch.equal(parameter, reference)
 
 
-def test_fault_7_n_is_the_number_of_replicas_not_overwritten_by_the_world(comm, start):
-    """The program's side of it: test_parle_mpi.py, test_n_3_starts_three_ranks_and_trains_three_replicas."""
-    with pytest.raises(ValueError, match="Invalid replicas value: 3, for 1 ranks"):
+def test_fault_7_replicas_is_not_overwritten_by_world_size(comm, start):
+    with pytest.raises(ValueError, match=r"replicas.*3.*1 rank"):
         Parle([nn.Parameter(start)], comm, lr=0.1, replicas=3, batches_per_epoch=10)
