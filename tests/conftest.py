@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import launch
+from parle import launcher
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -38,7 +38,7 @@ def outside(changes):
 @pytest.fixture
 def no_launcher(monkeypatch):
     """This process as no launcher has started it."""
-    for name in {name for names in launch.LAUNCHERS.values() for name in names if name}:
+    for name in {name for names in launcher.LAUNCHERS.values() for name in names if name}:
         monkeypatch.delenv(name, raising=False)
 
 

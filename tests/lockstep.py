@@ -14,9 +14,8 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import engine
 import loader
-import ranks
+from parle import distributed, evaluation, launcher, training
 from parle_mpi import Parle
 from tests.reference import Reference
 
@@ -128,7 +127,7 @@ def lockstep(
         optimizer = build(
             groups,
             **dict(lr=0.1, weight_decay=0.01, sync_every=sync_every, gamma=gamma0, rho=rho0),
-            **dict(outer_step=s, outer_momentum=outer_momentum, batches_per_epoch=4),
+            **dict(outer_lr_scale=s, outer_momentum=outer_momentum, batches_per_epoch=4),
             **shared,
         )
         return optimizer, parameters, frozen
@@ -163,7 +162,7 @@ def lockstep(
             if none and (a, part) == (step % replicas, 0):
                 own[1].grad = None
         before = [gradients(own) for own in parameters]
-        rounds = optimizer.rounds
+        rounds = optimizer.rounds_done
         if messages is not None:
             messages.clear()
         reference.step((given * ((h * (reference.y - b))[:, None] + noises)).mean(1))
@@ -172,7 +171,7 @@ def lockstep(
             reference.sync()
             optimizer.sync()
 
-        assert (optimizer.rounds, optimizer.batches) == (reference.k, reference.i)
+        assert (optimizer.rounds_done, optimizer.step_in_round) == (reference.k, reference.i)
         for (a, _, _), own, gradient, fixed in zip(here, parameters, before, frozen, strict=True):
             assert (gradients(own) == gradient).all(), "p.grad was changed"
             assert (fixed.numpy(force=True) == 1).all(), "a frozen parameter is not as in the first replica"
@@ -190,7 +189,7 @@ def lockstep(
                 got = flat(tensors)
                 error = np.abs(got - wanted).max() / np.abs(wanted).max().clip(1e-3)
                 assert error < tolerance, f"{name} of replica {a} is off by {error:.1e} after {step + 1} steps"
-        yield optimizer, optimizer.rounds > rounds
+        yield optimizer, optimizer.rounds_done > rounds
 
 
 def check(comm, replicas, dtype, tolerance, **settings):
@@ -218,15 +217,15 @@ def check_data_parallel(comm, alone):
     for world in (comm, alone):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Flatten(), nn.Linear(16, 20), nn.ReLU(), nn.Linear(20, 2))
-        batches = loader.Batches(data, batch_size=50, seed=5, part=(world.rank, world.size))
+        batches = loader.BatchLoader(data, batch_size=50, seed=5, part=(world.rank, world.size))
         optimizer = Parle(model.parameters(), world, lr=0.05, sync_every=5, batches_per_epoch=10, replicas=1)
-        team = engine.Team(world.rank, world.size, functools.partial(ranks.add, world))
+        team = distributed.Group(world.rank, world.size, functools.partial(distributed.all_reduce, world))
         shared = dict(team=team, world=team)
         evaluate = functools.partial(
-            engine.evaluate, optimizer, copy.deepcopy(model), data, batch_size=50, replicas=[0], **shared
+            evaluation.evaluate, optimizer, copy.deepcopy(model), data, batch_size=50, replicas=[0], **shared
         )
         settings = dict(epochs=1, lr_drops=[], lr_decay=1)
-        events = list(engine.train([model], [batches], optimizer, evaluate, **settings, **shared))
+        events = list(training.train([model], [batches], optimizer, evaluate, **settings, **shared))
         line, test = events[-3], events[-2]
         results.append((optimizer.master, line["loss"], test["master_loss"], test["master_error"]))
     for ours, single in zip(*results, strict=True):
@@ -252,11 +251,11 @@ def check_same_everywhere(comm):
 
 def check_riders(comm):
     optimizer = Parle([nn.Parameter(torch.randn(5))], comm, lr=0.1, sync_every=2, batches_per_epoch=10)
-    optimizer.riders[0][1] = comm.rank
+    optimizer.piggyback[0][1] = comm.rank
     optimizer.step()
-    assert optimizer.riders[0].tolist() == [0, comm.rank, 0, 0, 0]
+    assert optimizer.piggyback[0].tolist() == [0, comm.rank, 0, 0, 0]
     optimizer.step()
-    assert optimizer.riders[0].tolist() == [0, (comm.size - 1) / 2, 0, 0, 0]
+    assert optimizer.piggyback[0].tolist() == [0, (comm.size - 1) / 2, 0, 0, 0]
 
 
 def check_disagreement(comm):
@@ -299,7 +298,7 @@ def main():
                 check(world, replicas, dtype, tolerance, **settings)
                 if comm.rank == 0:
                     print(f"{name}: n={replicas} on {size} ranks, {dtype}", flush=True)
-        ranks.wait(comm.Ibarrier())  # a plain wait would occupy a core
+        distributed.wait_with_timeout(comm.Ibarrier())  # a plain wait would occupy a core
     check_data_parallel(comm, MPI.COMM_SELF)
     check_same_everywhere(comm)
     check_riders(comm)
@@ -310,4 +309,4 @@ def main():
 
 
 if __name__ == "__main__":
-    ranks.run(main)
+    launcher.run_or_abort(main)

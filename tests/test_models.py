@@ -153,7 +153,7 @@ def test_a_block_of_equal_width_adds_to_its_input():
 @pytest.mark.parametrize("name", NAMES)
 def test_recipes_are_complete_and_name_known_data_sets(name):
     recipe = models.RECIPES[name]
-    assert recipe["dataset"] in loader.SOURCES
+    assert recipe["dataset"] in loader.DATASETS
     assert recipe.keys() == {"dataset", "epochs", "lr_drops", "weight_decay", "dropout"}
     assert min(recipe["lr_drops"]) > 0 and max(recipe["lr_drops"]) < recipe["epochs"]
     assert sorted(set(recipe["lr_drops"])) == recipe["lr_drops"]

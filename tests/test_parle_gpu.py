@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import engine
 import loader
 import models
-from optimizer import Replica
+from parle import training
+from parle.optimizer import FlatReplica
 from parle_gpu import Parle, Stopwatch
 from tests.devices import Devices, device_of
 from tests.lockstep import CASES, DOUBLE, EXTRA, SINGLE, P, lockstep
@@ -24,7 +24,7 @@ needs_gpus = pytest.mark.skipif(not GPUS, reason="no CUDA device")
 
 @pytest.fixture
 def devices(monkeypatch):
-    monkeypatch.setattr(Replica, "device", property(lambda replica: device_of(replica.weights)))
+    monkeypatch.setattr(FlatReplica, "device", property(lambda replica: device_of(replica.weights)))
     with Devices() as devices:
         yield devices
 
@@ -88,7 +88,7 @@ def test_lockstep_with_reference_over_devices(devices, numbers, precision):
         if n is None:
             run = lockstep(Parle, here, len(numbers), 1, *precision, devices.copies, **settings)
             for optimizer, ended in run:
-                shared = settings["sync_every"] == "auto" and optimizer.param_groups[0]["round_length"] == 1
+                shared = settings["sync_every"] == "auto" and optimizer.param_groups[0]["steps_per_round"] == 1
                 assert [copy[:2] for copy in devices.copies] == (share if shared else []) + (sync if ended else [])
                 assert all(P <= size <= P + EXTRA for *_, size in devices.copies)
 
@@ -208,7 +208,7 @@ def test_each_group_of_each_replica_has_its_own_settings(devices, sync_every):
     tensors = [torch.randn(3), torch.randn(2)]
     settings = [
         dict(lr=0.1, weight_decay=0.1),
-        dict(lr=0.02, momentum=0.5, gamma=0.2, rho=0.05, alpha=0.5, outer_step=2.0, outer_momentum=0.3),
+        dict(lr=0.02, momentum=0.5, gamma=0.2, rho=0.05, alpha=0.5, outer_lr_scale=2.0, outer_momentum=0.3),
     ]
     together, apart = ([[nn.Parameter(t.to(place)) for t in tensors] for place in places(3, 2)] for _ in range(2))
     one = Parle(
@@ -272,13 +272,13 @@ def test_distances_are_relative_to_the_norm_of_the_master(devices):
 def test_riders_are_averaged_by_a_sync_and_only_then(devices, sync_every):
     replicas = networks(places(3, 2))
     optimizer = of(replicas, sync_every=sync_every)
-    for number, riders in enumerate(optimizer.riders):
+    for number, riders in enumerate(optimizer.piggyback):
         riders[:3] += torch.tensor([1.0, 3 * number, number**2])
     for _ in range(sync_every):
-        assert [riders[:3].tolist() for riders in optimizer.riders] == [[1, 0, 0], [1, 3, 1], [1, 6, 4]]
+        assert [riders[:3].tolist() for riders in optimizer.piggyback] == [[1, 0, 0], [1, 3, 1], [1, 6, 4]]
         optimizer.step()
     for _ in range(2 * sync_every):
-        assert [riders[:3].tolist() for riders in optimizer.riders] == [pytest.approx([1, 3, 5 / 3])] * 3
+        assert [riders[:3].tolist() for riders in optimizer.piggyback] == [pytest.approx([1, 3, 5 / 3])] * 3
         optimizer.step()
 
 
@@ -422,21 +422,21 @@ def test_gpus_train_as_the_cpu():
 def test_steps_on_a_gpu_do_not_block_the_host(tmp_path, sync_every):
     data = loader.load("digits", proc=tmp_path).to(GPUS[0])
     replicas = [models.build("lenet", channels=1, size=8, classes=10).to(GPUS[0]) for _ in range(2)]
-    batches = [loader.Batches(data, batch_size=32, seed=1, replica=a, replicas=2, augment=True) for a in range(2)]
+    batches = [loader.BatchLoader(data, batch_size=32, seed=1, replica=a, replicas=2, augment=True) for a in range(2)]
     optimizer = of(replicas, sync_every=sync_every)
 
     def watch(*_):  # from the second mini-batch on, and no longer once train reads what the riders carried
-        torch.cuda.set_sync_debug_mode("default" if optimizer.rounds == 3 else "error")
+        torch.cuda.set_sync_debug_mode("default" if optimizer.rounds_done == 3 else "error")
 
     def rest(*_):  # as the round ends: there the host waits to see that the replicas are finite
-        if optimizer.batches == sync_every - 1:
+        if optimizer.step_in_round == sync_every - 1:
             torch.cuda.set_sync_debug_mode("default")
 
     optimizer.register_step_pre_hook(rest)
     optimizer.register_step_post_hook(watch)
     settings = dict(epochs=3 / batches[0].per_epoch, lr_drops=[], lr_decay=1)
     try:
-        events = list(engine.train(replicas, batches, optimizer, lambda: dict(master_error=0.0), **settings))
+        events = list(training.train(replicas, batches, optimizer, lambda: dict(master_error=0.0), **settings))
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert events[0]["round"] == 3

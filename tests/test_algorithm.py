@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from parle import GAMMA_CAP, PRESETS, descend, move_anchor, round_length, scope
+from parle.algorithm import GAMMA_MAX, PRESETS, inner_step, outer_step, scoped, steps_per_round
 from parle_mpi import Parle
 
 SETTINGS = dict(lr=0.1, momentum=0.9, weight_decay=0.02)
@@ -40,22 +40,22 @@ def start():
 
 
 def test_scoping_grows_with_rounds_up_to_the_cap():
-    assert scope(0.01, 0, 469, 1.0) == 0.01
-    assert scope(0.01, 1, 469, 1.0) == pytest.approx(0.01 * (1 + 1 / 938))
-    assert scope(0.01, 469, 469, 1.0) == pytest.approx(0.01 * math.exp(0.5), rel=1e-3)
-    assert scope(0.01, 10**4, 469, 1.0) == 1.0
-    assert scope(0.0, 10**9, 1, 1.0) == 0.0
-    assert scope(0.01, 10**9, 1, 1.0) == 1.0
+    assert scoped(0.01, 0, 469, 1.0) == 0.01
+    assert scoped(0.01, 1, 469, 1.0) == pytest.approx(0.01 * (1 + 1 / 938))
+    assert scoped(0.01, 469, 469, 1.0) == pytest.approx(0.01 * math.exp(0.5), rel=1e-3)
+    assert scoped(0.01, 10**4, 469, 1.0) == 1.0
+    assert scoped(0.0, 10**9, 1, 1.0) == 0.0
+    assert scoped(0.01, 10**9, 1, 1.0) == 1.0
 
 
 def test_auto_round_length_is_lr_over_gamma_at_least_one():
-    assert [round_length("auto", 0.1, gamma) for gamma in (0.004, 0.01, 0.03, 0.1, 1.0)] == [25, 10, 3, 1, 1]
-    assert round_length(25, 0.1, 0.01) == 25
+    assert [steps_per_round("auto", 0.1, gamma) for gamma in (0.004, 0.01, 0.03, 0.1, 1.0)] == [25, 10, 3, 1, 1]
+    assert steps_per_round(25, 0.1, 0.01) == 25
 
 
 def test_inner_step_matches_hand_computation():
     y, u, x = torch.tensor([2.0]), torch.tensor([0.5]), torch.tensor([1.0])
-    descend(y, torch.tensor([3.0]), u, x, pull=0.1, lr=0.2, momentum=0.9, weight_decay=0.05)
+    inner_step(y, torch.tensor([3.0]), u, x, coupling=0.1, lr=0.2, momentum=0.9, weight_decay=0.05)
     d = 3 + 0.05 * 2 + 0.1 * (2 - 1)
     assert u.item() == pytest.approx(0.9 * 0.5 + d)
     assert y.item() == pytest.approx(2 - 0.2 * (d + 0.9 * (0.9 * 0.5 + d)))
@@ -63,7 +63,7 @@ def test_inner_step_matches_hand_computation():
 
 def test_outer_step_matches_hand_computation():
     x, v = torch.tensor([1.0]), torch.tensor([0.5])
-    move_anchor(x, torch.tensor([0.4]), torch.tensor([0.1]), v, pull=0.75, lr=0.2, momentum=0.9)
+    outer_step(x, torch.tensor([0.4]), torch.tensor([0.1]), v, coupling=0.75, lr=0.2, momentum=0.9)
     d = (1 - 0.4) + 0.75 * (1 - 0.1)
     assert v.item() == pytest.approx(0.9 * 0.5 + d)
     assert x.item() == pytest.approx(1 - 0.2 * (d + 0.9 * (0.9 * 0.5 + d)))
@@ -73,8 +73,8 @@ def test_mean_of_the_anchors_follows_the_outer_update():
     anchors, averages, momenta = torch.randn(3, 4, 7, dtype=torch.float64).unbind()
     master, momentum, z = anchors.mean(0), momenta.mean(0), averages.mean(0)
     for x, average, v in zip(anchors, averages, momenta, strict=True):
-        move_anchor(x, average, z, v, pull=0.75, lr=0.1, momentum=0.9)
-    move_anchor(master, z, z, momentum, pull=0.75, lr=0.1, momentum=0.9)
+        outer_step(x, average, z, v, coupling=0.75, lr=0.1, momentum=0.9)
+    outer_step(master, z, z, momentum, coupling=0.75, lr=0.1, momentum=0.9)
     assert torch.allclose(master, anchors.mean(0), rtol=1e-12, atol=0)
     assert torch.allclose(momentum, momenta.mean(0), rtol=1e-12, atol=0)
 
@@ -85,7 +85,7 @@ def test_outer_update_diverges_above_the_stated_limit(momentum, pull):
     for share, stable in ((0.97, True), (1.03, False)):
         x, z, v = torch.ones(1), torch.zeros(1), torch.zeros(1)
         for _ in range(300):
-            move_anchor(x, z, z, v, pull=pull, lr=share * limit / (1 + pull), momentum=momentum)
+            outer_step(x, z, z, v, coupling=pull, lr=share * limit / (1 + pull), momentum=momentum)
         assert (abs(x) < 0.01) == stable
 
 
@@ -137,7 +137,7 @@ def test_entropy_sgd_preset_matches_two_nested_torch_sgds(comm, start):
 
 def test_elastic_sgd_preset_starts_at_a_coupling_of_one():
     for n in (1, 2, 6):
-        assert scope(preset("elastic-sgd", n)["rho"] * 1 * n, 0, 5, 10.0) == pytest.approx(1)
+        assert scoped(preset("elastic-sgd", n)["rho"] * 1 * n, 0, 5, 10.0) == pytest.approx(1)
 
 
 # the six faults of the published script, and the seventh
@@ -148,9 +148,9 @@ def test_fault_1_scoping_counts_rounds_not_tensors(comm):
     parle = Parle(parameters, comm, lr=0.1, sync_every=5, batches_per_epoch=10)
     for _ in range(20):
         parle.step()
-    assert parle.rounds == 4
+    assert parle.rounds_done == 4
     parle.step()
-    assert parle.param_groups[0]["scoped_gamma"] == pytest.approx(0.01 * 1.05**4)
+    assert parle.param_groups[0]["gamma_k"] == pytest.approx(0.01 * 1.05**4)
 
 
 def test_fault_2_rho_is_not_overwritten(comm, start):
@@ -158,7 +158,7 @@ def test_fault_2_rho_is_not_overwritten(comm, start):
     for _ in range(60):
         parle.step()
     assert parle.param_groups[0]["rho"] == 0.01
-    assert parle.param_groups[0]["scoped_rho"] == pytest.approx(0.01 * 25 * 1 * 1.05**2)
+    assert parle.param_groups[0]["coupling_k"] == pytest.approx(0.01 * 25 * 1 * 1.05**2)
 
 
 def test_fault_3_higher_gamma_stays_closer_to_the_anchor(comm, start):
@@ -168,7 +168,7 @@ def test_fault_3_higher_gamma_stays_closer_to_the_anchor(comm, start):
         *_, y = train(parle, parameter, 49)
         return (y - start).norm()
 
-    assert distance(0.0) > distance(0.3) > distance(GAMMA_CAP)
+    assert distance(0.0) > distance(0.3) > distance(GAMMA_MAX)
 
 
 def test_fault_4_momentum_is_nesterov_momentum(comm, start):

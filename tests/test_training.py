@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import engine
 import loader
 import parle_gpu
+from parle import distributed, evaluation, training
 from parle_mpi import Parle
 
 SGD = dict(lr=0.1, sync_every=1, gamma=0.0, rho=0.0)
@@ -34,8 +34,8 @@ def together(*models, **settings):
     return parle_gpu.Parle([model.parameters() for model in models], **settings)
 
 
-def recalibrate(model, data, batch_size, team=engine.ALONE):
-    engine.recalibrate_batch_norm(model, engine.calibration_batches(data, batch_size, team), team)
+def recalibrate(model, data, batch_size, team=distributed.Group()):
+    evaluation.recalibrate_batch_norm(model, evaluation.calibration_batches(data, batch_size, team), team)
 
 
 def dataset(train=40, test=30, size=4):
@@ -99,7 +99,7 @@ def shared(size, work):
             barrier.wait()
             tensor.copy_(total)
 
-        return engine.Team(index, size, add)
+        return distributed.Group(index, size, add)
 
     with ThreadPoolExecutor(size) as pool:
         return list(pool.map(lambda index: work(team(index)), range(size)))
@@ -107,7 +107,7 @@ def shared(size, work):
 
 @pytest.mark.parametrize(("size", "total"), [(1, 10), (4, 3), (7, 100)])
 def test_the_shards_of_a_team_are_the_whole(size, total):
-    rows = [list(range(total))[engine.Team(index, size).part(total)] for index in range(size)]
+    rows = [list(range(total))[distributed.Group(index, size).part(total)] for index in range(size)]
     assert list(chain(*rows)) == list(range(total))
     assert max(map(len, rows)) - min(map(len, rows)) <= 1
 
@@ -195,7 +195,7 @@ def test_recalibration_by_a_team_gives_the_same_statistics():
 def test_predictions_are_made_in_evaluation_mode_in_order(monkeypatch):
     monkeypatch.setattr(engine, "EVALUATION_BATCH", 7)
     data, model = dataset(), network().train()
-    logits = engine.predict(model, data.test_images, data)
+    logits = evaluation.predict(model, data.test_images, data)
     assert not logits.requires_grad
     torch.testing.assert_close(logits, model.eval()(inputs_of(data, data.test_images)))
     assert not torch.allclose(logits, model.train()(inputs_of(data, data.test_images)))
@@ -228,7 +228,7 @@ def direct(model, data, batch_size):
 def test_evaluation_equals_a_direct_computation():
     data = dataset(test=200)
     optimizer, models = spread_replicas(3)
-    result = engine.evaluate(optimizer, network(), data, batch_size=8, replicas=[0, 1, 2])
+    result = evaluation.evaluate(optimizer, network(), data, batch_size=8, replicas=[0, 1, 2])
 
     every = [direct(model, data, 8) for model in models]
     errors = [error for _, error in every]
@@ -253,7 +253,7 @@ def test_evaluation_equals_a_direct_computation():
 def test_the_evaluation_model_holds_the_master_at_the_end():
     data, model = dataset(), network()
     optimizer, _ = spread_replicas(2)
-    engine.evaluate(optimizer, model, data, batch_size=8, replicas=[0, 1])
+    evaluation.evaluate(optimizer, model, data, batch_size=8, replicas=[0, 1])
     assert torch.equal(torch.nn.utils.parameters_to_vector(model.parameters()), optimizer.master)
     recalibrated = deepcopy(model)
     recalibrate(recalibrated, data, batch_size=8)
@@ -264,7 +264,7 @@ def test_the_evaluation_model_holds_the_master_at_the_end():
 def test_evaluation_by_three_ranks_equals_one_process(n):
     data = dataset(test=31)
     one, replicas = spread_replicas(n)
-    expected = engine.evaluate(one, network(), data, batch_size=8, replicas=list(range(n)))
+    expected = evaluation.evaluate(one, network(), data, batch_size=8, replicas=list(range(n)))
 
     optimizers = [together(deepcopy(replicas[rank % n])) for rank in range(3)]
     for optimizer in optimizers:
@@ -272,9 +272,9 @@ def test_evaluation_by_three_ranks_equals_one_process(n):
         optimizer.master.copy_(one.master)
 
     def work(world):
-        team = world if n == 1 else engine.ALONE
+        team = world if n == 1 else distributed.Group()
         here = dict(replicas=[world.index % n], team=team, world=world)
-        return engine.evaluate(optimizers[world.index], network(), data, batch_size=8, **here)
+        return evaluation.evaluate(optimizers[world.index], network(), data, batch_size=8, **here)
 
     for result in shared(3, work):
         assert result.keys() == expected.keys()
@@ -302,7 +302,7 @@ def error(logits, data):
     return 100 * (logits.argmax(1) != data.test_labels).double().mean().item()
 
 
-AVERAGED = ("averaged_master_error", "averaged_replica_errors", "averaged_ensemble_error")
+AVERAGED = ("running_stats_master_error", "running_stats_replica_errors", "running_stats_ensemble_error")
 
 
 def averaged_by_hand(optimizer, models, data):
@@ -324,11 +324,11 @@ def test_running_statistics_evaluation_equals_a_direct_one(wrap):
     randomize_statistics(*models)
     before = list(map(statistics, models))
     networks = [wrap(model) for model in models]
-    result = engine.evaluate_averaged(optimizer, networks, network(), data, replicas=[0, 1, 2])
+    result = evaluation.evaluate_running_stats(optimizer, networks, network(), data, replicas=[0, 1, 2])
     expected = averaged_by_hand(optimizer, models, data)
     assert [result.pop(name) for name in AVERAGED] == [pytest.approx(value) for value in expected]
     assert not result
-    recalibrated = engine.evaluate(optimizer, network(), data, batch_size=8, replicas=[0, 1, 2])
+    recalibrated = evaluation.evaluate(optimizer, network(), data, batch_size=8, replicas=[0, 1, 2])
     for name, value in zip(AVERAGED, expected, strict=True):
         assert recalibrated[name.removeprefix("averaged_")] != value
     for model, values in zip(models, before, strict=True):
@@ -340,7 +340,7 @@ def test_running_statistics_on_ranks_equal_one_process(ranks_per_replica):
     data = dataset(test=31)
     one, replicas = spread_replicas(2)
     randomize_statistics(*replicas)
-    expected = engine.evaluate_averaged(one, replicas, network(), data, replicas=[0, 1])
+    expected = evaluation.evaluate_running_stats(one, replicas, network(), data, replicas=[0, 1])
 
     size, networks, optimizers = 2 * ranks_per_replica, [], []
     for rank in range(size):
@@ -371,10 +371,12 @@ def test_running_statistics_on_ranks_equal_one_process(ranks_per_replica):
             world.add(torch.zeros(()))  # waits for all
             return gathered
 
-        team = engine.Team(part, ranks_per_replica, add)
+        team = distributed.Group(part, ranks_per_replica, add)
         everyone = world._replace(gather=gather)
         where = dict(replicas=[replica], team=team, world=everyone)
-        return engine.evaluate_averaged(optimizers[world.index], [networks[world.index]], network(), data, **where)
+        return evaluation.evaluate_running_stats(
+            optimizers[world.index], [networks[world.index]], network(), data, **where
+        )
 
     for result in shared(size, work):
         assert result.keys() == expected.keys()
@@ -386,24 +388,24 @@ def test_nonfinite_running_statistics_give_nan_errors():
     data = dataset()
     optimizer, models = spread_replicas(3)
     randomize_statistics(*models)
-    expected = engine.evaluate_averaged(optimizer, models, network(), data, replicas=[0, 1, 2])
+    expected = evaluation.evaluate_running_stats(optimizer, models, network(), data, replicas=[0, 1, 2])
     norms(models[1])[1].running_var[0] = float("nan")
-    result = engine.evaluate_averaged(optimizer, models, network(), data, replicas=[0, 1, 2])
-    first, _, last = expected["averaged_replica_errors"]
-    assert result["averaged_replica_errors"] == pytest.approx([first, float("nan"), last], nan_ok=True)
-    assert result["averaged_master_error"] != result["averaged_master_error"]
-    assert result["averaged_ensemble_error"] != result["averaged_ensemble_error"]
+    result = evaluation.evaluate_running_stats(optimizer, models, network(), data, replicas=[0, 1, 2])
+    first, _, last = expected["running_stats_replica_errors"]
+    assert result["running_stats_replica_errors"] == pytest.approx([first, float("nan"), last], nan_ok=True)
+    assert result["running_stats_master_error"] != result["running_stats_master_error"]
+    assert result["running_stats_ensemble_error"] != result["running_stats_ensemble_error"]
 
 
 def test_without_batch_norm_there_are_no_running_errors(monkeypatch):
     monkeypatch.setattr(engine, "predict", None)
     model = mlp()
-    assert engine.evaluate_averaged(together(model), [model], mlp(), dataset(), replicas=[0]) == {}
+    assert evaluation.evaluate_running_stats(together(model), [model], mlp(), dataset(), replicas=[0]) == {}
 
 
 def test_evaluation_does_not_change_training_state(comm):
     data, model, evaluation_model = dataset(), network(), network()
-    batches = loader.Batches(data, batch_size=8, seed=1)
+    batches = loader.BatchLoader(data, batch_size=8, seed=1)
     optimizer = Parle(model.parameters(), comm, lr=0.1, sync_every=4, batches_per_epoch=5)
 
     def train(steps):
@@ -417,14 +419,14 @@ def test_evaluation_does_not_change_training_state(comm):
         state = optimizer.state_dict()
         tensors = [*model.state_dict().values(), *(parameter.grad for parameter in model.parameters())]
         tensors += [tensor for entry in state["state"].values() for tensor in entry.values()]
-        tensors += [*optimizer.riders, torch.get_rng_state()]
+        tensors += [*optimizer.piggyback, torch.get_rng_state()]
         modes = [layer.training for layer in model.modules()]
         momenta = [layer.momentum for layer in norms(model)]
         return [tensor.clone() for tensor in tensors], [state["param_groups"], modes, momenta, batches.drawn]
 
     train(6)  # into the middle of the second round
     before, also_before = deepcopy(everything())
-    result = engine.evaluate(optimizer, evaluation_model, data, batch_size=8, replicas=[0])
+    result = evaluation.evaluate(optimizer, evaluation_model, data, batch_size=8, replicas=[0])
     after, also_after = everything()
     assert result["distances"][0] > 0
     assert len(before) == len(after) and all(map(torch.equal, before, after))
@@ -438,7 +440,7 @@ def test_evaluation_does_not_change_training_state(comm):
 def start(comm, data=None, model=None, batch_size=8, **settings):
     """Model, batches and optimizer, ready to be trained."""
     model = mlp() if model is None else model
-    batches = loader.Batches(dataset() if data is None else data, batch_size=batch_size, seed=1)
+    batches = loader.BatchLoader(dataset() if data is None else data, batch_size=batch_size, seed=1)
     optimizer = Parle(model.parameters(), comm, batches_per_epoch=batches.per_epoch, **SGD | settings)
     return model, batches, optimizer
 
@@ -446,7 +448,7 @@ def start(comm, data=None, model=None, batch_size=8, **settings):
 def train(model, batches, optimizer, evaluate=None, **settings):
     evaluate = evaluate or (lambda: {"master_error": 50.0})
     settings = dict(epochs=2, lr_drops=[], lr_decay=0.2) | settings
-    return list(engine.train([model], [batches], optimizer, evaluate, **settings))
+    return list(training.train([model], [batches], optimizer, evaluate, **settings))
 
 
 def of_kind(kind, events):
@@ -468,7 +470,7 @@ def test_events_are_in_order_and_have_the_documented_keys(epochs, eval_every, ev
     evaluation_model = mlp()
 
     def evaluate():
-        return engine.evaluate(optimizer, evaluation_model, data, batch_size=8, replicas=[0])
+        return evaluation.evaluate(optimizer, evaluation_model, data, batch_size=8, replicas=[0])
 
     events = train(model, batches, optimizer, evaluate, epochs=epochs, eval_every=eval_every)
     seen = [(event["event"], event.get("round")) for event in events]
@@ -477,7 +479,7 @@ def test_events_are_in_order_and_have_the_documented_keys(epochs, eval_every, ev
         for event in of_kind(kind, events):
             assert keys <= event.keys()
             assert kind == "end" or event["epoch"] == event["round"] / 5
-    assert optimizer.rounds == evals[-1] == max(1, round(epochs * 5))
+    assert optimizer.rounds_done == evals[-1] == max(1, round(epochs * 5))
     assert batches.drawn == 3 * evals[-1]
     seconds = [event["seconds"] for event in events]
     assert seconds == sorted(seconds) and seconds[0] > 0
@@ -499,19 +501,19 @@ def test_end_event_has_the_last_and_the_best_error(comm):
 )
 def test_a_stop_request_saves_before_the_evaluation(comm, at, calls):
     model, batches, optimizer = start(comm)
-    asked, done = engine.Asked(), []
+    asked, done = training.StopRequest(), []
 
     def evaluate():
         done.append("evaluate")
         return {"master_error": 50.0}
 
     def ask(*_):
-        asked.stop = optimizer.rounds >= at
+        asked.stop = optimizer.rounds_done >= at
 
     optimizer.register_step_post_hook(ask)
     events = train(model, batches, optimizer, evaluate, asked=asked, save=lambda progress: done.append("save"))
     assert done == calls
-    assert optimizer.rounds == min(at, 10)
+    assert optimizer.rounds_done == min(at, 10)
     assert [event["event"] for event in events[-1:]] == {4: [], 5: ["eval"]}.get(at, ["end"])
 
 
@@ -542,7 +544,7 @@ def test_training_equals_torch_sgd_with_its_loss_and_error(comm):
     parts = start(comm, data, model, batch_size=2, weight_decay=1e-3, lr=0.01)
     events = train(*parts, epochs=2, lr_drops=[0.5, 1.5])
 
-    batches = loader.Batches(data, batch_size=2, seed=1)
+    batches = loader.BatchLoader(data, batch_size=2, seed=1)
     sgd = torch.optim.SGD(reference.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-3, nesterov=True)
     losses, errors = [], []
     for done in range(62):
@@ -586,10 +588,10 @@ def train_together(n, sync_every, epochs, evaluate=None):
     """The events of n replicas of this process, and the replicas' RMS distance after each event."""
     data, models = dataset(), [mlp()]
     models += [deepcopy(models[0]) for _ in range(1, n)]
-    batches = [loader.Batches(data, batch_size=8, seed=1, replica=a, replicas=n) for a in range(n)]
+    batches = [loader.BatchLoader(data, batch_size=8, seed=1, replica=a, replicas=n) for a in range(n)]
     optimizer = together(*models, sync_every=sync_every)
     evaluate = evaluate or (lambda: {"master_error": 50.0})
-    events = engine.train(models, batches, optimizer, evaluate, epochs=epochs, lr_drops=[], lr_decay=0.2)
+    events = training.train(models, batches, optimizer, evaluate, epochs=epochs, lr_drops=[], lr_decay=0.2)
     seen = [(event, torch.stack(optimizer.distances()).square().mean().sqrt().item()) for event in events]
     return models, batches, seen
 
@@ -633,9 +635,9 @@ def test_gradients_of_a_team_average_to_the_whole_batch(comm):
 
     def first_round(part, parts):
         replica = deepcopy(model)
-        batches = loader.Batches(data, batch_size=7, seed=1, part=(part, parts))
+        batches = loader.BatchLoader(data, batch_size=7, seed=1, part=(part, parts))
         optimizer = Parle(replica.parameters(), comm, batches_per_epoch=2, **SGD | dict(lr=0.0))
-        event, *_ = train(replica, batches, optimizer, epochs=0.5, team=engine.Team(part, parts))
+        event, *_ = train(replica, batches, optimizer, epochs=0.5, team=distributed.Group(part, parts))
         return [parameter.grad for parameter in replica.parameters()], torch.tensor([event["loss"], event["error"]])
 
     gradients, figures = first_round(0, 1)
@@ -661,7 +663,7 @@ def test_amp_computes_in_bfloat16_and_keeps_float32_weights(comm):
 
 @pytest.mark.parametrize("number", [0, 2**64 - 1])
 def test_seeding_the_cpu_equals_torch_manual_seed(number):
-    engine.seed(torch.device("cpu"), number)
+    training.seed_device(torch.device("cpu"), number)
     drawn = F.dropout(torch.ones(1000))
     torch.manual_seed(number)
     assert torch.equal(drawn, F.dropout(torch.ones(1000)))
@@ -680,7 +682,7 @@ def test_seeding_a_gpu_seeds_only_that_gpu(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "device_index", device_index)
     monkeypatch.setattr(torch, "get_device_module", lambda device: {"cuda": module}[device.type])
     before = torch.get_rng_state()
-    engine.seed(torch.device("cuda", 2), 7)
+    training.seed_device(torch.device("cuda", 2), 7)
     assert (seeded, current) == ([(2, 7)], [0])
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -688,14 +690,14 @@ def test_seeding_a_gpu_seeds_only_that_gpu(monkeypatch):
 @pytest.mark.parametrize(("ids", "places"), [(None, ["cpu"]), ([0], ["cpu:0"]), ([3, 1], ["cpu:3", "cpu:1"])])
 def test_devices_of_a_model_and_of_data_parallel(ids, places):
     model = mlp() if ids is None else DataParallel(mlp(), ids)
-    assert engine.devices(model) == [torch.device(place) for place in places]
+    assert training.network_devices(model) == [torch.device(place) for place in places]
 
 
 @pytest.mark.parametrize("ids", [[3, 1], "mine"])
 def test_device_ids_of_other_models_are_ignored(ids):
     model = mlp()
     model.device_ids = ids
-    assert engine.devices(model) == [torch.device("cpu")]
+    assert training.network_devices(model) == [torch.device("cpu")]
 
 
 @pytest.mark.parametrize(("ids", "parts"), [(None, [0]), ([0, 1, 2], [0, 1, 2])])
@@ -705,12 +707,12 @@ def test_each_forward_pass_is_seeded_on_each_device(ids, parts, monkeypatch):
     models = [mlp() if ids is None else DataParallel(mlp(), ids) for _ in range(2)]
     for a, model in enumerate(models):
         model.register_forward_pre_hook(lambda model, given, a=a: seen.append(a))
-    batches = [loader.Batches(dataset(), batch_size=8, seed=1, replica=a, replicas=2) for a in range(2)]
+    batches = [loader.BatchLoader(dataset(), batch_size=8, seed=1, replica=a, replicas=2) for a in range(2)]
     optimizer = together(*models, sync_every=2)
-    list(engine.train(models, batches, optimizer, lambda: {"master_error": 50.0}, epochs=1, lr_drops=[], lr_decay=1))
+    list(training.train(models, batches, optimizer, lambda: {"master_error": 50.0}, epochs=1, lr_drops=[], lr_decay=1))
 
     expected = []
-    sources = [loader.Batches(dataset(), batch_size=8, seed=1, replica=a, replicas=2) for a in range(2)]
+    sources = [loader.BatchLoader(dataset(), batch_size=8, seed=1, replica=a, replicas=2) for a in range(2)]
     for _ in range(2 * 5):
         for a, source in enumerate(sources):
             next(source)
@@ -729,10 +731,10 @@ def test_dropout_of_a_replica_does_not_depend_on_the_others():
         models, drawn = [deepcopy(model) for _ in replicas], [[] for _ in replicas]
         for copy, outputs in zip(models, drawn, strict=True):
             copy.register_forward_hook(lambda _, given, output, outputs=outputs: outputs.append(output.detach()))
-        batches = [loader.Batches(data, batch_size=8, seed=1, replica=a, replicas=2) for a in replicas]
+        batches = [loader.BatchLoader(data, batch_size=8, seed=1, replica=a, replicas=2) for a in replicas]
         optimizer = together(*models, lr=0.0, sync_every=2)
         settings = dict(epochs=0.6, lr_drops=[], lr_decay=1)
-        list(engine.train(models, batches, optimizer, lambda: {"master_error": 50.0}, **settings))
+        list(training.train(models, batches, optimizer, lambda: {"master_error": 50.0}, **settings))
         return [torch.stack(outputs) for outputs in drawn]
 
     pair = logits(0, 1)
@@ -753,12 +755,12 @@ def test_waiting_time_is_separated_from_sync_time(monkeypatch):
         model = mlp()
         optimizer = Scripted([model.parameters()], lr=0.1, sync_every=2, batches_per_epoch=5)
         optimizer.seconds = seconds[world.index]
-        batches = loader.Batches(dataset(), batch_size=8, seed=1)
-        before = [engine.Progress(), engine.Progress(sync_seconds=1.0, wait_seconds=2.0)][world.index]
+        batches = loader.BatchLoader(dataset(), batch_size=8, seed=1)
+        before = [training.TrainState(), training.TrainState(sync_seconds=1.0, straggler_seconds=2.0)][world.index]
         return train(model, batches, optimizer, epochs=0.6, progress=before, world=world)
 
     first, second = shared(2, work)
     assert [event["sync_seconds"] for event in of_kind("round", second)] == pytest.approx(seconds[1])
     sync, wait = (1.6 + 2.7) / 2, (0.8 + 1.9) / 2
-    assert (first[-1]["sync_seconds"], first[-1]["wait_seconds"]) == pytest.approx((sync, wait))
-    assert (second[-1]["sync_seconds"], second[-1]["wait_seconds"]) == pytest.approx((sync + 1, wait + 2))
+    assert (first[-1]["sync_seconds"], first[-1]["straggler_seconds"]) == pytest.approx((sync, wait))
+    assert (second[-1]["sync_seconds"], second[-1]["straggler_seconds"]) == pytest.approx((sync + 1, wait + 2))
