@@ -27,12 +27,13 @@ TINY = "-d digits -n 1 -L 1 -b 4 -B 1e-9 --frac 0.01 --device cpu"
 
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
-    """An empty working folder and no network."""
+    """An empty working folder, one thread and no network."""
 
     def refuse(*_, **__):
         raise urllib.error.URLError("no network here")
 
     monkeypatch.setattr("urllib.request.urlopen", refuse)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
 
@@ -51,6 +52,7 @@ def trained(proc, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for name in {name for names in launch.LAUNCHERS.values() for name in names if name}:
             patch.delenv(name, raising=False)
+        patch.setenv("OMP_NUM_THREADS", "1")
         start(patch, *TINY.split(), "-B", 1, "--frac", 0.006, "--checkpoint-every", 1, "--proc", proc, "--out", folder)
         assert len(checkpoint.found(folder / checkpoint.FOLDER)) == 2
     return folder
