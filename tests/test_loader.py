@@ -406,13 +406,13 @@ def test_invalid_raw_file_is_rejected_unexecuted(name, number, damage, marker, t
     assert not proc.exists()
 
 
-@pytest.mark.parametrize("shape", [(40, 30), (0, 6)])
-def test_images_must_be_square_and_not_empty(shape, tmp_path, proc, monkeypatch):
-    _, files = write_raw("mnist", tmp_path / "raw", monkeypatch)
-    for path, count in ((files[0], 23), (files[2], 11)):
-        idx(count, *shape)(path)
-    with pytest.raises(loader.DataError, match=r"(?i)mnist"):
-        loader.load("mnist", tmp_path / "raw", proc)
+@pytest.mark.parametrize("shape", [(40, 30), (0, 6), (0, 0)])
+def test_images_must_be_square_and_not_empty(shape, tiny, proc):
+    arrays, _ = tiny
+    for part, (images, labels) in enumerate(arrays):
+        arrays[part] = np.zeros((len(images), *shape, 2), np.uint8), labels
+    with pytest.raises(loader.DataError, match=re.escape(f"({shape[0]}, {shape[1]}, 2)")):
+        loader.load("tiny", proc=proc)
     assert not proc.exists()
 
 
