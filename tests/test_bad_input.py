@@ -16,9 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
-import launch
 import loader
+from parle import checkpoint, launcher
 from tests.test_loader import FullDisk, flip, in_the_way, make_unreadable, snapshot, write_pickle, write_raw
 
 pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("no_launcher")]
@@ -50,11 +49,11 @@ def trained(proc, tmp_path_factory):
     """A run of three rounds, with checkpoints of the last two."""
     folder = tmp_path_factory.mktemp("trained") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        for name in {name for names in launch.LAUNCHERS.values() for name in names if name}:
+        for name in {name for names in launcher.LAUNCHERS.values() for name in names if name}:
             patch.delenv(name, raising=False)
         patch.setenv("OMP_NUM_THREADS", "1")
         start(patch, *TINY.split(), "-B", 1, "--frac", 0.006, "--checkpoint-every", 1, "--proc", proc, "--out", folder)
-        assert len(checkpoint.found(folder / checkpoint.FOLDER)) == 2
+        assert len(checkpoint.list_checkpoints(folder / checkpoint.FOLDER)) == 2
     return folder
 
 
@@ -63,7 +62,7 @@ def run(trained, tmp_path):
     """A copy of `trained` that was stopped after its second round."""
     run = tmp_path / "run"
     shutil.copytree(trained, run)
-    newest, _ = checkpoint.found(run / checkpoint.FOLDER)
+    newest, _ = checkpoint.list_checkpoints(run / checkpoint.FOLDER)
     shutil.rmtree(newest)
     return run
 
@@ -71,7 +70,7 @@ def run(trained, tmp_path):
 @pytest.fixture
 def saved(run):
     """The only checkpoint of `run`."""
-    (path,) = checkpoint.found(run / checkpoint.FOLDER)
+    (path,) = checkpoint.list_checkpoints(run / checkpoint.FOLDER)
     return path
 
 
@@ -236,7 +235,7 @@ def test_invalid_checkpoint_file_is_refused(name, damage, run, saved, assert_ref
 def test_two_damaged_checkpoints_are_both_named(trained, tmp_path, assert_refused):
     run = tmp_path / "run"
     shutil.copytree(trained, run)
-    paths = checkpoint.found(run / checkpoint.FOLDER)
+    paths = checkpoint.list_checkpoints(run / checkpoint.FOLDER)
     for path in paths:
         (path / checkpoint.MANIFEST).write_text("")
     assert_refused("--resume", run, words=paths)

@@ -60,7 +60,7 @@ def tiny(monkeypatch):
         readings.append(raw)
         return arrays
 
-    monkeypatch.setitem(loader.SOURCES, "tiny", loader.Source(read, "Tiny", None, 12, 2, 5, 10, False))
+    monkeypatch.setitem(loader.DATASETS, "tiny", loader.DatasetSpec(read, "Tiny", None, 12, 2, 5, 10, False))
     return arrays, readings
 
 
@@ -76,7 +76,7 @@ def random_set(name, seed):
     return [
         (
             random.integers(0, 256, (count, *shape), dtype=np.uint8),
-            random.permutation(np.arange(count) % loader.SOURCES[name].classes),
+            random.permutation(np.arange(count) % loader.DATASETS[name].classes),
         )
         for count in (23, 11)
     ]
@@ -88,7 +88,7 @@ def write_raw(name, root, monkeypatch, seed=0, train_labels=same, test_labels=sa
     (train, labels), (test, wanted) = arrays
     parts = [(train, train_labels(labels)), (test, test_labels(wanted))]
     write = {"mnist": write_idx, "fashion": write_idx, "svhn": write_svhn}.get(name, write_cifar)
-    return arrays, write(loader.SOURCES[name].kind, root, monkeypatch, parts)
+    return arrays, write(loader.DATASETS[name].kind, root, monkeypatch, parts)
 
 
 def write_idx(kind, root, monkeypatch, parts):
@@ -304,7 +304,7 @@ def test_raw_format_is_read_pixel_for_pixel(name, tmp_path, proc, monkeypatch, r
     np.testing.assert_allclose(data.mean.numpy(), pixels.mean(0), rtol=1e-6)
     np.testing.assert_allclose(data.std.numpy(), pixels.std(0), rtol=1e-6)
     assert data.mean.dtype == data.std.dtype == torch.float32
-    assert (data.name, data.classes) == (name, loader.SOURCES[name].classes)
+    assert (data.name, data.classes) == (name, loader.DATASETS[name].classes)
     assert (data.channels, data.size) == (3 if name in SMALL else 1, SMALL.get(name, 6))
     assert not requests
 
@@ -313,13 +313,13 @@ def test_raw_folders_are_those_of_torchvision(tmp_path):
     from torchvision import datasets
 
     for name in ("mnist", "fashion"):
-        kind = getattr(datasets, loader.SOURCES[name].kind)
+        kind = getattr(datasets, loader.DATASETS[name].kind)
         unread = kind.__new__(kind)
         unread.root = tmp_path
-        assert Path(unread.raw_folder) == tmp_path / loader.SOURCES[name].raw
-    assert datasets.CIFAR10.base_folder == loader.SOURCES["cifar10"].raw
-    assert datasets.CIFAR100.base_folder == loader.SOURCES["cifar100"].raw
-    assert datasets.SVHN.split_list["train"][1] == loader.SOURCES["svhn"].raw
+        assert Path(unread.raw_folder) == tmp_path / loader.DATASETS[name].raw
+    assert datasets.CIFAR10.base_folder == loader.DATASETS["cifar10"].raw
+    assert datasets.CIFAR100.base_folder == loader.DATASETS["cifar100"].raw
+    assert datasets.SVHN.split_list["train"][1] == loader.DATASETS["svhn"].raw
 
 
 @pytest.mark.parametrize("raw", [None, "empty"])
@@ -331,7 +331,7 @@ def test_digits_come_from_scikit_learn_without_raw_folder(raw, tmp_path, proc, r
     images, labels = load_digits(return_X_y=True)
     images = np.round(images.reshape(-1, 8, 8, 1) * 255 / 16).astype(np.uint8)
     assert len(data.train_images) == 1437 and len(data.test_images) == 360
-    assert (len(data.train_images), data.channels, data.size, data.classes) == loader.SOURCES["digits"][3:7]
+    assert (len(data.train_images), data.channels, data.size, data.classes) == loader.DATASETS["digits"][3:7]
     assert_holds(data, [(images[:1437], labels[:1437]), (images[1437:], labels[1437:])])
     assert data.train_images.max() == 255
     assert [path.name for path in proc.iterdir()] == ["digits"]
@@ -347,9 +347,9 @@ def test_each_damaged_raw_file_is_named(name, damage, tmp_path, proc, monkeypatc
     for path in files:
         content = path.read_bytes()
         damage(path)
-        with pytest.raises(loader.DataError, match=re.escape(str(path))) as caught:
+        with pytest.raises(loader.DatasetError, match=re.escape(str(path))) as caught:
             loader.load(name, tmp_path / "raw", proc)
-        assert not isinstance(caught.value, loader.Unreachable)
+        assert not isinstance(caught.value, loader.DownloadError)
         assert not proc.exists()
         path.write_bytes(content)
     assert_holds(loader.load(name, tmp_path / "raw", proc), arrays)
@@ -399,7 +399,7 @@ NOT_OPENED = {name: damage for name, damage in DAMAGE.items() if "malicious" in 
 def test_invalid_raw_file_is_rejected_unexecuted(name, number, damage, marker, tmp_path, proc, monkeypatch):
     _, files = write_raw(name, tmp_path / "raw", monkeypatch)
     damage(files[number], marker)
-    with pytest.raises(loader.DataError) as caught:
+    with pytest.raises(loader.DatasetError) as caught:
         loader.load(name, tmp_path / "raw", proc)
     named = (str(files[number]),) if name != "mnist" else (str(files[number]), name)  # a set that does not fit together
     assert any(word in str(caught.value) for word in named)
@@ -411,7 +411,7 @@ def test_images_must_be_square_and_not_empty(shape, tiny, proc):
     arrays, _ = tiny
     for part, (images, labels) in enumerate(arrays):
         arrays[part] = np.zeros((len(images), *shape, 2), np.uint8), labels
-    with pytest.raises(loader.DataError, match=re.escape(f"({shape[0]}, {shape[1]}, 2)")):
+    with pytest.raises(loader.DatasetError, match=re.escape(f"({shape[0]}, {shape[1]}, 2)")):
         loader.load("tiny", proc=proc)
     assert not proc.exists()
 
@@ -431,7 +431,7 @@ def spoil_first(value):
 )
 def test_invalid_raw_labels_are_rejected(name, spoil, words, part, tmp_path, proc, monkeypatch):
     write_raw(name, tmp_path / "raw", monkeypatch, **{part: spoil})
-    with pytest.raises(loader.DataError, match=words) as caught:
+    with pytest.raises(loader.DatasetError, match=words) as caught:
         loader.load(name, tmp_path / "raw", proc)
     assert ("train" if part == "train_labels" else "test") in str(caught.value)
     assert not proc.exists()
@@ -440,14 +440,14 @@ def test_invalid_raw_labels_are_rejected(name, spoil, words, part, tmp_path, pro
 def test_train_and_test_images_must_have_one_size(tiny, proc):
     arrays, _ = tiny
     arrays[1] = (arrays[1][0][:, :4, :4], arrays[1][1])
-    with pytest.raises(loader.DataError, match=r"\(5, 5, 2\).*\(4, 4, 2\)"):
+    with pytest.raises(loader.DatasetError, match=r"\(5, 5, 2\).*\(4, 4, 2\)"):
         loader.load("tiny", proc=proc)
 
 
 def test_missing_data_folder_is_rejected(tmp_path, proc, requests):
     (tmp_path / "file").touch()
     for path in (tmp_path / "nowhere", tmp_path / "file"):
-        with pytest.raises(loader.DataError, match=re.escape(f"--data {path}")):
+        with pytest.raises(loader.DatasetError, match=re.escape(f"--data {path}")):
             loader.load("mnist", path, proc)
     assert not requests
 
@@ -455,7 +455,7 @@ def test_missing_data_folder_is_rejected(tmp_path, proc, requests):
 @pytest.mark.parametrize("name", FORMATS)
 def test_download_without_network_is_unreachable(name, proc, requests):
     timeout = socket.getdefaulttimeout()
-    with pytest.raises(loader.Unreachable, match=rf"{loader.SOURCES[name].kind}.*--data"):
+    with pytest.raises(loader.DownloadError, match=rf"{loader.DATASETS[name].kind}.*--data"):
         loader.load(name, proc=proc)
     assert requests
     assert socket.getdefaulttimeout() == timeout
@@ -466,9 +466,9 @@ def test_download_without_network_is_unreachable(name, proc, requests):
 def test_files_in_proc_raw_are_not_downloaded(name, proc, monkeypatch, requests):
     arrays, files = write_raw(name, proc / "raw", monkeypatch)
     files[0].write_bytes(b"?" + files[0].read_bytes())
-    with pytest.raises(loader.DataError, match=re.escape(str(files[0]))) as caught:
+    with pytest.raises(loader.DatasetError, match=re.escape(str(files[0]))) as caught:
         loader.load(name, proc=proc)
-    assert not isinstance(caught.value, loader.Unreachable)
+    assert not isinstance(caught.value, loader.DownloadError)
     files[0].write_bytes(files[0].read_bytes()[1:])
     assert_holds(loader.load(name, proc=proc), arrays)
     assert not requests
@@ -484,9 +484,9 @@ def test_interrupted_download_names_damaged_file(name, proc, monkeypatch):
         raise urllib.error.URLError("the line is cut")
 
     monkeypatch.setattr("urllib.request.urlopen", leave_damaged)
-    with pytest.raises(loader.DataError, match=re.escape(str(path))) as caught:
+    with pytest.raises(loader.DatasetError, match=re.escape(str(path))) as caught:
         loader.load(name, proc=proc)
-    assert not isinstance(caught.value, loader.Unreachable)
+    assert not isinstance(caught.value, loader.DownloadError)
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
@@ -584,7 +584,7 @@ def assert_damaged(cache):
 
     def assert_damaged():
         before = snapshot(cache)
-        with pytest.raises(loader.DataError, match=re.escape(str(cache))) as caught:
+        with pytest.raises(loader.DatasetError, match=re.escape(str(cache))) as caught:
             loader.load("tiny", proc=cache.parent)
         assert "\n" not in str(caught.value)
         assert snapshot(cache) == before
@@ -705,7 +705,7 @@ def put_link_to_nowhere(cache):
 def test_foreign_files_in_proc_are_left_unchanged(change, cache):
     change(cache)
     before = snapshot(cache.parent)
-    with pytest.raises(loader.DataError, match=rf"{re.escape(str(cache))}.*--proc"):
+    with pytest.raises(loader.DatasetError, match=rf"{re.escape(str(cache))}.*--proc"):
         loader.load("tiny", proc=cache.parent)
     assert snapshot(cache.parent) == before
 
@@ -763,7 +763,7 @@ def closed(path, mode):
 def test_unwritable_proc_is_rejected(place, tiny, tmp_path):
     path = place(tmp_path / "place")
     before = snapshot(tmp_path)
-    with pytest.raises(loader.DataError, match=rf"{re.escape(str(path))}.*--proc"):
+    with pytest.raises(loader.DatasetError, match=rf"{re.escape(str(path))}.*--proc"):
         loader.load("tiny", proc=path)
     assert snapshot(tmp_path) == before
 
@@ -804,7 +804,7 @@ def test_full_disk_leaves_old_cache_and_next_run_builds(room, existing, cache, t
     before = snapshot(cache.parent)
     with monkeypatch.context() as patch:
         patch.setattr(loader, "open", functools.partial(FullDisk, [room % total]), raising=False)
-        with pytest.raises(loader.DataError, match=rf"{re.escape(str(cache))}.*No space left on device.*--proc"):
+        with pytest.raises(loader.DatasetError, match=rf"{re.escape(str(cache))}.*No space left on device.*--proc"):
             loader.load("tiny", proc=cache.parent)
     assert snapshot(cache.parent) == before
     assert_holds(loader.load("tiny", proc=cache.parent), tiny[0])
@@ -817,7 +817,7 @@ def test_file_that_cannot_grow_leaves_nothing(limit, proc):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
-        with pytest.raises(loader.DataError, match="--proc"):
+        with pytest.raises(loader.DatasetError, match="--proc"):
             loader.load("digits", proc=proc)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -836,7 +836,7 @@ def test_failing_flush_leaves_nothing(tiny, proc, monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(os, "fsync", fsync)
-            with pytest.raises(loader.DataError, match=r"No space left on device.*--proc"):
+            with pytest.raises(loader.DatasetError, match=r"No space left on device.*--proc"):
                 loader.load("tiny", proc=proc)
         assert not os.listdir(proc)
     assert_holds(loader.load("tiny", proc=proc), tiny[0])
@@ -1001,7 +1001,7 @@ def assert_same_batch(left, right):
 
 @pytest.mark.parametrize(("batch_size", "per_epoch"), [(5, 2), (4, 3), (7, 2), (10, 1)])
 def test_pass_shows_every_image_once(batch_size, per_epoch):
-    batches = loader.Batches(numbered(10), batch_size=batch_size, seed=1)
+    batches = loader.BatchLoader(numbered(10), batch_size=batch_size, seed=1)
     assert batches.per_epoch == per_epoch
     passes = targets(batches, 10).view(batch_size, 10)
     assert (passes.sort(1).values == torch.arange(10)).all()
@@ -1010,7 +1010,7 @@ def test_pass_shows_every_image_once(batch_size, per_epoch):
 
 def test_inputs_match_their_targets():
     data = numbered(10)
-    inputs, labels = next(loader.Batches(data, batch_size=7, seed=1))
+    inputs, labels = next(loader.BatchLoader(data, batch_size=7, seed=1))
     assert inputs.dtype == torch.float32 and labels.dtype == torch.int64
     assert torch.equal(inputs, data.train_images[labels].permute(0, 3, 1, 2).float())
 
@@ -1019,9 +1019,9 @@ def test_inputs_match_their_targets():
 def test_batch_j_does_not_depend_on_earlier_draws(augment):
     settings = dict(batch_size=7, seed=1, augment=augment)
     data = numbered(10)
-    through = loader.Batches(data, **settings)
+    through = loader.BatchLoader(data, **settings)
     drawn = [next(through) for _ in range(9)]
-    jumping = loader.Batches(data, **settings)
+    jumping = loader.BatchLoader(data, **settings)
     for j in (8, 2, 2, 0, 5, 4):
         jumping.drawn = j
         assert_same_batch(next(jumping), drawn[j])
@@ -1032,7 +1032,7 @@ def test_order_depends_only_on_seed_and_replica():
     data = numbered(64)
 
     def order(seed, replica):
-        return targets(loader.Batches(data, batch_size=16, seed=seed, replica=replica, replicas=2), 4)
+        return targets(loader.BatchLoader(data, batch_size=16, seed=seed, replica=replica, replicas=2), 4)
 
     first = order(1, 0)
     torch.manual_seed(99)
@@ -1047,7 +1047,7 @@ def test_augmentation_depends_on_seed_and_replica(seed, replica):
     choices = [
         torch.cat([next(batches)[0] for _ in range(20)])
         for batches in (
-            loader.Batches(data, batch_size=1, seed=s, replica=a, replicas=2, augment=True)
+            loader.BatchLoader(data, batch_size=1, seed=s, replica=a, replicas=2, augment=True)
             for s, a in [(1, 0), (1, 0), (seed, replica)]
         )
     ]
@@ -1056,7 +1056,7 @@ def test_augmentation_depends_on_seed_and_replica(seed, replica):
 
 
 def dropout_seed(drawn, seed=1, replica=0, part=(0, 1), device=0):
-    batches = loader.Batches(numbered(10), batch_size=4, seed=seed, replica=replica, replicas=2, part=part)
+    batches = loader.BatchLoader(numbered(10), batch_size=4, seed=seed, replica=replica, replicas=2, part=part)
     for _ in range(drawn):
         next(batches)
     return batches.dropout_seed(device)
@@ -1075,7 +1075,7 @@ def test_dropout_seeds_are_all_different():
 
 
 def test_dropout_seed_does_not_depend_on_earlier_draws():
-    batches = loader.Batches(numbered(10), batch_size=4, seed=1, replicas=2)
+    batches = loader.BatchLoader(numbered(10), batch_size=4, seed=1, replicas=2)
     for drawn in (4, 1, 3):
         batches.drawn = drawn - 1
         next(batches)
@@ -1094,7 +1094,7 @@ def test_random_streams_have_different_seeds():
 
 def test_drawing_leaves_torch_random_state_unchanged():
     data, before = numbered(10), torch.get_rng_state()
-    batches = loader.Batches(data, batch_size=4, seed=1, frac=0.5, augment=True)
+    batches = loader.BatchLoader(data, batch_size=4, seed=1, frac=0.5, augment=True)
     for _ in range(4):
         next(batches)
         batches.dropout_seed()
@@ -1106,8 +1106,8 @@ def test_drawing_leaves_torch_random_state_unchanged():
 def test_parts_of_a_batch_make_up_the_whole(parts, augment):
     data = numbered(11)
     settings = dict(batch_size=8, seed=1, augment=augment)
-    whole = loader.Batches(data, **settings)
-    pieces = [loader.Batches(data, **settings, part=(i, parts)) for i in range(parts)]
+    whole = loader.BatchLoader(data, **settings)
+    pieces = [loader.BatchLoader(data, **settings, part=(i, parts)) for i in range(parts)]
     for _ in range(4):
         drawn = [next(piece) for piece in pieces]
         assert_same_batch([torch.cat(column) for column in zip(*drawn, strict=True)], next(whole))
@@ -1119,10 +1119,10 @@ def test_parts_of_a_batch_make_up_the_whole(parts, augment):
 @pytest.mark.parametrize(("replicas", "frac", "share"), [(4, 0.5, 5), (3, 0.34, 3), (3, 1.0, 10), (6, 0.25, 2)])
 def test_frac_takes_wrapping_block_of_common_shuffle(replicas, frac, share):
     data = numbered(10)
-    shuffle = loader.Batches(data, batch_size=1, seed=5).share
+    shuffle = loader.BatchLoader(data, batch_size=1, seed=5).share
     assert sorted(shuffle.tolist()) == list(range(10)) != shuffle.tolist()
     for replica in range(replicas):
-        batches = loader.Batches(data, batch_size=1, seed=5, replica=replica, replicas=replicas, frac=frac)
+        batches = loader.BatchLoader(data, batch_size=1, seed=5, replica=replica, replicas=replicas, frac=frac)
         block = shuffle.roll(-(replica * 10 // replicas))[:share]
         assert batches.per_epoch == share
         for _ in range(2):
@@ -1131,7 +1131,7 @@ def test_frac_takes_wrapping_block_of_common_shuffle(replicas, frac, share):
 
 def test_two_halves_are_disjoint_and_cover_everything():
     shown = [
-        targets(loader.Batches(numbered(20), batch_size=5, seed=5, replica=a, replicas=2, frac=0.5), 2)
+        targets(loader.BatchLoader(numbered(20), batch_size=5, seed=5, replica=a, replicas=2, frac=0.5), 2)
         for a in range(2)
     ]
     assert sorted(torch.cat(shown).tolist()) == list(range(20))
@@ -1139,24 +1139,24 @@ def test_two_halves_are_disjoint_and_cover_everything():
 
 def test_advised_frac_and_batch_size_fit():
     data = numbered(1437)
-    with pytest.raises(loader.DataError, match="--frac") as caught:
-        loader.Batches(data, batch_size=100, seed=1, frac=1e-9)
+    with pytest.raises(loader.DatasetError, match="--frac") as caught:
+        loader.BatchLoader(data, batch_size=100, seed=1, frac=1e-9)
     frac = float(re.search(r"--frac ([\d.e-]*\d)", str(caught.value))[1])
-    with pytest.raises(loader.DataError, match="-b") as caught:
-        loader.Batches(data, batch_size=100, seed=1, frac=frac)
-    loader.Batches(data, batch_size=int(re.search(r"-b (\d+)", str(caught.value))[1]), seed=1, frac=frac)
+    with pytest.raises(loader.DatasetError, match="-b") as caught:
+        loader.BatchLoader(data, batch_size=100, seed=1, frac=frac)
+    loader.BatchLoader(data, batch_size=int(re.search(r"-b (\d+)", str(caught.value))[1]), seed=1, frac=frac)
 
 
 def test_batch_larger_than_share_is_rejected():
-    loader.Batches(numbered(10), batch_size=5, seed=1, frac=0.5)
-    with pytest.raises(loader.DataError, match=r"\b6\b.*\b5\b.*-b 5"):
-        loader.Batches(numbered(10), batch_size=6, seed=1, frac=0.5)
+    loader.BatchLoader(numbered(10), batch_size=5, seed=1, frac=0.5)
+    with pytest.raises(loader.DatasetError, match=r"\b6\b.*\b5\b.*-b 5"):
+        loader.BatchLoader(numbered(10), batch_size=6, seed=1, frac=0.5)
 
 
 def test_images_too_small_to_augment_are_rejected():
-    loader.Batches(numbered(10, size=5), batch_size=2, seed=1, augment=True)
-    with pytest.raises(loader.DataError, match="--no-augment"):
-        loader.Batches(numbered(10, size=4), batch_size=2, seed=1, augment=True)
+    loader.BatchLoader(numbered(10, size=5), batch_size=2, seed=1, augment=True)
+    with pytest.raises(loader.DatasetError, match="--no-augment"):
+        loader.BatchLoader(numbered(10, size=4), batch_size=2, seed=1, augment=True)
 
 
 def crops_chosen(size, draws):
@@ -1165,7 +1165,7 @@ def crops_chosen(size, draws):
     pixels = data.train_images.permute(0, 3, 1, 2).float()
     padded = torch.stack([F.pad(images, (4, 4, 4, 4), mode="reflect") for images in (pixels, pixels.flip(3))], 1)
     crops = padded.unfold(3, size, 1).unfold(4, size, 1).movedim(2, 4)  # image, flip, down, right, C, H, W
-    batches = loader.Batches(data, batch_size=30, seed=1, augment=True)
+    batches = loader.BatchLoader(data, batch_size=30, seed=1, augment=True)
     drawn = [pair for _ in range(draws) for pair in zip(*next(batches), strict=True)]
     return [(crops[label] == image).flatten(3).all(3).nonzero().tolist() for image, label in drawn]
 

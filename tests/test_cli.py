@@ -7,13 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import checkpoint
-import engine
-import launch
 import models
-import options
-import parle
-from loader import SOURCES
+from loader import DATASETS
+from parle import algorithm, checkpoint, cli, distributed, launcher
 from parle_gpu import Parle
 
 pytestmark = pytest.mark.usefixtures("no_launcher")
@@ -31,33 +27,35 @@ METHODS = {
     "sgd": dict(replicas=1, sync_every=1, gamma=0, rho=0),
 }
 ALWAYS = dict(
-    **dict(seed=42, alpha=0.75, outer_step=1, outer_momentum=0.9, batch_size=128, lr=0.1, lr_decay=0.2, momentum=0.9),
+    **dict(
+        seed=42, alpha=0.75, outer_lr_scale=1, outer_momentum=0.9, batch_size=128, lr=0.1, lr_decay=0.2, momentum=0.9
+    ),
     **dict(whiten=False, frac=1, data=None, proc=Path("proc"), out=None, eval_every=None, device="auto", amp="off"),
     **dict(checkpoint_every=None, resume=None, on_nan="restart", timeout=1800, doctor=False),
 )
 FLAG = r"(?<![\w-])--?[A-Za-z][\w-]*"
 FLAGS = re.findall(
     FLAG,
-    """-h -m --model -d --dataset -n --replicas --method -L --sync-every --gamma --rho --alpha --outer-step
+    """-h -m --model -d --dataset -n --replicas --method -L --sync-every --gamma --rho --alpha --outer-lr-scale
     --outer-momentum --lr --lr-drops --lr-decay --momentum --weight-decay --dropout -b --batch-size -B --epochs
-    --augment --no-augment --whiten --frac --data --proc --out -s --seed --device --amp --eval-every
+    --augment --no-augment --zca --frac --data --proc --out -s --seed --device --amp --eval-every
     --checkpoint-every --resume --on-nan --timeout""",
 )
 
-parser = functools.cache(lambda: options.parser("parle_mpi.py", "Parle."))
+parser = functools.cache(lambda: cli.build_parser("parle_mpi.py", "Parle."))
 
 
 def parse(line, size=None):
-    args = options.resolve(parser().parse_args(line.split() if isinstance(line, str) else line), size)
-    options.check(args, size)
+    args = cli.apply_defaults(parser().parse_args(line.split() if isinstance(line, str) else line), size)
+    cli.validate(args, size)
     return args
 
 
 def complaint(capsys, action, *arguments):
     """The one line that a user sees on stderr."""
-    with pytest.raises(options.Mistake) as mistake:
+    with pytest.raises(cli.UsageError) as mistake:
         action(*arguments)
-    options.tell("parle_mpi.py", mistake.value)
+    cli.print_error("parle_mpi.py", mistake.value)
     out, err = capsys.readouterr()
     assert (out, err.count("\n"), err[-1:]) == ("", 1, "\n")
     assert err.startswith("parle_mpi.py: error: ")
@@ -108,7 +106,7 @@ def test_default_is_parle_with_lenet():
         ("--data .", "data", Path(".")),
         ("--amp bf16", "amp", "bf16"),
         ("--on-nan stop", "on_nan", "stop"),
-        ("--whiten", "whiten", True),
+        ("--zca", "whiten", True),
     ],
 )
 def test_given_flag_overrides_defaults(line, name, value):
@@ -126,7 +124,7 @@ def test_outer_momentum_defaults_to_momentum(line, momentum):
 @pytest.mark.parametrize(
     ("line", "augment"),
     [
-        *((f"-d {name}", name.startswith("cifar")) for name in SOURCES),
+        *((f"-d {name}", name.startswith("cifar")) for name in DATASETS),
         ("-m allcnn -d mnist", False),
         ("-d mnist --augment", True),
         ("-d cifar10 --no-augment", False),
@@ -170,7 +168,7 @@ def test_short_flags_equal_long_flags(short, long):
 def test_resolve_leaves_its_arguments_unchanged():
     given = parser().parse_args(["--method", "elastic-sgd"])
     before = dict(vars(given))
-    options.resolve(given, 12)
+    cli.apply_defaults(given, 12)
     assert vars(given) == before
     assert given.dataset is given.replicas is given.rho is None
 
@@ -189,7 +187,7 @@ NUMBERS = {
     "--gamma": NONNEGATIVE,
     "--rho": NONNEGATIVE,
     "--alpha": BELOW_ONE,
-    "--outer-step": NONNEGATIVE,
+    "--outer-lr-scale": NONNEGATIVE,
     "--outer-momentum": BELOW_ONE,
     "-b/--batch-size": (["2", "1000"], ["0", "1", *NOT_WHOLE]),
     "-B/--epochs": (["1e-9", "1e9"], ["0", "1e308"]),
@@ -206,8 +204,8 @@ NUMBERS = {
 }
 NAMES = {
     "-m/--model": models.RECIPES,
-    "-d/--dataset": SOURCES,
-    "--method": parle.PRESETS,
+    "-d/--dataset": DATASETS,
+    "--method": algorithm.PRESETS,
     "--on-nan": ("restart", "stop"),
     "--amp": ("off", "bf16"),
 }
@@ -261,8 +259,8 @@ def test_folder_needs_a_valid_name(flag, capsys):
         (["a\nb"], ["a b", "parle_mpi.py -h"]),
         ("-n 3 cifar10", ["cifar10"]),
         ("-n 2 2", ["2"]),
-        ("--whiten yes", ["yes"]),
-        ("--whiten=yes", ["--whiten", "yes"]),
+        ("--zca yes", ["yes"]),
+        ("--zca=yes", ["--zca", "yes"]),
         ("--augment=no", ["--augment", "no"]),
         ("--gamma -1e-3", ["--gamma"]),
         ("--lr-drops 1 2 three", ["--lr-drops", "three"]),
@@ -332,12 +330,12 @@ def launched(monkeypatch, size, started=False):
     monkeypatch.setenv("PMI_RANK", "0")
     monkeypatch.setenv("PMI_SIZE", str(size))
     if started:
-        monkeypatch.setenv(launch.STARTED, "folder")
+        monkeypatch.setenv(launcher.STATUS_DIR, "folder")
 
 
 def parse_argv(monkeypatch, *argv, prog="parle_mpi.py"):
     monkeypatch.setattr(sys, "argv", [prog, *map(str, argv)])
-    return options.parse(options.parser(prog, "Parle."))
+    return cli.parse(cli.build_parser(prog, "Parle."))
 
 
 @pytest.fixture
@@ -351,7 +349,9 @@ def save(tmp_path):
         plain = {name: str(value) if isinstance(value, Path) else value for name, value in vars(was).items()}
         facts = dict(arguments=plain | dict(program="parle_mpi.py"), progress={}, log_bytes=0)
         numbers = list(range(was.replicas))
-        checkpoint.save(tmp_path / checkpoint.FOLDER, optimizer, numbers, facts, engine.ALONE, engine.ALONE)
+        checkpoint.save(
+            tmp_path / checkpoint.FOLDER, optimizer, numbers, facts, distributed.Group(), distributed.Group()
+        )
         return tmp_path
 
     return save
@@ -360,10 +360,10 @@ def save(tmp_path):
 @pytest.fixture
 def resume(save, monkeypatch):
     """The arguments of a run with `line` that is resumed with `more`."""
-    monkeypatch.delenv(launch.STARTED, raising=False)
+    monkeypatch.delenv(launcher.STATUS_DIR, raising=False)
 
     def resume(line, *more, size=None):
-        return options.resolve(parse_argv(monkeypatch, "--resume", save(line), *more), size)
+        return cli.apply_defaults(parse_argv(monkeypatch, "--resume", save(line), *more), size)
 
     return resume
 
@@ -422,7 +422,7 @@ def test_program_is_the_one_that_runs_now(save, monkeypatch):
         ("-m allcnn", ["lenet", "allcnn"]),
         ("--method sgd", ["parle", "sgd"]),
         ("-d digits", ["mnist", "digits"]),
-        ("--whiten", ["False", "True"]),
+        ("--zca", ["False", "True"]),
         ("-n 0", ["-n/--replicas", "0"]),
     ],
 )
@@ -456,19 +456,19 @@ def test_place_without_checkpoint_is_not_resumed(flags, save, tmp_path, monkeypa
     ],
 )
 def test_unavailable_device_is_reported(name, capsys):
-    line = complaint(capsys, options.devices, name)
+    line = complaint(capsys, cli.find_devices, name)
     assert f"--device {' '.join(name.split())}" in line and "cpu" in line
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_cuda_is_reported_where_there_is_none(capsys):
-    assert "--device cuda" in complaint(capsys, options.devices, "cuda")
+    assert "--device cuda" in complaint(capsys, cli.find_devices, "cuda")
 
 
 @pytest.mark.parametrize("name", ["cpu", "auto"])
 def test_device_is_cpu_without_accelerator(name, monkeypatch):
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
-    assert options.devices(name) == [torch.device("cpu")]
+    assert cli.find_devices(name) == [torch.device("cpu")]
 
 
 @pytest.mark.parametrize(
@@ -481,18 +481,18 @@ def test_device_is_cpu_without_accelerator(name, monkeypatch):
 def test_numbered_device_is_one_and_a_kind_is_all(name, found, monkeypatch, capsys):
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
-    assert options.devices(name) == [torch.device(device) for device in found]
+    assert cli.find_devices(name) == [torch.device(device) for device in found]
     for missing in ("cuda:2", "xpu"):
-        line = complaint(capsys, options.devices, missing)
+        line = complaint(capsys, cli.find_devices, missing)
         assert f"--device {missing}" in line and "cuda:0, cuda:1, cpu" in line
 
 
 def test_device_name_includes_the_model(monkeypatch):
-    assert options.name(torch.device("cpu")) == "cpu"
+    assert cli.device_name(torch.device("cpu")) == "cpu"
     monkeypatch.setattr(
         torch, "get_device_module", lambda device: SimpleNamespace(get_device_name=lambda device: "Fast 9000")
     )
-    assert options.name(torch.device("cuda", 1)) == "cuda:1 (Fast 9000)"
+    assert cli.device_name(torch.device("cuda", 1)) == "cuda:1 (Fast 9000)"
 
 
 # What is printed, and by whom
@@ -520,9 +520,9 @@ def test_only_rank_0_prints_errors(rank, size, monkeypatch, capsys):
     monkeypatch.setenv(rank, "0")
     complaint(capsys, parse, "-n 0")
     monkeypatch.setenv(rank, "1")
-    with pytest.raises(options.Mistake) as mistake:
+    with pytest.raises(cli.UsageError) as mistake:
         parse("-n 0")
-    options.tell("parle_mpi.py", mistake.value)
+    cli.print_error("parle_mpi.py", mistake.value)
     assert tuple(capsys.readouterr()) == ("", "")
 
 
