@@ -1,4 +1,8 @@
-"""Keep what a benchmark measured, a line of JSON each in results/QUESTION.jsonl, and what is made of them."""
+"""Append measurements to results/NAME.jsonl, one JSON object per line, and read them back.
+
+NAME is the module that measures. A row holds the numbers, the command, the seed and the machine, and (since f92da53)
+the revision. Files of rows are never rewritten: `read_rows` translates the names that older rows use.
+"""
 
 import hashlib
 import json
@@ -16,16 +20,79 @@ if TYPE_CHECKING:
 RESULTS = Path(__file__).parent / "results"
 FIGURES = Path(__file__).parent / "figures"
 
+# Names in the rows of older revisions → names of today. Keys are translated at every depth of a row.
+OLD_KEYS: dict[str, dict[str, str]] = {
+    "compare_methods": {
+        "setting": "config",
+        "longer": "length",
+        "outer_step": "outer_lr",
+        "scoping": "scoping_rate",
+        "inner_drops": "decay_inner_lr",
+        "keeps_momentum": "keep_inner_momentum",
+        "collapses": "reset_replicas",
+        "batches": "steps",
+        "gradients": "gradient_evaluations",
+        "distance": "replica_distance",
+        "lost": "nonfinite",
+    },
+    "baselines": {
+        "outer_step": "outer_lr_scale",
+        "drops": "lr_drops",
+        "decay": "lr_decay",
+        "warmup": "warmup_steps",
+        "batches": "steps",
+        "train_images": "num_train_images",
+        "bytes": "bytes_sent",
+    },
+    "fault_tolerance": {
+        "round": "fault_after_round",
+        "saved": "saved_round",
+        "status": "exit_status",
+        "resumed": "resumed_exit_status",
+        "same": "bitwise_identical",
+    },
+    "reproduce_paper": {"row": "experiment", "images": "images_seen", "mini_batch_seconds": "step_seconds"},
+    "bandwidth": {"minibatches": "steps"},
+    "readme_results": {
+        "replicas": "num_replicas",
+        "rounds": "num_rounds",
+        "seconds": "train_seconds",
+        "wait_seconds": "straggler_seconds",
+    },
+    "flatness": {"of": "subject", "radius": "noise"},
+    "throughput": {
+        "part": "measurement",
+        "alone": "forward_backward",
+        "plain": "reference_loop",
+        "message": "communication",
+    },
+}
+OLD_VALUES: dict[str, dict[tuple[str, str], str]] = {
+    "baselines": {("method", "published"): "published script"},
+    "fault_tolerance": {
+        ("fault", "a rank stalls, `--timeout 2`"): "a rank hangs, `--timeout 2`",
+        ("fault", "SIGTERM to `parle_gpu.py`"): "SIGTERM, `parle_gpu.py`",
+    },
+    "flatness": {
+        ("subject", "SGD"): "SGD, matched steps",
+        ("subject", "SGD, as many gradients"): "SGD, matched compute",
+        ("subject", "master to SGD, as many gradients"): "master to SGD, matched compute",
+    },
+}
 
-def origin() -> dict[str, str | None]:
-    """Of a row: what was typed, and where; to be asked for before what is measured begins, since files may change."""
+
+# Rows
+
+
+def provenance() -> dict[str, str | None]:
+    """Return the command, machine and revision of a row. Call it before measuring, since files may change meanwhile."""
     import report
 
-    return dict(command=command(), machine=machine(), revision=report.revision())
+    return dict(command=command_line(), machine=machine(), revision=report.revision())
 
 
 def machine() -> str:
-    """The processor and the versions that a number depends on, in one line."""
+    """Return the processor and the versions that a number depends on, in one line."""
     import torch
 
     import ranks
@@ -38,71 +105,84 @@ def machine() -> str:
     return f"{len(ranks.cores())} cores of {cpu.strip()}, Python {platform.python_version()}, torch {torch.__version__}"
 
 
-def command() -> str:
-    """What was typed."""
+def command_line() -> str:
     return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
 
 
-def read(question: str) -> list[dict[str, Any]]:
-    """The rows kept so far, oldest first."""
-    path = RESULTS / f"{question}.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+def read_rows(name: str) -> list[dict[str, Any]]:
+    """Return the rows of results/NAME.jsonl, oldest first, under the names of today."""
+    path = RESULTS / f"{name}.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [translate(json.loads(line), OLD_KEYS.get(name, {}), OLD_VALUES.get(name, {})) for line in lines]
 
 
-def log(folder: Path) -> list[dict[str, Any]]:
-    """The events of a run so far: behind the last newline is what was being written when it was broken off."""
-    path = folder / "log.jsonl"
-    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
+def translate(row: dict[str, Any], keys: dict[str, str], values: dict[tuple[str, str], str]) -> dict[str, Any]:
+    translated = {}
+    for old, value in row.items():
+        key = keys.get(old, old)
+        if isinstance(value, dict):
+            value = translate(value, keys, values)
+        elif isinstance(value, str):
+            value = values.get((key, value), value)
+        translated[key] = value
+    return translated
 
 
-def keep(question: str, row: dict[str, Any]) -> None:
-    """Add a row. One process writes: a benchmark's first."""
+def append_row(name: str, row: dict[str, Any]) -> None:
+    """Append a row to results/NAME.jsonl. Only one process may write."""
     RESULTS.mkdir(exist_ok=True)
-    with open(RESULTS / f"{question}.jsonl", "a") as file:
+    with open(RESULTS / f"{name}.jsonl", "a") as file:
         file.write(json.dumps(row) + "\n")
 
 
-def digest(question: str) -> str:
-    """Of the rows kept so far."""
-    return hashlib.sha256((RESULTS / f"{question}.jsonl").read_bytes()).hexdigest()
+def digest(name: str) -> str:
+    """Return the checksum of results/NAME.jsonl."""
+    return hashlib.sha256((RESULTS / f"{name}.jsonl").read_bytes()).hexdigest()
 
 
-def about(question: str) -> str:
-    """A line to stand under a table."""
-    rows = read(question)
-    machines = "; ".join(dict.fromkeys(row["machine"] for row in rows))
-    return f"{len(rows)} rows of results/{question}.jsonl, each with its command and seed. Machine: {machines}."
+def read_log(run: Path) -> list[dict[str, Any]]:
+    """Return the events of a run's log.jsonl, without a last line that was cut off."""
+    path = run / "log.jsonl"
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
 
 
-def complete(question: str) -> str:
-    """What to say where nothing is left to measure."""
-    return f"All rows are there: move {RESULTS / question}.jsonl away to measure anew"
+def nothing_to_run(name: str) -> str:
+    return f"Nothing to run: all rows exist. To repeat the measurements, move {RESULTS / name}.jsonl away"
 
 
-def save(figure: "Figure", name: str, question: str, dpi: int) -> None:
-    """As figures/NAME.png, which holds the digest of the rows that it shows."""
-    FIGURES.mkdir(exist_ok=True)
-    figure.savefig(FIGURES / f"{name}.png", dpi=dpi, metadata={"Rows": digest(question)})
+# Tables and figures
 
 
-def shown(name: str) -> str | None:
-    """The digest of the rows that a figure shows."""
-    from PIL import Image
-
-    path = FIGURES / f"{name}.png"
-    if not path.exists():
-        return None
-    with Image.open(path) as image:
-        return image.info.get("Rows")
-
-
-def spread(values: Sequence[float], digits: int = 2) -> str:
-    """mean ± standard deviation of the sample; of a single value no ±."""
+def mean_std(values: Sequence[float], digits: int = 2) -> str:
+    """Format mean ± sample standard deviation; a single value has no ±."""
     mean = f"{statistics.mean(values):.{digits}f}"
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """In Markdown."""
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def source_note(name: str) -> str:
+    """Return the line below a table: where its rows are and which machine measured them."""
+    rows = read_rows(name)
+    machines = "; ".join(dict.fromkeys(row["machine"] for row in rows))
+    return f"Source: `benchmarks/results/{name}.jsonl` ({len(rows)} rows with command and seed). Machine: {machines}."
+
+
+def save_figure(figure: "Figure", file: str, name: str, dpi: int) -> None:
+    """Save figures/FILE.png with the checksum of the rows of NAME in its metadata."""
+    FIGURES.mkdir(exist_ok=True)
+    figure.savefig(FIGURES / f"{file}.png", dpi=dpi, metadata={"Rows": digest(name)})
+
+
+def figure_digest(file: str) -> str | None:
+    """Return the checksum of the rows that figures/FILE.png shows."""
+    from PIL import Image
+
+    path = FIGURES / f"{file}.png"
+    if not path.exists():
+        return None
+    with Image.open(path) as image:
+        return image.info.get("Rows")
