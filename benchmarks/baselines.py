@@ -250,7 +250,7 @@ def draw() -> None:
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend(title="final test error", fontsize=8)
-    results.save_figure(figure, NAME, NAME, dpi=100)
+    results.save_figure(figure, NAME, NAME, dpi=90)
 
 
 def main() -> None:

@@ -440,7 +440,7 @@ def plot_errors(
 
 
 def draw() -> None:
-    results.save_figure(draw_comparison(), "compare_methods", NAME, dpi=100)
+    results.save_figure(draw_comparison(), "compare_methods", NAME, dpi=90)
     results.save_figure(draw_sweeps(), "sweeps", NAME, dpi=76)
 
 
@@ -477,7 +477,7 @@ def draw_comparison(task: str = "cifar-5000") -> Figure:
         axis.legend(fontsize=9)
     figure.suptitle("Do three coupled replicas reach a lower test error than one network trained with SGD?")
     time_axis.set(xlabel="steps per replica (time)", ylabel="test error (%)")
-    time_axis.set_title("after the same time", fontsize=10)
+    time_axis.set_title("after the same time (one worker per replica)", fontsize=10)
     compute_axis.set(xlabel="gradient evaluations of all replicas (compute)")
     compute_axis.set_title("after the same compute", fontsize=10)
     return figure
@@ -510,7 +510,7 @@ def draw_sweeps(task: str = "cifar-5000") -> Figure:
         axis.set_ylabel("test error (%)")
     steps = f"{TASKS[task].steps:,} steps per replica"
     figure.suptitle(
-        f"{task}, {steps}. Dashed: SGD, matched steps; dotted: SGD, matched compute (3 replicas); ×: diverged",
+        f"{task}, {steps}. Dashed: SGD, matched steps; dotted: SGD, matched compute (3 replicas); ×: diverged; cut off at 67 %",
         fontsize=10,
     )
     labels = {
