@@ -508,11 +508,8 @@ def draw_sweeps(task: str = "cifar-5000") -> Figure:
         axis.set_title(parameter, fontsize=10)
     for axis in (first, others[5]):
         axis.set_ylabel("test error (%)")
-    steps = f"{TASKS[task].steps:,} steps per replica"
-    figure.suptitle(
-        f"{task}, {steps}. Dashed: SGD, matched steps; dotted: SGD, matched compute (3 replicas); ×: diverged; cut off at 67 %",
-        fontsize=10,
-    )
+    note = "Dashed: SGD, matched steps; dotted: SGD, matched compute (3 replicas); ×: diverged; cut off at 67 %"
+    figure.suptitle(f"{task}, {TASKS[task].steps:,} steps per replica. {note}", fontsize=10)
     labels = {
         label: handle
         for axis in (first, *others)
