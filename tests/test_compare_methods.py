@@ -1,256 +1,255 @@
 import pytest
 import torch
+from torch import nn
 
-from benchmarks import claim, record
+from benchmarks import compare_methods as cm
+from benchmarks import results
 from parle import scope
 
 
+def cells(table):
+    """Return the cells of a Markdown table, line by line, without the header."""
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+
+
+# Rows and tables
+
+
 @pytest.fixture
-def rows(monkeypatch, tmp_path):
-    """Keep rows of a task for these errors, one a seed."""
-    monkeypatch.setattr(record, "RESULTS", tmp_path)
+def add_rows(monkeypatch, tmp_path):
+    """Append one row per error to an empty directory of results."""
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
 
-    def rows(setting, *errors, task="mnist-2000", seeds=claim.SEEDS):
+    def add_rows(config, *errors, task="mnist-2000", seeds=cm.SEEDS):
         for seed, error in zip(seeds, errors, strict=False):
-            record.keep("claim", dict(task=task, setting=setting, seed=seed, error=error))
+            results.append_row(cm.NAME, dict(task=task, config=config, seed=seed, error=error))
 
-    return rows
+    return add_rows
 
 
 @pytest.mark.parametrize(
     ("ours", "theirs", "words"),
     [
-        ([1.0, 1.1, 0.9], [2.0, 2.1, 1.9], "wins, -1.00 (p 0.000255)"),
-        ([2.0, 2.1, 1.9], [1.0, 1.1, 0.9], "loses, +1.00 (p 0.000255)"),
-        ([1.0, 2.0, 3.0], [1.5, 2.5, 3.5], "ties, -0.50 (p 0.573)"),
-        ([1.0, 1.1, 0.9], [1.2, 1.3, 1.1], "ties, -0.20 (p 0.0705)"),  # 2.4 standard errors of three seeds each
-        ([1.0, 1.0, 1.0001], [1.5, 2.0, 2.5], "ties, -1.00 (p 0.0742)"),  # wins, were the variances equal
-        ([1.0], [2.0, 2.1], "one seed, -1.05"),
-        ([1.0, float("nan")], [2.0, 2.1], "diverged"),
-        ([1.0, 1.1], [], "not run"),
+        ([1.0, 1.1, 0.9], [2.0, 2.1, 1.9], ["-1.00", "better", "0.000255", "3, 3"]),
+        ([2.0, 2.1, 1.9], [1.0, 1.1, 0.9], ["+1.00", "worse", "0.000255"]),
+        ([1.0, 2.0, 3.0], [1.5, 2.5, 3.5], ["-0.50", "not significant", "0.573"]),
+        ([1.0, 1.0, 1.0001], [1.5, 2.0, 2.5], ["not significant", "0.0742"]),  # significant if variances were equal
+        ([1.0], [2.0, 2.1], ["-1.05", "1, 2"]),
+        ([1.0, float("nan")], [2.0, 2.1], ["diverged"]),
+        ([1.0, 1.1], [], ["not run"]),
     ],
 )
-def test_a_verdict_needs_a_significant_difference_and_two_seeds(ours, theirs, words):
-    assert claim.verdict(ours, theirs) == words
+def test_comparison_states_difference_significance_and_n(ours, theirs, words):
+    text = cm.compare(ours, theirs)
+    assert all(word in text for word in words)
+    assert len(ours) > 1 or "p =" not in text
 
 
-def test_each_is_compared_with_sgd_of_as_many_mini_batches_and_of_as_many_gradients(rows):
-    rows(claim.SGD, 2.0, 2.1, 1.9)
-    rows(claim.SGD | dict(longer=3), 0.5, 0.6, 0.4)
-    rows({}, 1.0, 1.1, 0.9)
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in claim.table().splitlines()]
-    assert [line[1] for line in lines[2:]] == ["SGD", "Parle", "SGD"]  # by length
-    assert lines[3] == [
-        "mnist-2000",
-        "Parle",
-        "600",
-        "1,800",
-        "1.00 ± 0.10",
-        "3",
-        "wins, -1.00 (p 0.000255)",
-        "loses, +0.50 (p 0.0036)",
-    ]
+def test_table_compares_with_sgd_at_matched_steps_and_compute(add_rows):
+    add_rows(cm.SGD, 2.0, 2.1, 1.9)
+    add_rows(cm.SGD | dict(length=3), 0.5, 0.6, 0.4)
+    add_rows({}, 1.0, 1.1, 0.9)
+    sgd, parle, longer_sgd = cells(cm.table())
+    assert [line[1] for line in (sgd, parle, longer_sgd)] == ["SGD", "Parle", "SGD"]
+    assert parle[2:6] == ["600", "1,800", "1.00 ± 0.10", "3"]
+    assert parle[6].startswith("-1.00, better") and parle[7].startswith("+0.50, worse")
 
 
-def test_what_has_a_row_is_not_run_again_however_its_setting_is_written(rows):
-    before = list(claim.missing(["method"]))
-    assert len(before) == len({(task, claim.same(task, setting), seed) for task, setting, seed in before})
-    assert len(before) == len(claim.PANELS["method"]) * len(claim.TASKS) * len(claim.SEEDS)
-    rows(dict(replicas=3, gamma=0.01), 1.0)
-    assert ("mnist-2000", {}, 42) in before
-    assert ("mnist-2000", {}, 42) not in claim.missing(["method"])
+def test_summary_and_headline_show_what_has_been_run(add_rows):
+    add_rows(cm.SGD, 2.0)
+    add_rows(cm.SGD | dict(length=2), 9.0)
+    add_rows(cm.SGD | dict(length=3), 1.5)
+    add_rows(cm.METHODS[cm.SELECTED], 1.0)
+    (line,) = cells(cm.summary())
+    assert line == ["mnist-2000", "600", "2.00", "1.50", *["not run"] * 4, "1.00"]
+    assert [line[2:4] for line in cells(cm.headline())] == [["not run", "not run"]] * 4
 
 
-def test_the_summary_sets_sgd_beside_sgd_of_three_times_the_mini_batches(rows):
-    rows(claim.SGD, 2.0)
-    rows(claim.SGD | dict(longer=2), 9.0)
-    rows(claim.SGD | dict(longer=3), 1.5)
-    rows(claim.CHOSEN, 1.0)
-    assert claim.summary().splitlines()[2:] == [
-        "| mnist-2000 | 600 | 2.00 | 1.50 | not run | not run | not run | not run | 1.00 |"
-    ]
+def test_sweep_shows_missing_and_diverged_seeds(add_rows):
+    add_rows(dict(gamma=0.0), 1.0, 1.1, 0.9)
+    add_rows(dict(gamma=0.01), 2.0)
+    add_rows(dict(gamma=0.1), 3.0, None, None)
+    text = "0.0: 1.00 ± 0.10; 0.01: 2.00 (1 of 3 seeds); 0.1: diverged (2 of 3)"
+    assert cells(cm.sweeps())[-1][1:] == ["gamma", "Parle", text]
 
 
-def test_both_figures_show_what_there_is(rows, monkeypatch, tmp_path):
-    monkeypatch.setattr(record, "FIGURES", tmp_path / "figures")
-    for setting in (claim.SGD, claim.SGD | dict(longer=3), claim.CHOSEN, dict(gamma=0.1)):
-        rows(setting, 40.0, 41.0, task="cifar-5000")
-    rows(dict(gamma=0.0), 40.0, None, task="cifar-5000")
-    (methods, _), sweeps = claim.draw_methods().axes, claim.draw_sweeps().axes
-    bars, labels = methods.get_legend_handles_labels()
-    shown = {label: list(bar[0].get_ydata()) for bar, label in zip(bars, labels, strict=True)}
-    assert {label: errors for label, errors in shown.items() if errors} == {
-        "SGD": [40.5, 40.5],
-        "Parle, rho 0.1": [40.5],
-    }
-    (gamma,) = (axis for axis in sweeps if axis.get_title() == "gamma")
+def test_each_trial_is_run_once_however_its_config_is_written(add_rows):
+    trials = list(cm.missing_trials(["methods"]))
+    assert len(trials) == len({(cm.config_key(task, config), seed) for task, config, seed in trials})
+    assert len(trials) == len(cm.PANELS["methods"]) * len(cm.TASKS) * len(cm.SEEDS)
+    add_rows(dict(replicas=3, gamma=0.01), 1.0)
+    assert ("mnist-2000", {}, 42) in trials
+    assert ("mnist-2000", {}, 42) not in cm.missing_trials(["methods"])
+
+
+def test_new_seeds_are_run_and_reported_separately(add_rows):
+    assert {seed for *_, seed in cm.missing_trials(["new-seeds"])} == {45, 46, 47}
+    assert {seed for *_, seed in cm.missing_trials(["methods", "longest"])} == {42, 43, 44}
+    for seeds, change in ((cm.SEEDS, 5.0), (cm.NEW_SEEDS, 0.0)):
+        selected, sgd = cm.METHODS[cm.SELECTED] | dict(length=4), cm.SGD | dict(length=12)
+        add_rows(selected, 1.0 + change, 1.1 + change, task="cifar-5000", seeds=seeds)
+        add_rows(sgd, 2.0 + change, 2.1 + change, task="cifar-5000", seeds=seeds)
+    (line,) = cells(cm.new_seeds())
+    assert line[:5] == ["4,000", "1.05 ± 0.07", "SGD", "12,000", "2.05 ± 0.07"] and "better" in line[5]
+    assert "1.05" not in cm.table() and "6.05" in cm.table()
+
+
+def test_every_config_of_the_panels_has_a_method_name():
+    panels = ("methods", "long", "longest", "new-seeds")
+    assert {cm.method_name(config) for panel in panels for config in cm.PANELS[panel]} == {*cm.METHODS}
+
+
+def test_figures_show_means_and_mark_diverged_trials(add_rows):
+    for config in (cm.SGD, cm.SGD | dict(length=3), cm.METHODS[cm.SELECTED], dict(gamma=0.1)):
+        add_rows(config, 40.0, 41.0, task="cifar-5000")
+    add_rows(dict(gamma=0.0), 40.0, None, task="cifar-5000")
+    axis = cm.draw_comparison().axes[0]
+    bars, labels = axis.get_legend_handles_labels()
+    shown = [list(bar[0].get_ydata()) for bar in bars]
+    assert len(labels) == 3 and sorted(map(len, shown)) == [0, 1, 2]
+    assert {error for errors in shown for error in errors} == {40.5}
+    (gamma,) = (axis for axis in cm.draw_sweeps().axes if axis.get_title() == "gamma")
     crosses = [list(line.get_xdata()) for line in gamma.lines if line.get_marker() == "x"]
-    assert crosses == [[0], []]  # Parle's trials with gamma 0, of which one diverged
-    assert [axis.get_title() for axis in sweeps[1:]] == [changed for changed in claim.SWEEPS if changed != "outer_step"]
-    claim.draw()
-    assert {path.name for path in (tmp_path / "figures").iterdir()} == {"claim.png", "sweeps.png"}
+    assert crosses == [[0], []]  # Parle's trials with gamma = 0, one of which diverged
 
 
-def test_what_was_chosen_is_tried_with_seeds_of_its_own(rows):
-    assert {seed for *_, seed in claim.missing(["fresh"])} == {45, 46, 47}
-    assert {seed for *_, seed in claim.missing(["method", "longest"])} == {42, 43, 44}
-    for seeds, change in ((claim.SEEDS, 5.0), (claim.FRESH, 0.0)):
-        rows(claim.CHOSEN | dict(longer=4), 1.0 + change, 1.1 + change, task="cifar-5000", seeds=seeds)
-        rows(claim.SGD | dict(longer=12), 2.0 + change, 2.1 + change, task="cifar-5000", seeds=seeds)
-    assert claim.fresh().splitlines()[2:] == [
-        "| 4,000 | 1.05 ± 0.07 | SGD | 12,000 | 2.05 ± 0.07 | wins, -1.00 (p 0.00496) | 2 |"
-    ]
-    assert "1.05" not in claim.table() and "6.05" in claim.table()
+# Trials
 
 
-def test_every_method_has_its_name_however_long():
-    assert {claim.method_name(s) for panel in ("method", "longer", "longest") for s in claim.PANELS[panel]} == {
-        *claim.METHODS
-    }
-
-
-def test_a_sweep_says_of_every_value_what_was_found_and_how_often_it_diverged(rows):
-    rows(dict(gamma=0.0), 1.0, 1.1, 0.9)
-    rows(dict(gamma=0.01), 2.0)
-    rows(dict(gamma=0.1), 3.0, None, None)
-    assert claim.sweeps().splitlines()[-1].split(" | ")[1:] == [
-        "gamma",
-        "Parle",
-        "0.0: 1.00 ± 0.10; 0.01: 2.00 (1 of 3 seeds); 0.1: diverged (2 of 3) |",
-    ]
-
-
-def test_a_trial_that_diverges_is_kept_as_that(tmp_path, monkeypatch):
-    monkeypatch.setitem(claim.TASKS, "tiny", claim.Task("digits", 300, 1, claim.lenet, False, 0.0, 30))
-    row = claim.trial("tiny", dict(sync_every=2, lr=1e12), 42, None, tmp_path)
-    assert row["error"] is None and 0 < row["diverged"] <= 30
+def linear_model(data):
+    """Return a model that is close to chance level at first and better after four steps."""
+    model = nn.Sequential(nn.AvgPool2d(2), nn.Flatten(), nn.Linear(16, 10))
+    model[2].weight.data.mul_(0.01)
+    return model
 
 
 @pytest.fixture
-def tiny(monkeypatch):
-    """A task of four mini-batches, three to an epoch."""
-    task = claim.Task("digits", 300, 1, claim.lenet, False, 0.002, 4)
-    monkeypatch.setitem(claim.TASKS, "tiny", task)
-    monkeypatch.setattr(claim, "CURVE", ())
+def task(monkeypatch):
+    """A task of four steps per replica, with three batches per epoch."""
+    task = cm.Task("digits", 300, 1, linear_model, False, 0.002, 4)
+    monkeypatch.setitem(cm.TASKS, "tiny", task)
+    monkeypatch.setattr(cm, "EVAL_FRACTIONS", ())
     return task
 
 
 @pytest.fixture
-def built(tiny, tmp_path):
-    def built(seed=42, **changed):
-        return claim.build(tiny, claim.usual("tiny") | changed, seed, claim.load(tiny, None, tmp_path))
+def build(task, proc):
+    def build(seed=42, **config):
+        return cm.build_replicas(task, cm.defaults("tiny") | config, seed, cm.load_data(task, None, proc))
 
-    return built
+    return build
+
+
+@pytest.fixture
+def run(task, proc, monkeypatch):
+    """Run a trial of two replicas. Return its row, and the optimizer at its end."""
+    optimizers = []
+    evaluate = cm.engine.evaluate
+
+    def spy(optimizer, *rest, **options):
+        optimizers.append(optimizer)
+        return evaluate(optimizer, *rest, **options)
+
+    def run(**config):
+        monkeypatch.setattr(cm.engine, "evaluate", spy)
+        row = cm.run_trial("tiny", config | dict(replicas=2, sync_every=2), 42, None, proc)
+        return row, optimizers[-1]
+
+    return run
 
 
 @pytest.mark.parametrize(
-    ("changed", "expected"),
+    ("config", "expected"),
     [
         (dict(), dict(lr=0.1, momentum=0.9, weight_decay=0.002, gamma=0.01, rho=0.01, alpha=0.75, sync_every=25)),
         (dict(), dict(outer_step=1.0, outer_momentum=0.9, batches_per_epoch=3)),
         (dict(gamma=0.3, rho=0.2, alpha=0.5), dict(gamma=0.3, rho=0.2, alpha=0.5)),
         (dict(sync_every=5, weight_decay=0.0), dict(sync_every=5, weight_decay=0.0)),
-        (dict(outer_step=0.5, outer_momentum=0.5), dict(outer_step=5.0, outer_momentum=0.5)),
-        (dict(scoping=3), dict(batches_per_epoch=1)),
+        (dict(outer_lr=0.5, outer_momentum=0.5), dict(outer_step=5.0, outer_momentum=0.5)),
+        (dict(scoping_rate=3), dict(batches_per_epoch=1)),
         (dict(frac=0.5), dict(batches_per_epoch=2)),
     ],
 )
-def test_a_setting_reaches_the_optimizer(built, changed, expected):
-    group = built(**changed)[2].param_groups[0]
+def test_config_reaches_the_optimizer(build, config, expected):
+    group = build(**config)[2].param_groups[0]
     assert {name: group[name] for name in expected} == expected
 
 
-def test_without_scoping_nothing_grows(built):
-    assert scope(0.01, 10_000, built(scoping=0)[2].param_groups[0]["batches_per_epoch"], 1.0) == pytest.approx(
-        0.01, rel=1e-4
-    )
+def test_without_scoping_coefficients_stay_constant(build):
+    nb = build(scoping_rate=0)[2].param_groups[0]["batches_per_epoch"]
+    assert scope(0.01, 10_000, nb, 1.0) == pytest.approx(0.01, rel=1e-4)
 
 
-def test_replicas_start_alike_and_see_the_data_in_orders_of_their_own(built):
-    (first, second), sources, _ = built(replicas=2)
+def test_replicas_share_initial_weights_but_not_data_order(build):
+    (first, second), batches, _ = build(replicas=2)
     assert all(torch.equal(*pair) for pair in zip(first.parameters(), second.parameters(), strict=True))
-    (_, ours), (_, theirs) = map(next, sources)
+    (_, ours), (_, theirs) = map(next, batches)
     assert not torch.equal(ours, theirs)
-    (other, _), _, _ = built(replicas=2, seed=43)
+    (other, _), _, _ = build(replicas=2, seed=43)
     assert not torch.equal(next(first.parameters()), next(other.parameters()))
-    assert [len(source.share) for source in built(replicas=2, frac=0.5)[1]] == [150, 150]
-
-
-@pytest.fixture
-def ended(tiny, tmp_path, monkeypatch):
-    """The row of a trial of two replicas, and its optimizer as it was at the end."""
-    seen = []
-    evaluate = claim.engine.evaluate
-
-    def spy(optimizer, *rest, **options):
-        seen.append(optimizer)
-        return evaluate(optimizer, *rest, **options)
-
-    def ended(**changed):
-        monkeypatch.setattr(claim.engine, "evaluate", spy)
-        row = claim.trial("tiny", changed | dict(replicas=2, sync_every=2), 42, None, tmp_path)
-        return row, seen[-1]
-
-    return ended
 
 
 @pytest.mark.parametrize(
-    ("changed", "inner", "outer"),
+    ("config", "inner", "outer"),
     [
         (dict(), 0.004, 0.004),
-        (dict(inner_drops=False), 0.1, 0.004),
-        (dict(outer_step=0.5), 0.004, 0.5),
+        (dict(decay_inner_lr=False), 0.1, 0.004),
+        (dict(outer_lr=0.5), 0.004, 0.5),
     ],
 )
-def test_what_drops_is_what_the_setting_says(ended, changed, inner, outer):
-    row, optimizer = ended(**changed)
+def test_inner_and_outer_lr_decay_as_configured(run, config, inner, outer):
+    row, optimizer = run(**config)
     group = optimizer.param_groups[0]
     assert group["lr"] == pytest.approx(inner) and group["outer_step"] * group["lr"] == pytest.approx(outer)
-    assert (row["batches"], row["gradients"], len(row["replica_errors"])) == (4, 8, 2)
+    assert (row["steps"], row["gradient_evaluations"], len(row["replica_errors"])) == (4, 8, 2)
 
 
-def test_a_run_is_as_much_longer_as_the_setting_says(ended):
-    row, optimizer = ended(longer=3)
-    assert (row["batches"], row["gradients"], optimizer.rounds) == (12, 24, 6)
+def test_length_multiplies_the_steps(run):
+    row, optimizer = run(length=3)
+    assert (row["steps"], row["gradient_evaluations"], optimizer.rounds) == (12, 24, 6)
 
 
-@pytest.mark.parametrize("keeps", [True, False])
-def test_the_inner_momentum_is_cleared_at_a_sync_where_the_setting_says_so(ended, keeps):
-    _, optimizer = ended(keeps_momentum=keeps)
-    assert all(vectors["inner_momentum_buffer"].any() == keeps for vectors in optimizer.vectors)
+@pytest.mark.parametrize("keep", [True, False])
+def test_inner_momentum_is_cleared_at_a_sync_if_configured(run, keep):
+    _, optimizer = run(keep_inner_momentum=keep)
+    assert all(vectors["inner_momentum_buffer"].any() == keep for vectors in optimizer.vectors)
 
 
-@pytest.mark.parametrize(("method", "step", "momentum"), [("Averaging", 1.0, 0.0), ("DiLoCo", 0.7, 0.9)])
-def test_averaging_and_diloco_are_sgd_and_what_they_do_with_the_mean(ended, built, method, step, momentum):
-    _, optimizer = ended(**claim.METHODS[method], longer=3)
-    networks, sources, _ = built(**claim.METHODS[method], replicas=2)
+def test_a_diverged_trial_has_no_error(run, task, proc):
+    row = cm.run_trial("tiny", dict(sync_every=2, lr=1e12), 42, None, proc)
+    assert row["error"] is None and 0 < row["diverged"] <= 4
+
+
+@pytest.mark.parametrize(("method", "step", "momentum"), [(cm.LOCAL_SGD, 1.0, 0.0), ("DiLoCo", 0.7, 0.9)])
+def test_local_sgd_and_diloco_equal_their_definitions(run, build, method, step, momentum):
+    _, optimizer = run(**cm.METHODS[method], length=3)
+    networks, batches, _ = build(**cm.METHODS[method], replicas=2)
     sgd = [torch.optim.SGD(n.parameters(), 0.1, 0.9, weight_decay=0.002, nesterov=True) for n in networks]
-    start = [parameter.detach().clone() for parameter in networks[0].parameters()]
-    buffers = [torch.zeros_like(tensor) for tensor in start]
+    anchors = [parameter.detach().clone() for parameter in networks[0].parameters()]
+    buffers = [torch.zeros_like(tensor) for tensor in anchors]
     for done in range(1, 13):
-        claim.gradients(networks, sources)
-        for one in sgd:
-            one.step()
-            one.param_groups[0]["lr"] *= 0.2 if done in (6, 9) else 1.0
-        together = zip(start, buffers, *(network.parameters() for network in networks), strict=True)
-        for own, buffer, *ours in together if done % 2 == 0 else ():
-            moved = own - (ours[0] + ours[1]).detach() / 2
-            buffer.mul_(momentum).add_(moved)
-            own.sub_(step * (moved + momentum * buffer))
-            for parameter in ours:
-                parameter.data.copy_(own)
+        cm.compute_gradients(networks, batches)
+        for each in sgd:
+            each.step()
+            each.param_groups[0]["lr"] *= 0.2 if done in (6, 9) else 1.0
+        tensors = zip(anchors, buffers, *(network.parameters() for network in networks), strict=True)
+        for anchor, buffer, *replicas in tensors if done % 2 == 0 else ():
+            outer_gradient = anchor - (replicas[0] + replicas[1]).detach() / 2
+            buffer.mul_(momentum).add_(outer_gradient)
+            anchor.sub_(step * (outer_gradient + momentum * buffer))
+            for parameter in replicas:
+                parameter.data.copy_(anchor)
     optimizer.copy_master_to(networks[1])
-    for own, master in zip(start, networks[1].parameters(), strict=True):
-        assert torch.allclose(own, master, rtol=1e-4, atol=1e-5)
-    for vectors in optimizer.vectors:  # as a round begins
+    for anchor, master in zip(anchors, networks[1].parameters(), strict=True):
+        assert torch.allclose(anchor, master, rtol=1e-4, atol=1e-5)
+    for vectors in optimizer.vectors:  # as at the start of a round
         assert all(torch.equal(vectors[name], optimizer.master) for name in ("weights", "anchor", "inner_avg"))
 
 
-def test_a_network_is_tested_with_batch_norm_statistics_of_its_own(built, tiny, tmp_path):
-    (network, *_), _, _ = built()
-    data = claim.load(tiny, None, tmp_path)
-    before = claim.test(network, data)
-    for module in network.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.running_mean.fill_(100)
-    assert claim.test(network, data) == before
+def test_batch_norm_is_recalibrated_before_a_test(task, proc):
+    torch.manual_seed(0)
+    data = cm.load_data(task, None, proc)
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10))
+    before = cm.test_error(network, data)
+    network[1].running_mean.fill_(100)
+    assert cm.test_error(network, data) == before
