@@ -1,6 +1,6 @@
-"""The methods of benchmarks/peers.py on two ranks beside numpy's, what they send, the choice of settings, the table.
+"""The methods of benchmarks/baselines.py: two ranks against numpy references, messages, tuning, table.
 
-Under mpiexec this file itself steps every method: mpiexec -n 2 python tests/test_peers.py
+Under mpiexec this file itself steps every method: mpiexec -n 2 python tests/test_baselines.py
 """
 
 import sys
@@ -20,25 +20,25 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import loader
 import models
 import ranks
-from benchmarks import claim, peers, record, rules
+from benchmarks import baseline_optimizers, baselines, results
 
 STEPS, P, NB = 12, 10, 4
 LR = 0.1
 rng = np.random.default_rng(0)
 CURVATURE = rng.uniform(0.5, 2.0, P)
-TARGETS = rng.normal(size=(STEPS, 2, P))  # where each rank's loss, ½ Σ h (y − b)², is least at each step
-SHORT = {  # so that something happens within 12 steps
+TARGETS = rng.normal(size=(STEPS, 2, P))  # minimum of each rank's loss ½ Σ h (y − b)² at each step
+SHORT = {  # settings for 12 steps
     "parle": dict(sync_every=3),
     "entropy-sgd": dict(sync_every=3),
     "elastic-sgd": dict(rho=0.3),
-    "postlocal-sgd": dict(sync_every=3, warmup=4),
+    "postlocal-sgd": dict(sync_every=3, warmup_steps=4),
     "diloco": dict(sync_every=3),
-    "published": dict(sync_every=3, gamma=0.1, rho=0.1),
+    "published script": dict(sync_every=3, gamma=0.1, rho=0.1),
 }
 
 
 class Quadratic(nn.Module):
-    """In two tensors, since the published rule counts them."""
+    """A quadratic loss of two parameter tensors, since the published script counts tensors."""
 
     def __init__(self):
         super().__init__()
@@ -48,8 +48,8 @@ class Quadratic(nn.Module):
         return (torch.tensor(CURVATURE) * (torch.cat([self.head, self.tail]) - target).square()).sum() / 2
 
 
-class Numpy:
-    """Two ranks in one loop, from the equations: `step` gives the weights (2, P) after step t."""
+class Reference:
+    """A reference for two ranks in one process: `step(t)` updates the weights y, (2, P)."""
 
     def __init__(self):
         self.y = np.ones((2, P))
@@ -63,19 +63,19 @@ class Numpy:
         self.y = self.y - LR * (gradient + 0.9 * self.u)
 
 
-class DataParallel(Numpy):
+class DataParallel(Reference):
     def step(self, t):
         self.nesterov(self.gradient(t).mean(0))
 
 
-class PostLocal(Numpy):
+class PostLocal(Reference):
     def step(self, t):
         self.nesterov(self.gradient(t).mean(0) if t < 4 else self.gradient(t))
         if t >= 4 and (t - 4) % 3 == 0:
             self.y = np.tile(self.y.mean(0), (2, 1))
 
 
-class DiLoCo(Numpy):
+class DiLoCo(Reference):
     def __init__(self):
         super().__init__()
         self.x, self.v = np.ones(P), np.zeros(P)
@@ -89,13 +89,13 @@ class DiLoCo(Numpy):
             self.y = np.tile(self.x, (2, 1))
 
 
-class Elastic(Numpy):
+class Elastic(Reference):
     def step(self, t):
-        pull = 0.3 * 2 * (1 + 1 / (2 * NB)) ** t
-        self.nesterov(self.gradient(t) + min(pull, 10) * (self.y - self.y.mean(0)))
+        coupling = 0.3 * 2 * (1 + 1 / (2 * NB)) ** t
+        self.nesterov(self.gradient(t) + min(coupling, 10) * (self.y - self.y.mean(0)))
 
 
-class Published(Numpy):
+class Published(Reference):
     def __init__(self):
         super().__init__()
         self.xa, self.z, self.v, self.t = self.y, self.y, self.u, 0
@@ -115,25 +115,25 @@ class Published(Numpy):
             self.xa = self.y
 
 
-RULES = {
+REFERENCES = {
     "sgd": DataParallel,
     "ddp": DataParallel,
     "postlocal-sgd": PostLocal,
     "diloco": DiLoCo,
     "elastic-sgd": Elastic,
-    "published": Published,
+    "published script": Published,
 }
 
 
-def lockstep(comm, name):
-    """Step a method and compare its weights with numpy's, where there are, and its messages with what it says."""
-    method = rules.methods(2)[name]
-    settings = rules.first_settings(method) | SHORT.get(name, {})
-    own = {knob: value for knob, value in settings.items() if knob not in ("drops", "decay")}
-    model, rule = Quadratic(), RULES.get(name, Numpy)()
+def check_steps(comm, name):
+    """Compare a method's weights with the reference after every step, and count its messages."""
+    method = baseline_optimizers.methods(2)[name]
+    settings = baseline_optimizers.first_settings(method) | SHORT.get(name, {})
+    own = {parameter: value for parameter, value in settings.items() if parameter not in ("lr_drops", "lr_decay")}
+    model, reference = Quadratic(), REFERENCES.get(name, Reference)()
     network, optimizer = method.build(model, comm, NB, **own)
     if name == "ddp":
-        network.register_comm_hook(None, allreduce_hook)  # its own reducer sends where nobody can count
+        network.register_comm_hook(None, allreduce_hook)  # its own reducer cannot be patched to count messages
     with (
         mock.patch.object(ranks, "add", wraps=ranks.add) as mpi,
         mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as gloo,
@@ -142,35 +142,39 @@ def lockstep(comm, name):
             optimizer.zero_grad()
             network(torch.tensor(TARGETS[t, comm.rank])).backward()
             optimizer.step()
-            if name in RULES:
-                rule.step(t)
+            if name in REFERENCES:
+                reference.step(t)
                 weights = torch.cat([model.head, model.tail]).detach().numpy()
-                np.testing.assert_allclose(weights, rule.y[comm.rank], rtol=1e-10, err_msg=f"{name}, step {t}")
+                np.testing.assert_allclose(weights, reference.y[comm.rank], rtol=1e-10, err_msg=f"{name}, step {t}")
     sent = [call.args[1] for call in mpi.call_args_list] + [call.args[0] for call in gloo.call_args_list]
-    assert sum(len(vector) >= P for vector in sent) == method.messages(STEPS, settings), name
+    assert sum(len(vector) >= P for vector in sent) == method.num_messages(STEPS, settings), name
 
 
-def trained_alike(comm, proc):
-    """Data-parallel SGD by DDP and by our class is one run, of LeNet with dropout, as the loop has it."""
+def small_network(name, channels, size, classes):
+    return nn.Sequential(nn.AvgPool2d(2), nn.Flatten(), nn.Linear(16, 20), nn.Dropout(0.25), nn.Linear(20, classes))
+
+
+def check_equal_runs(comm, proc):
+    """Train by DDP and by this project's SGD, which must give the same errors."""
     data = loader.load("digits", proc=proc)
     curves = []
     for name in ("ddp", "sgd"):
-        method = rules.methods(2)[name]
-        settings = rules.first_settings(rules.methods(2)["ddp"])
-        settings = method.settings | {knob: settings[knob] for knob in rules.GRID}
-        row = peers.train(method, settings, 1, data, comm, [2, 5])
-        assert row["bytes"] == 4 * 132_220 * 10  # 128 images on each rank are two steps
-        curves.append([(batches, error) for batches, _, error in row["curve"]])
+        method = baseline_optimizers.methods(2)[name]
+        settings = baseline_optimizers.first_settings(baseline_optimizers.methods(2)["ddp"])
+        settings = method.fixed | {parameter: settings[parameter] for parameter in baseline_optimizers.GRID}
+        row = baselines.train(method, settings, 1, data, comm, [2, 5])
+        assert row["bytes_sent"] == 4 * (17 * 20 + 21 * 10) * 10  # 5 mini-batches per rank are 10 updates
+        curves.append([(steps, error) for steps, _, error in row["curve"]])
     assert curves[0] == curves[1]
 
 
-def each_has_its_own_data(comm, proc):
-    """The ranks are replicas, or share a mini-batch, as the method has it."""
+def check_shards(comm, proc):
+    """Check that ranks are replicas, or split a mini-batch, as the method says."""
     data = loader.load("digits", proc=proc)
     for name, own in (("ddp", dict(part=(comm.rank, 2))), ("postlocal-sgd", dict(replica=comm.rank, replicas=2))):
-        method = rules.methods(2)[name]
+        method = baseline_optimizers.methods(2)[name]
         with mock.patch.object(loader, "Batches", wraps=loader.Batches) as batches:
-            peers.train(method, rules.first_settings(method), 1, data, comm, [1])
+            baselines.train(method, baseline_optimizers.first_settings(method), 1, data, comm, [1])
         assert own.items() <= batches.call_args.kwargs.items(), name
 
 
@@ -179,20 +183,20 @@ def main():
 
     comm = MPI.COMM_WORLD
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(models, "build", small_network):
         store = Path(comm.bcast(folder), "store").as_uri()
         dist.init_process_group("gloo", init_method=store, rank=comm.rank, world_size=comm.size)
-        for name in rules.methods(2):
-            lockstep(comm, name)
-        each_has_its_own_data(comm, Path(sys.argv[1]))
-        trained_alike(comm, Path(sys.argv[1]))
+        for name in baseline_optimizers.methods(2):
+            check_steps(comm, name)
+        check_shards(comm, Path(sys.argv[1]))
+        check_equal_runs(comm, Path(sys.argv[1]))
         dist.destroy_process_group()
         comm.Barrier()
     if comm.rank == 0:
         print("all equal")
 
 
-def test_two_ranks_step_as_numpy_does_and_send_what_is_said(python, proc):
+def test_two_ranks_equal_the_reference_and_send_as_stated(python, proc):
     loader.load("digits", proc=proc)
     done = python(__file__, proc, ranks=2)
     assert done.returncode == 0, done.stderr
@@ -200,7 +204,7 @@ def test_two_ranks_step_as_numpy_does_and_send_what_is_said(python, proc):
 
 
 class Recorder(torch.optim.SGD):
-    """Keeps the lr of every step."""
+    """SGD that records the lr of every step."""
 
     def __init__(self, parameters, lr):
         super().__init__(parameters, lr)
@@ -211,76 +215,61 @@ class Recorder(torch.optim.SGD):
         self.lrs.append(self.param_groups[0]["lr"])
 
 
-def test_lr_drops_at_the_shares_of_a_run_that_were_chosen(comm, proc):
-    seen = []
+def test_lr_drops_at_fractions_of_the_run(comm, proc, monkeypatch):
+    recorders = []
 
     def build(model, comm, nb, lr):
-        seen.append(Recorder(model.parameters(), lr))
-        return model, seen[-1]
+        recorders.append(Recorder(model.parameters(), lr))
+        return model, recorders[-1]
 
-    method = rules.Method(build, {}, messages=lambda steps, settings: 0)
-    settings = dict(lr=0.1, drops=[0.5, 0.75], decay=0.2)
-    row = peers.train(method, settings, 1, loader.load("digits", proc=proc), comm, [2, 4])
-    assert seen[0].lrs == pytest.approx([0.1, 0.1, 0.02, 0.004])
-    assert [batches for batches, *_ in row["curve"]] == [2, 4]
-
-
-def test_what_is_tested_has_batch_norm_statistics_of_its_own(comm, proc):
-    data = loader.load("digits", proc=proc)
-    torch.manual_seed(0)
-    model = models.build("lenet", data.channels, data.size, data.classes)
-    errors = peers.tester(data, comm)(model), claim.test(model, data)
-    assert errors[0] == pytest.approx(errors[1]) and errors[0] != 0
+    monkeypatch.setattr(models, "build", small_network)
+    method = baseline_optimizers.Method(build, {}, num_messages=lambda steps, settings: 0)
+    settings = dict(lr=0.1, lr_drops=[0.5, 0.75], lr_decay=0.2)
+    row = baselines.train(method, settings, 1, loader.load("digits", proc=proc), comm, [2, 4])
+    assert recorders[0].lrs == pytest.approx([0.1, 0.1, 0.02, 0.004])
+    assert [steps for steps, *_ in row["curve"]] == [2, 4]
 
 
-def test_settings_are_chosen_one_after_the_other_on_held_out_images(monkeypatch, comm, proc):
+def test_settings_are_tuned_in_turn_on_held_out_images(monkeypatch, comm, proc):
     tried = []
 
-    def trial(name, settings, seed, data, comm, test_at):
-        tried.append((settings["lr"], settings["drops"], settings["outer_momentum"]))
-        assert (seed, test_at, len(data.train_labels), len(data.test_labels)) == (41, [1000], 1337, 100)
-        return dict(error=abs(settings["lr"] - 0.06) + settings["drops"][0] + settings["outer_momentum"])
+    def run_trial(name, settings, seed, data, comm, eval_steps):
+        tried.append((settings["lr"], settings["lr_drops"], settings["outer_momentum"]))
+        assert (seed, eval_steps, len(data.train_labels), len(data.test_labels)) == (41, [1000], 1337, 100)
+        return dict(error=abs(settings["lr"] - 0.06) + settings["lr_drops"][0] + settings["outer_momentum"])
 
-    monkeypatch.setattr(peers, "trial", trial)
-    monkeypatch.setattr(peers, "HELD_OUT", 100)
-    settings = peers.choose("diloco", loader.load("digits", proc=proc), comm)
-    assert (settings["lr"], settings["drops"], settings["outer_momentum"]) == (0.05, [0.5, 0.75], 0.5)
+    monkeypatch.setattr(baselines, "run_trial", run_trial)
+    monkeypatch.setattr(baselines, "NUM_HELD_OUT", 100)
+    settings = baselines.tune("diloco", loader.load("digits", proc=proc), comm)
+    assert (settings["lr"], settings["lr_drops"], settings["outer_momentum"]) == (0.05, [0.5, 0.75], 0.5)
     early, late = [0.5, 0.75], [0.7, 0.9]
     assert [*dict.fromkeys(map(str, tried))] == [
         str(each) for each in [(0.1, early, 0.9), (0.05, early, 0.9), (0.05, late, 0.9), (0.05, early, 0.5)]
     ]
 
 
-def test_our_sgd_takes_what_was_chosen_for_ddp(monkeypatch, comm, proc):
-    monkeypatch.setattr(peers, "trial", lambda name, settings, *_: dict(error=settings["lr"], name=name))
-    settings = peers.choose("sgd", loader.load("digits", proc=proc), comm)
-    assert (settings["lr"], settings["replicas"], settings["sync_every"]) == (0.05, 1, 1)
+def test_final_rows_have_the_tuned_settings(monkeypatch, comm, proc):
+    """A grid may have grown, or tuning been repeated, after the final trials."""
+    rows = results.read_rows("baselines")
 
-
-def test_what_was_tested_is_what_was_chosen(monkeypatch, comm, proc):
-    """Of the rows that are kept: a method's grid may have grown, or its choice been run anew, since it was tested."""
-    kept = record.read("peers")
-
-    def looked_up(name, settings, seed, *_):
-        (row,) = (r for r in kept if (r["method"], r["settings"], r["seed"]) == (name, settings, seed))
+    def look_up(name, settings, seed, *_):
+        (row,) = (row for row in rows if (row["method"], row["settings"], row["seed"]) == (name, settings, seed))
         return row
 
-    monkeypatch.setattr(peers, "methods", lambda n: rules.methods(2))
-    monkeypatch.setattr(peers, "trial", looked_up)
-    data, tested = loader.load("digits", proc=proc), peers.results()
-    assert {name: rows[0]["settings"] for name, rows in tested.items()} == {
-        name: peers.choose(name, data, comm) for name in rules.methods(2)
+    monkeypatch.setattr(baselines, "methods", lambda n: baseline_optimizers.methods(2))
+    monkeypatch.setattr(baselines, "run_trial", look_up)
+    data, final = loader.load("digits", proc=proc), baselines.latest_rows()
+    assert {name: rows[0]["settings"] for name, rows in final.items()} == {
+        name: baselines.tune(name, data, comm) for name in baseline_optimizers.methods(2)
     }
 
 
-@pytest.fixture
-def rows(monkeypatch):
-    """Made up: two methods with two seeds each, one of them with older settings too, and a choice."""
-    methods = rules.methods(2)
+def test_table_has_the_latest_settings_and_the_best_method_first(monkeypatch):
+    methods = baseline_optimizers.methods(2)
 
     def row(name, seed, curve, sent, **changes):
-        settings = rules.first_settings(methods[name]) | changes
-        common = dict(method=name, settings=settings, seed=seed, ranks=2, batches=2000, bytes=sent)
+        settings = baseline_optimizers.first_settings(methods[name]) | changes
+        common = dict(method=name, settings=settings, seed=seed, ranks=2, steps=2000, bytes_sent=sent)
         return common | dict(curve=curve, seconds=curve[-1][1], cpu_seconds=25, error=curve[-1][2])
 
     rows = [
@@ -292,35 +281,17 @@ def rows(monkeypatch):
         row("sgd", 42, [[50, 10.0, 1.2], [100, 20.0, 1.1], [2000, 50.0, 0.45]], 2e9),
         row("sgd", 43, [[50, 10.0, 1.2], [100, 36.0, 1.1], [2000, 50.0, 0.45]], 2e9),
     ]
-    monkeypatch.setattr(peers.record, "read", lambda question: rows)
-    return rows
-
-
-def test_the_table_has_the_newest_settings_and_the_best_method_first(rows):
-    header, _, sgd, diloco = ([cell.strip() for cell in line.split("|")[1:-1]] for line in peers.table().splitlines())
-    assert header[:4] == ["method", "error at equal gradients", "error at 35 s", "seconds in all"]
-    assert sgd == [
-        *("sgd", "0.45 ± 0.00", "1.15 ± 0.07", "50.0 ± 0.0", "25.0 ± 0.0"),
-        *("50.0 ± 0.0", "50.0 ± 0.0", "50.0 ± 0.0", "50.0 ± 0.0", "1000", "lr 0.1 ÷ 5 at 0.5 and 0.75", "42, 43"),
-    ]
-    assert diloco == [
-        *("diloco", "0.60 ± 0.07", "0.75 ± 0.28", "35.0 ± 7.1", "25.0 ± 0.0"),
-        *(
-            "2.5 ± 2.1",
-            "21.0 ± 26.9",
-            "30.0 (1 of 2)",
-            "—",
-            "20",
-            "lr 0.1 ÷ 5 at 0.5 and 0.75, outer_momentum 0.5",
-            "42, 43",
-        ),
-    ]
-
-
-def test_the_figure_is_small(rows, monkeypatch, tmp_path):
-    monkeypatch.setattr(record, "FIGURES", tmp_path)
-    peers.draw()
-    assert 5_000 < (tmp_path / "peers.png").stat().st_size < 100_000
+    monkeypatch.setattr(baselines.results, "read_rows", lambda name: rows)
+    header, _, sgd, diloco = (
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in baselines.table().splitlines()
+    )
+    assert "35 s" in header[2]
+    assert sgd[0] == baselines.LABELS["sgd"] and diloco[0] == baselines.LABELS["diloco"]
+    assert sgd[1:5] == ["0.45 ± 0.00", "1.15 ± 0.07", "50.0 ± 0.0", "25.0 ± 0.0"]
+    assert sgd[5:] == [*["50.0 ± 0.0"] * 4, "1000", "lr 0.1 ÷ 5 at 0.5 and 0.75", "42, 43"]
+    assert diloco[1:5] == ["0.60 ± 0.07", "0.75 ± 0.28", "35.0 ± 7.1", "25.0 ± 0.0"]
+    assert diloco[5:10] == ["2.5 ± 2.1", "21.0 ± 26.9", "30.0 (1 of 2)", "—", "20"]
+    assert "outer_momentum 0.5" in diloco[10]
 
 
 if __name__ == "__main__":
