@@ -5,7 +5,10 @@ Under mpiexec this file itself steps every method: mpiexec -n 2 python tests/tes
 
 import sys
 import tempfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -125,29 +128,61 @@ REFERENCES = {
 }
 
 
-def check_steps(comm, name):
-    """Compare a method's weights with the reference after every step, and count its messages."""
-    method = baseline_optimizers.methods(2)[name]
-    settings = baseline_optimizers.first_settings(method) | SHORT.get(name, {})
-    own = {parameter: value for parameter, value in settings.items() if parameter not in ("lr_drops", "lr_decay")}
+def short_settings(name):
+    return baseline_optimizers.first_settings(baseline_optimizers.methods(2)[name]) | SHORT.get(name, {})
+
+
+def take_steps(comm, name, prepare=lambda network: None):
+    """Step a method on this rank, and compare its weights with the reference after every step."""
+    own = {key: value for key, value in short_settings(name).items() if key not in ("lr_drops", "lr_decay")}
     model, reference = Quadratic(), REFERENCES.get(name, Reference)()
-    network, optimizer = method.build(model, comm, NB, **own)
-    if name == "ddp":
-        network.register_comm_hook(None, allreduce_hook)  # its own reducer cannot be patched to count messages
+    network, optimizer = baseline_optimizers.methods(2)[name].build(model, comm, NB, **own)
+    prepare(network)
+    for t in range(STEPS):
+        optimizer.zero_grad()
+        network(torch.tensor(TARGETS[t, comm.rank])).backward()
+        optimizer.step()
+        if name in REFERENCES:
+            reference.step(t)
+            weights = torch.cat([model.head, model.tail]).detach().numpy()
+            np.testing.assert_allclose(weights, reference.y[comm.rank], rtol=1e-10, err_msg=f"{name}, step {t}")
+
+
+@pytest.mark.parametrize("name", ["diloco", "published script"])
+def test_own_baselines_equal_their_reference(name, monkeypatch):
+    barrier, vectors, ranks_called = threading.Barrier(2, timeout=20), {}, []
+
+    def average(comm, vector):
+        ranks_called.append(comm.rank)
+        vectors[comm.rank] = vector.clone()
+        barrier.wait()
+        mean = (vectors[0] + vectors[1]) / 2
+        barrier.wait()
+        return vector.copy_(mean)
+
+    monkeypatch.setattr(baseline_optimizers, "average", average)
+    comms = [SimpleNamespace(rank=rank, size=2) for rank in range(2)]
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(lambda comm: take_steps(comm, name), comms))
+    num_messages = baseline_optimizers.methods(2)[name].num_messages(STEPS, short_settings(name))
+    assert len(ranks_called) == 2 * num_messages
+
+
+def check_steps(comm, name):
+    """Compare a method with its reference, and count its messages."""
+
+    def prepare(network):
+        if name == "ddp":
+            network.register_comm_hook(None, allreduce_hook)  # its own reducer cannot be patched to count messages
+
     with (
         mock.patch.object(ranks, "add", wraps=ranks.add) as mpi,
         mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as gloo,
     ):
-        for t in range(STEPS):
-            optimizer.zero_grad()
-            network(torch.tensor(TARGETS[t, comm.rank])).backward()
-            optimizer.step()
-            if name in REFERENCES:
-                reference.step(t)
-                weights = torch.cat([model.head, model.tail]).detach().numpy()
-                np.testing.assert_allclose(weights, reference.y[comm.rank], rtol=1e-10, err_msg=f"{name}, step {t}")
+        take_steps(comm, name, prepare)
     sent = [call.args[1] for call in mpi.call_args_list] + [call.args[0] for call in gloo.call_args_list]
-    assert sum(len(vector) >= P for vector in sent) == method.num_messages(STEPS, settings), name
+    expected = baseline_optimizers.methods(2)[name].num_messages(STEPS, short_settings(name))
+    assert sum(len(vector) >= P for vector in sent) == expected, name
 
 
 def small_network(name, channels, size, classes):
@@ -196,6 +231,7 @@ def main():
         print("all equal")
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_the_reference_and_send_as_stated(python, proc):
     loader.load("digits", proc=proc)
     done = python(__file__, proc, ranks=2)
