@@ -167,7 +167,7 @@ class Method(NamedTuple):
 
 
 def methods(n: int) -> dict[str, Method]:
-    """Return every method for n ranks. Those of this project have the settings that the program's flags give."""
+    """Return every method for n ranks. This project's own methods have the programs' default settings."""
 
     def ours(*flags: str, **changes: Any) -> Method:
         args = options.resolve(options.parser("", "").parse_args(flags), n)

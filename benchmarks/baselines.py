@@ -70,7 +70,7 @@ def train(
 ) -> dict[str, Any]:
     """Train until the last of `eval_steps`. A point of the curve is [steps, seconds of training, test error].
 
-    `cpu_seconds` are those of this rank. If they are much less than `seconds`, the rank waited or shared its core.
+    `cpu_seconds` belong to this rank. If they are much less than `seconds`, the rank waited or shared its core.
     """
     hyperparameters = dict(settings)
     lr, drops, decay = hyperparameters["lr"], hyperparameters.pop("lr_drops"), hyperparameters.pop("lr_decay")

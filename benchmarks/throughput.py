@@ -128,7 +128,7 @@ def build_with_gradients(network: str) -> nn.Module:
 
 
 def time_steps(comm: "MPI.Comm", network: str) -> Times:
-    """Time 25 optimizer steps with given gradients; those of Parle include one sync."""
+    """Time 25 optimizer steps with given gradients; Parle's include one sync."""
     settings = dict(lr=1e-6, momentum=0.9)
     parle = Parle(build_with_gradients(network).parameters(), comm, sync_every=STEPS, batches_per_epoch=469, **settings)
     sgd = torch.optim.SGD(build_with_gradients(network).parameters(), nesterov=True, fused=True, **settings)
