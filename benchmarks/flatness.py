@@ -6,8 +6,8 @@
 Noise of relative norm r moves every parameter tensor w by r |w|, for every network in the same three random directions.
 Scaling by |w| makes the measure independent of the scale of a layer, which batch norm cancels. A line is
 (1 - t) w + t w'. Batch-norm statistics are recalibrated for every point, on 100 mini-batches of training images, as the
-programs do before an evaluation; statistics of another point would dominate the loss. The training loss is that of the first
-5,000 training images, with dropout off.
+programs do before an evaluation; statistics of another point would dominate the loss. The training loss is computed on
+the first 5,000 training images, with dropout off.
 
 Parle has its default settings, but the run is so short that its lr does not drop. SGD runs with matched steps (those of
 one replica) and with matched compute (the gradient evaluations of all three); its lr drops at 0.6 and 0.8 of each run.
