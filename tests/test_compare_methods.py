@@ -49,8 +49,12 @@ def test_table_compares_with_sgd_at_matched_steps_and_compute(add_rows):
     add_rows(cm.SGD, 2.0, 2.1, 1.9)
     add_rows(cm.SGD | dict(length=3), 0.5, 0.6, 0.4)
     add_rows({}, 1.0, 1.1, 0.9)
-    sgd, parle, longer_sgd = cells(cm.table())
-    assert [line[1] for line in (sgd, parle, longer_sgd)] == ["SGD", "Parle", "SGD"]
+    for length, error in ((4, 3.0), (12, 2.0)):
+        add_rows(cm.SGD | dict(length=length), error, error + 0.1)
+    add_rows(dict(length=4), 1.0, 1.1)
+    sgd, parle, _, _, longer_parle, _ = cells(cm.table())
+    assert (sgd[1], parle[1], longer_parle[1]) == ("SGD", "Parle", "Parle")
+    assert longer_parle[6].startswith("-2.00") and longer_parle[7].startswith("-1.00")
     assert parle[2:6] == ["600", "1,800", "1.00 ± 0.10", "3"]
     assert parle[6].startswith("-1.00, better") and parle[7].startswith("+0.50, worse")
 
