@@ -271,9 +271,8 @@ def test_broken_mpi_is_reported_and_no_rank_started(monkeypatch, tmp_path, capsy
 
     with monkeypatch.context() as patched:  # a real process and an MPI that cannot be loaded
         (tmp_path / "mpi4py").mkdir()
-        (tmp_path / "mpi4py" / "__init__.py").write_text(
-            "class rc: initialize = True\nraise ImportError('no libmpi')\n"
-        )
+        (tmp_path / "mpi4py" / "__init__.py").write_text("class rc: initialize = True\n")
+        (tmp_path / "mpi4py" / "MPI.py").write_text("raise ImportError('no libmpi')\n")
         patched.setenv("PYTHONPATH", str(tmp_path))
         told = mpi_of_doctor()
         assert "ImportError: no libmpi" in told and told.endswith("pip install mpich")
