@@ -220,11 +220,13 @@ def test_panels_without_data_are_marked(write):
     figure, panels = drawn(write([start(), *(round_event(k, gamma=0.0, rho=0.0, spread=0.0) for k in (1, 2))]))
     assert {name for name, axes in panels.items() if axes.texts} == {"error", "error_time", "distance", "coefficient"}
     assert np.isfinite(panels["loss"].lines[0].get_ydata()).all()
+    figure.set_layout_engine("none")
     figure.draw_without_rendering()
 
 
 def test_fully_diverged_run_can_be_drawn(write):
     figure, _ = drawn(write([start(), round_event(1, loss=None, spread=None), eval_event(1, master_error=None)]))
+    figure.set_layout_engine("none")
     figure.draw_without_rendering()
 
 
