@@ -427,6 +427,23 @@ def test_full_disk_leaves_previous_checkpoints_intact(tmp_path, monkeypatch, mod
     assert state(load(before, build())) == state(move(build(), range(3)))
 
 
+def test_files_are_synced_before_the_rename(tmp_path, monkeypatch):
+    synced, fsync, rename = [], os.fsync, os.rename
+
+    def record(file):
+        synced.append(Path(os.readlink(f"/proc/self/fd/{file}")))
+        fsync(file)
+
+    def check(source, target):
+        assert {Path(source).resolve(), *Path(source).resolve().iterdir()} <= set(synced)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", record)
+    monkeypatch.setattr(os, "rename", check)
+    path = save(tmp_path, move(build(), range(3)))
+    assert synced[-1] == path.parent.resolve()
+
+
 # Another number of replicas
 
 
