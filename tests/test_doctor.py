@@ -1,11 +1,11 @@
-"""What --doctor tells, of this machine and of one with parts missing."""
+"""What --doctor reports about this machine and about one with parts missing."""
 
 import importlib.metadata
 import re
 import subprocess
 import sys
 import time
-from itertools import count, pairwise
+from itertools import pairwise
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ import launch
 import loader
 import options
 import parle_gpu
+import parle_mpi
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.usefixtures("no_launcher")
@@ -46,7 +47,7 @@ def value(out, label):
 
 
 @pytest.mark.parametrize("name", loader.SOURCES)
-def test_synthetic_data_have_the_shape_and_are_enough_for_a_mini_batch(name):
+def test_synthetic_data_have_the_shape_of_the_data_set(name):
     args = resolved("-d", name, "-b", 6, "--frac", 0.1, "--augment")
     data = doctor.synthetic(args)
     assert (data.channels, data.size, data.classes) == loader.SOURCES[name][4:7]
@@ -56,42 +57,47 @@ def test_synthetic_data_have_the_shape_and_are_enough_for_a_mini_batch(name):
 
 
 @pytest.fixture
-def data_row(tmp_path):
-    """What is told of the data of a command line, and whether that will do."""
+def data_row(tmp_path, capsys):
+    """What is printed about the data of a command line, and whether a run can use it."""
 
     def row(*words):
-        return doctor._data(resolved("--proc", tmp_path / "proc", *words))
+        well = doctor.examine(typed("--proc", tmp_path / "proc", *words), mpi=False)
+        return value(capsys.readouterr().out, "data"), well
 
     return row
 
 
-def test_data_are_told_from_what_is_there(data_row, tmp_path):
+def test_data_row_follows_the_files(data_row, tmp_path):
     proc, raw = tmp_path / "proc", tmp_path / "raw"
-    assert data_row("-d", "mnist") == (f"mnist is not here: the first run downloads it to {proc}/raw/MNIST/raw", True)
+
+    def is_row(row, well, *words):
+        return row[1] is well and all(str(word) in row[0] for word in words)
+
+    assert is_row(data_row("-d", "mnist"), True, "mnist", proc / "raw/MNIST/raw")
     raw.mkdir()
-    assert data_row("--data", raw) == (f"mnist is missing: there is no {raw}/MNIST/raw", False)
-    (raw / "MNIST" / "raw").mkdir(parents=True)  # empty, as a download that fails leaves it
+    assert is_row(data_row("--data", raw), False, "mnist", raw / "MNIST/raw")
+    (raw / "MNIST" / "raw").mkdir(parents=True)  # empty, as a failed download leaves it
     assert data_row("--data", raw)[1] is False
     (raw / "MNIST" / "raw" / "train-images-idx3-ubyte").touch()
-    assert data_row("--data", raw) == (f"mnist, raw in {raw}/MNIST/raw; the first run writes {proc}/mnist", True)
+    assert is_row(data_row("--data", raw), True, "mnist", raw / "MNIST/raw", proc / "mnist")
     assert data_row("-m", "allcnn", "--data", raw)[1] is False
-    digits = data_row("-d", "digits", "--whiten")
-    assert digits == (f"digits, part of scikit-learn; the first run writes {proc}/digits-whitened", True)
+    new = data_row("-d", "digits")
+    assert is_row(new, True, "digits", proc / "digits")
+    whitened = data_row("-d", "digits", "--whiten")
     loader.load("digits", proc=proc)
-    assert data_row("-d", "digits") == (f"digits, pre-processed in {proc}/digits", True)
-    assert data_row("-d", "digits", "--data", raw) == (f"digits, pre-processed in {proc}/digits", True)
-    assert data_row("-d", "digits", "--whiten") == digits
+    processed = data_row("-d", "digits")
+    assert is_row(processed, True, "digits", proc / "digits") and processed != new
+    assert data_row("-d", "digits", "--data", raw) == processed
+    assert data_row("-d", "digits", "--whiten") == whitened
     (proc / "digits" / "meta.json").write_text("{")
-    told, well = data_row("-d", "digits")
-    assert "meta.json" in told or "digits is damaged" in told
-    assert not well
+    assert is_row(data_row("-d", "digits"), False, "digits")
 
 
 # What it takes
 
 
 @pytest.mark.parametrize(("batch", "sync"), [(1.0, 0.0), (1.0, 0.005), (0.02, 0.01), (1.0, 0.0101), (1e-3, 5.0)])
-def test_the_smallest_length_is_the_first_that_keeps_under_the_share(batch, sync):
+def test_smallest_length_keeps_the_share_below_the_limit(batch, sync):
     least = doctor.smallest_length(batch, sync)
 
     def share(length):
@@ -106,7 +112,7 @@ class Network(nn.Sequential):
 
     def __init__(self, milliseconds):
         super().__init__(nn.Flatten(), nn.Linear(64, 10))
-        self.pauses = pairwise([0.3, *[milliseconds / 1e3] * 1000])
+        self.pauses = pairwise([0.15, *[milliseconds / 1e3] * 1000])
 
     def forward(self, inputs):
         time.sleep(next(self.pauses)[0])
@@ -119,18 +125,26 @@ def of(networks, **settings):
     )
 
 
-def test_what_is_measured_is_what_passes_and_weights_stay(monkeypatch):
+class SlowToSync(parle_gpu.Parle):
+    """Reports 7 ms more for each synchronization, and for the fifth half a second."""
+
+    extra, spent = 0.0, 0
+
+    @property
+    def sync_seconds(self):
+        return super().sync_seconds + self.extra
+
+    def sync(self):
+        self.spent += 1
+        self.extra += 0.5 if self.spent == 5 else 0.007
+        super().sync()
+
+
+def test_measures_medians_and_changes_no_weights(monkeypatch):
     monkeypatch.setattr(doctor, "SECONDS", 0.2)
     networks, args = [Network(20), Network(40)], resolved("-d", "digits", "-b", 4)
-    optimizer = of(networks, **doctor.STILL)
-    spent, master = count(), optimizer.master.clone()
-    means = optimizer._mean_messages
-
-    def slowly():
-        optimizer._stopwatch.total += 0.007 if next(spent) != 4 else 0.5
-        means()
-
-    monkeypatch.setattr(optimizer, "_mean_messages", slowly)
+    optimizer = SlowToSync([network.parameters() for network in networks], **doctor.STILL, batches_per_epoch=3)
+    master = optimizer.master.clone()
     sources = [experiment.batches(args, doctor.synthetic(args), replica) for replica in range(2)]
     measured = doctor.measure(optimizer, list(zip(networks, sources, strict=True)), engine.ALONE, False)
     assert measured == (pytest.approx(0.06, rel=0.5), pytest.approx(0.007, rel=0.2), 0)
@@ -139,20 +153,14 @@ def test_what_is_measured_is_what_passes_and_weights_stay(monkeypatch):
 
 
 @pytest.mark.parametrize("amp", [False, True])
-def test_in_bfloat16_it_is_measured_in_bfloat16(amp, monkeypatch):
+def test_amp_is_used_while_measuring(amp, monkeypatch):
     monkeypatch.setattr(doctor, "SECONDS", 0.0)
     network, args, kinds = Network(0), resolved("-d", "digits", "-b", 4), set()
     network.register_forward_hook(lambda layer, given, output: kinds.add(output.dtype))
     source = experiment.batches(args, doctor.synthetic(args), 0)
-    doctor.measure(of([network]), [(network, source)], engine.ALONE, amp)
+    optimizer = parle_gpu.Parle([network.parameters()], lr=0.0, sync_every=2, batches_per_epoch=3)
+    doctor.measure(optimizer, [(network, source)], engine.ALONE, amp)
     assert kinds == {torch.bfloat16 if amp else torch.float32}
-
-
-@pytest.mark.parametrize(
-    ("seconds", "shown"), [(2.07e-5, "0.0207 ms"), (0.0284, "28.4 ms"), (0.3162, "316 ms"), (41.3, "41,300 ms")]
-)
-def test_durations_have_three_digits(seconds, shown):
-    assert doctor._duration(seconds) == shown
 
 
 # parle_gpu.py
@@ -178,28 +186,36 @@ def main(monkeypatch, tmp_path, capsys):
     return main
 
 
-def test_one_process_tells_what_is_here_and_what_it_takes(main):
-    status, out = main("-m", "allcnn", "-d", "digits", "-n", 2, "-b", 8, "--device", "cpu")
+def test_one_process_prints_what_is_here_and_its_cost(main):
+    status, out = main("-d", "digits", "-n", 2, "-b", 8, "--device", "cpu")
     parts = ["python", "torch", "torchvision", "numpy", "data", "threads", "replica 0", "replica 1"]
     assert (status, labels(out)) == (0, [*parts, "model", "mini-batch", "messages", "L"])
     assert value(out, "torch") == torch.__version__.partition("+")[0]
     assert value(out, "replica 1") == "cpu"
-    assert value(out, "model") == "allcnn: 1,665,438 parameters, 6.66 MB"
-    assert re.fullmatch(r"[\d.,]+ ms, forward and backward, 8 images, of each of 2 replicas", value(out, "mini-batch"))
-    assert re.fullmatch(r"[\d.]+ ms, 1,665,438 floats on one device", value(out, "messages"))
-    line = r"\d+ or more keeps synchronization under 1 % of the time; 25 takes \d\.\d\d %"
-    assert re.fullmatch(line, value(out, "L"))
+    assert re.search(r"lenet\b.*\b132,220\b.*\b0\.529 MB", value(out, "model"))
+    assert re.search(r"^[\d.,]+ ms\b.*\b8\b.*\b2 replicas", value(out, "mini-batch"))
+    assert re.search(r"^[\d.,]+ ms\b.*\b132,220\b", value(out, "messages"))
+    assert re.search(r"^\d+\b.*\b25\b.* \d+\.\d\d %", value(out, "L"))
 
 
 @pytest.mark.parametrize(
-    ("arguments", "length"), [(("-L", 1), 1), (("-L", "auto"), 10), (("--method", "elastic-sgd"), 1)]
+    ("arguments", "times", "batch", "sync", "length"),
+    [
+        (("-L", 1), (0.0284, 2.07e-5), "28.4 ms", "0.0207 ms", "1 takes 0.07 %"),
+        (("-L", "auto"), (41.3, 0.3162), "41,300 ms", "316 ms", "10 takes 0.08 %"),
+        (("--method", "elastic-sgd"), (0.1, 0.1), "100 ms", "100 ms", "1 takes 50.00 %"),
+    ],
 )
-def test_rounds_of_any_length_are_told(arguments, length, main):
+def test_cost_of_the_given_length_is_printed(arguments, times, batch, sync, length, main, monkeypatch):
+    monkeypatch.setattr(doctor, "measure", lambda *_: (*times, 0.0))
     status, out = main("-d", "digits", "-b", 8, *arguments)
-    assert (status, value(out, "L").partition("; ")[2].partition(" ")[0]) == (0, str(length))
+    assert status == 0
+    assert value(out, "mini-batch").startswith(batch) and value(out, "messages").startswith(sync)
+    numbers = r"\b{}\D+{} %".format(*length.removesuffix(" %").split(" takes "))
+    assert re.search(numbers, value(out, "L"))
 
 
-def test_a_missing_package_is_told_and_nothing_measured(main, monkeypatch):
+def test_missing_package_is_reported_and_nothing_measured(main, monkeypatch):
     real = importlib.metadata.version
 
     def version(name):
@@ -210,15 +226,21 @@ def test_a_missing_package_is_told_and_nothing_measured(main, monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", version)
     status, out = main("-d", "digits")
     assert (status, labels(out)) == (1, ["python", "torch", "torchvision", "numpy", "data"])
-    assert value(out, "torchvision") == "missing: pip install torchvision"
+    assert value(out, "torchvision").endswith("pip install torchvision")
 
 
-def test_missing_data_are_told(main, tmp_path_factory):
-    status, out = main("--data", tmp_path_factory.mktemp("empty"))
-    assert status == 1 and value(out, "data").startswith("mnist is missing: there is no ")
+def test_missing_data_are_reported(main, tmp_path_factory):
+    empty = tmp_path_factory.mktemp("empty")
+    status, out = main("--data", empty)
+    assert status == 1 and "mnist" in value(out, "data") and str(empty) in value(out, "data")
 
 
 # parle_mpi.py
+
+
+def finishes(status=0, out="", err=""):
+    """A process, started for MPI's version, that ends so."""
+    return lambda *_, **__: subprocess.CompletedProcess((), status, out, err)
 
 
 @pytest.mark.parametrize(
@@ -227,31 +249,38 @@ def test_missing_data_are_told(main, tmp_path_factory):
 def test_ranks_need_an_mpiexec_or_a_launcher(mpiexec, launcher, well, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(launch, "mpiexec", lambda: mpiexec)
     monkeypatch.setattr(launch, "launcher", lambda: launcher)
-    monkeypatch.setattr(doctor, "_library", lambda: ("MPICH 5", True))
+    monkeypatch.setattr(subprocess, "run", finishes(out="MPICH 5.0.2\n"))
     assert doctor.examine(typed("-d", "digits", "--proc", tmp_path), mpi=True) is well
     out = capsys.readouterr().out
     assert labels(out) == ["python", "torch", "torchvision", "numpy", "mpi4py", "MPI", "mpiexec", "launcher", "data"]
-    assert value(out, "launcher").startswith(launcher or "none: ")
-    assert value(out, "mpiexec") == (mpiexec or "none beside this Python or on the PATH: pip install mpich")
+    assert value(out, "MPI") == "MPICH 5.0.2"
+    assert launcher is None or value(out, "launcher").startswith(launcher)
+    assert value(out, "mpiexec") == mpiexec if mpiexec else "pip install mpich" in value(out, "mpiexec")
 
 
-@pytest.mark.parametrize(
-    ("status", "out", "err", "told"),
-    [
-        (0, "MPICH 5.0.2\n", "", ("MPICH 5.0.2", True)),
-        (1, "", "Traceback\nImportError: no libmpi", "ImportError: no libmpi"),
-        (-11, "", "", "exit status -11"),
-    ],
-)
-def test_a_broken_mpi_is_told(status, out, err, told, monkeypatch):
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess((), status, out, err))
-    expected = told if status == 0 else (f"none that mpi4py could load ({told}): pip install mpich", False)
-    assert doctor._library() == expected
+def test_broken_mpi_is_reported_and_no_rank_started(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(launch, "start", lambda count: pytest.fail("started ranks"))
 
+    def mpi_of_doctor():
+        monkeypatch.setattr(sys, "argv", f"parle_mpi.py --doctor -n 2 -d digits --proc {tmp_path}".split())
+        with pytest.raises(SystemExit) as exit:
+            parle_mpi.main()
+        out, err = capsys.readouterr()
+        assert (exit.value.code, err, labels(out)[-1]) == (1, "", "data")
+        return value(out, "MPI")
 
-def test_an_mpi_that_hangs_is_told(monkeypatch):
-    monkeypatch.setattr(doctor, "PATIENCE", 0.01)
-    assert doctor._library() == ("none that mpi4py could load within 0.01 s", False)
+    with monkeypatch.context() as patched:  # a real process and an MPI that cannot be loaded
+        (tmp_path / "mpi4py").mkdir()
+        (tmp_path / "mpi4py" / "__init__.py").write_text("class rc: initialize = True\n")
+        (tmp_path / "mpi4py" / "MPI.py").write_text("raise ImportError('no libmpi')\n")
+        patched.setenv("PYTHONPATH", str(tmp_path))
+        told = mpi_of_doctor()
+        assert "ImportError: no libmpi" in told and told.endswith("pip install mpich")
+    with monkeypatch.context() as patched:
+        patched.setattr(doctor, "PATIENCE", 0.01)
+        assert "0.01 s" in mpi_of_doctor()
+    monkeypatch.setattr(subprocess, "run", finishes(-11))
+    assert "-11" in mpi_of_doctor()
 
 
 @pytest.mark.parametrize(
@@ -264,19 +293,19 @@ def test_an_mpi_that_hangs_is_told(monkeypatch):
         ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, None),
     ],
 )
-def test_the_launcher_has_a_name(environment, name):
+def test_launcher_is_recognized_from_the_environment(environment, name):
     assert launch.launcher(environment) == name
 
 
 @pytest.mark.slow
-def test_the_program_starts_its_own_ranks_and_the_first_tells(python, tmp_path):
+def test_program_starts_its_ranks_and_the_first_prints(python, tmp_path):
     done = python(ROOT / "parle_mpi.py", "--doctor", "-n", 2, "-d", "digits", "-b", 4, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     parts = ["python", "torch", "torchvision", "numpy", "mpi4py", "MPI", "mpiexec", "launcher", "data"]
     places = ["ranks", "replica 0", "replica 1", "model", "mini-batch", "allreduce", "L"]
     assert labels(done.stdout) == parts + places
-    assert value(done.stdout, "replica 1").startswith("rank 1 on ")
-    assert re.fullmatch(r"[\d.,]+ ms, 132,220 floats over 2 ranks", value(done.stdout, "allreduce"))
+    assert "rank 1" in value(done.stdout, "replica 1")
+    assert re.search(r"^[\d.,]+ ms\b.*\b132,220\b.*\b2 ranks", value(done.stdout, "allreduce"))
     assert not list(tmp_path.iterdir())
 
 
@@ -284,21 +313,9 @@ def test_the_program_starts_its_own_ranks_and_the_first_tells(python, tmp_path):
 def test_under_a_launcher_its_ranks_are_used(python, tmp_path):
     done = python(ROOT / "parle_mpi.py", "--doctor", "-n", 1, "-d", "digits", "-b", 4, ranks=2, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
-    assert value(done.stdout, "launcher") == "MPICH or Intel MPI"
-    assert value(done.stdout, "ranks").startswith("2 on 1 machine, ")
-    assert re.fullmatch(r"rank 0 on \S.*, rank 1 on \S.*", value(done.stdout, "replica 0"))
-    line = r"[\d.,]+ ms a mini-batch, over the ranks of a replica: [\d.]+ %, whatever L"
-    assert re.fullmatch(line, value(done.stdout, "gradient"))
+    assert "MPICH" in value(done.stdout, "launcher")
+    assert value(done.stdout, "ranks").startswith("2 ")
+    assert re.search(r"rank 0\b.*\brank 1\b", value(done.stdout, "replica 0"))
+    assert re.search(r"^[\d.,]+ ms\b.* [\d.]+ %", value(done.stdout, "gradient"))
     assert len(set(labels(done.stdout))) == len(labels(done.stdout))
-    assert not {"allreduce", "L"} & set(labels(done.stdout))  # one replica has nobody to synchronize with
-
-
-def test_without_an_mpi_library_it_says_so_and_starts_no_rank(python, tmp_path):
-    (tmp_path / "mpi4py").mkdir()
-    (tmp_path / "mpi4py" / "__init__.py").write_text("class rc: initialize = True\n")
-    (tmp_path / "mpi4py" / "MPI.py").write_text("raise ImportError('cannot load MPI library')\n")
-    done = python(ROOT / "parle_mpi.py", "--doctor", "-n", 2, "-d", "digits", PYTHONPATH=tmp_path)
-    assert (done.returncode, done.stderr) == (1, "")
-    told = "none that mpi4py could load (ImportError: cannot load MPI library): pip install mpich"
-    assert value(done.stdout, "MPI") == told
-    assert labels(done.stdout)[-1] == "data"
+    assert not {"allreduce", "L"} & set(labels(done.stdout))  # one replica has none to synchronize with
