@@ -11,25 +11,21 @@ import pytest
 import torch
 from torch import nn
 
-import doctor
-import engine
-import experiment
-import launch
 import loader
-import options
 import parle_gpu
 import parle_mpi
+from parle import cli, distributed, doctor, experiment, launcher
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.usefixtures("no_launcher")
 
 
 def typed(*words):
-    return options.parser("parle_gpu.py", "Parle.").parse_args([*map(str, words)])
+    return cli.build_parser("parle_gpu.py", "Parle.").parse_args([*map(str, words)])
 
 
 def resolved(*words):
-    return options.resolve(typed(*words), None)
+    return cli.apply_defaults(typed(*words), None)
 
 
 def labels(out):
@@ -46,12 +42,12 @@ def value(out, label):
 # The data
 
 
-@pytest.mark.parametrize("name", loader.SOURCES)
+@pytest.mark.parametrize("name", loader.DATASETS)
 def test_synthetic_data_have_the_shape_of_the_data_set(name):
     args = resolved("-d", name, "-b", 6, "--frac", 0.1, "--augment")
-    data = doctor.synthetic(args)
-    assert (data.channels, data.size, data.classes) == loader.SOURCES[name][4:7]
-    inputs, targets = next(experiment.batches(args, data, 2))
+    data = doctor.synthetic_data(args)
+    assert (data.channels, data.size, data.classes) == loader.DATASETS[name][4:7]
+    inputs, targets = next(experiment.build_batches(args, data, 2))
     assert inputs.shape == (6, data.channels, data.size, data.size) and len(targets) == 6
     assert inputs.isfinite().all() and 0.5 < inputs.std() < 2
 
@@ -61,7 +57,7 @@ def data_row(tmp_path, capsys):
     """What is printed about the data of a command line, and whether a run can use it."""
 
     def row(*words):
-        well = doctor.examine(typed("--proc", tmp_path / "proc", *words), mpi=False)
+        well = doctor.check_environment(typed("--proc", tmp_path / "proc", *words), mpi=False)
         return value(capsys.readouterr().out, "data"), well
 
     return row
@@ -83,12 +79,12 @@ def test_data_row_follows_the_files(data_row, tmp_path):
     assert data_row("-m", "allcnn", "--data", raw)[1] is False
     new = data_row("-d", "digits")
     assert is_row(new, True, "digits", proc / "digits")
-    whitened = data_row("-d", "digits", "--whiten")
+    whitened = data_row("-d", "digits", "--zca")
     loader.load("digits", proc=proc)
     processed = data_row("-d", "digits")
     assert is_row(processed, True, "digits", proc / "digits") and processed != new
     assert data_row("-d", "digits", "--data", raw) == processed
-    assert data_row("-d", "digits", "--whiten") == whitened
+    assert data_row("-d", "digits", "--zca") == whitened
     (proc / "digits" / "meta.json").write_text("{")
     assert is_row(data_row("-d", "digits"), False, "digits")
 
@@ -98,13 +94,13 @@ def test_data_row_follows_the_files(data_row, tmp_path):
 
 @pytest.mark.parametrize(("batch", "sync"), [(1.0, 0.0), (1.0, 0.005), (0.02, 0.01), (1.0, 0.0101), (1e-3, 5.0)])
 def test_smallest_length_keeps_the_share_below_the_limit(batch, sync):
-    least = doctor.smallest_length(batch, sync)
+    least = doctor.min_sync_every(batch, sync)
 
     def share(length):
         return sync / (length * batch + sync)
 
-    assert least >= 1 and share(least) < doctor.SHARE
-    assert least == 1 or share(least - 1) >= doctor.SHARE - 1e-12
+    assert least >= 1 and share(least) < doctor.MAX_SYNC_FRACTION
+    assert least == 1 or share(least - 1) >= doctor.MAX_SYNC_FRACTION - 1e-12
 
 
 class Network(nn.Sequential):
@@ -143,12 +139,12 @@ class SlowToSync(parle_gpu.Parle):
 def test_measures_medians_and_changes_no_weights(monkeypatch):
     monkeypatch.setattr(doctor, "SECONDS", 0.2)
     networks, args = [Network(20), Network(40)], resolved("-d", "digits", "-b", 4)
-    optimizer = SlowToSync([network.parameters() for network in networks], **doctor.STILL, batches_per_epoch=3)
+    optimizer = SlowToSync([network.parameters() for network in networks], **doctor.SETTINGS, batches_per_epoch=3)
     master = optimizer.master.clone()
-    sources = [experiment.batches(args, doctor.synthetic(args), replica) for replica in range(2)]
-    measured = doctor.measure(optimizer, list(zip(networks, sources, strict=True)), engine.ALONE, False)
+    sources = [experiment.build_batches(args, doctor.synthetic_data(args), replica) for replica in range(2)]
+    measured = doctor.measure(optimizer, list(zip(networks, sources, strict=True)), distributed.Group(), False)
     assert measured == (pytest.approx(0.06, rel=0.5), pytest.approx(0.007, rel=0.2), 0)
-    assert torch.equal(optimizer.master, master) and optimizer.rounds == doctor.SYNCS
+    assert torch.equal(optimizer.master, master) and optimizer.rounds_done == doctor.NUM_SYNCS
     assert all(torch.equal(vectors["weights"], master) for vectors in optimizer.vectors)
 
 
@@ -157,9 +153,9 @@ def test_amp_is_used_while_measuring(amp, monkeypatch):
     monkeypatch.setattr(doctor, "SECONDS", 0.0)
     network, args, kinds = Network(0), resolved("-d", "digits", "-b", 4), set()
     network.register_forward_hook(lambda layer, given, output: kinds.add(output.dtype))
-    source = experiment.batches(args, doctor.synthetic(args), 0)
+    source = experiment.build_batches(args, doctor.synthetic_data(args), 0)
     optimizer = parle_gpu.Parle([network.parameters()], lr=0.0, sync_every=2, batches_per_epoch=3)
-    doctor.measure(optimizer, [(network, source)], engine.ALONE, amp)
+    doctor.measure(optimizer, [(network, source)], distributed.Group(), amp)
     assert kinds == {torch.bfloat16 if amp else torch.float32}
 
 
@@ -250,7 +246,7 @@ def test_ranks_need_an_mpiexec_or_a_launcher(mpiexec, launcher, well, monkeypatc
     monkeypatch.setattr(launch, "mpiexec", lambda: mpiexec)
     monkeypatch.setattr(launch, "launcher", lambda: launcher)
     monkeypatch.setattr(subprocess, "run", finishes(out="MPICH 5.0.2\n"))
-    assert doctor.examine(typed("-d", "digits", "--proc", tmp_path), mpi=True) is well
+    assert doctor.check_environment(typed("-d", "digits", "--proc", tmp_path), mpi=True) is well
     out = capsys.readouterr().out
     assert labels(out) == ["python", "torch", "torchvision", "numpy", "mpi4py", "MPI", "mpiexec", "launcher", "data"]
     assert value(out, "MPI") == "MPICH 5.0.2"
@@ -294,7 +290,7 @@ def test_broken_mpi_is_reported_and_no_rank_started(monkeypatch, tmp_path, capsy
     ],
 )
 def test_launcher_is_recognized_from_the_environment(environment, name):
-    assert launch.launcher(environment) == name
+    assert launcher.launcher_name(environment) == name
 
 
 @pytest.mark.slow

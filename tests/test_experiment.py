@@ -10,15 +10,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import checkpoint
-import engine
-import experiment
 import loader
 import models
-import options
 import parle_gpu
 import parle_mpi
-from optimizer import ReplicaOptimizer
+from parle import checkpoint, cli, distributed, evaluation, experiment, training
+from parle.optimizer import ParleBase
 from tests.test_checkpoint import tiny
 
 pytestmark = pytest.mark.usefixtures("no_launcher")
@@ -32,11 +29,11 @@ def folder(monkeypatch, tmp_path):
 
 
 def typed(line=""):
-    return options.parser("parle_gpu.py", "Parle.").parse_args(line.split())
+    return cli.build_parser("parle_gpu.py", "Parle.").parse_args(line.split())
 
 
 def resolved(line="-d digits"):
-    return options.resolve(typed(line), None)
+    return cli.apply_defaults(typed(line), None)
 
 
 def dataset(train=64, test=20):
@@ -51,7 +48,7 @@ class Reader:
     """Gives the data sets that are here; fails with `error` for any other. Keeps what it was asked for."""
 
     def __init__(self, *here, error=None):
-        self.here, self.error, self.asked = here, error or loader.Unreachable("no network"), []
+        self.here, self.error, self.asked = here, error or loader.DownloadError("no network"), []
 
     def __call__(self, args):
         self.asked.append(args)
@@ -66,9 +63,9 @@ class Reader:
 @pytest.mark.parametrize(("line", "name"), [("", "mnist"), ("-d svhn", "svhn"), ("-m allcnn", "cifar10")])
 def test_the_named_or_default_data_set_is_loaded(line, name, capsys):
     read = Reader(name, "digits")
-    args, data = experiment.load(typed(line), size=6, read=read, first=True)
+    args, data = experiment.load_data(typed(line), size=6, read=read, first=True)
     assert (args.dataset, data, len(read.asked)) == (name, f"the images of {name}", 1)
-    assert args == options.resolve(typed(line), 6)
+    assert args == cli.apply_defaults(typed(line), 6)
     assert args.replicas == 6
     assert tuple(capsys.readouterr()) == ("", "")
 
@@ -77,9 +74,9 @@ def test_the_named_or_default_data_set_is_loaded(line, name, capsys):
 def test_default_data_fall_back_to_digits_without_network(first, capsys):
     given = typed("-m allcnn")
     before = deepcopy(given)
-    args, data = experiment.load(given, size=4, read=Reader("digits"), first=first)
+    args, data = experiment.load_data(given, size=4, read=Reader("digits"), first=first)
     assert data == "the images of digits"
-    assert args == options.resolve(typed("-m allcnn -d digits"), 4)
+    assert args == cli.apply_defaults(typed("-m allcnn -d digits"), 4)
     assert (args.replicas, args.augment) == (4, False)  # CIFAR's are augmented
     assert given == before
     out, err = capsys.readouterr()
@@ -90,16 +87,16 @@ def test_default_data_fall_back_to_digits_without_network(first, capsys):
 @pytest.mark.parametrize(
     ("line", "error"),
     [
-        ("-d mnist", loader.Unreachable("no network")),
-        ("-m allcnn -d cifar10", loader.Unreachable("no network")),
-        ("--data .", loader.Unreachable("no network")),
-        ("", loader.DataError("damaged")),
+        ("-d mnist", loader.DownloadError("no network")),
+        ("-m allcnn -d cifar10", loader.DownloadError("no network")),
+        ("--data .", loader.DownloadError("no network")),
+        ("", loader.DatasetError("damaged")),
     ],
 )
 def test_requested_or_damaged_data_are_never_replaced(line, error, capsys):
     read = Reader("digits", error=error)
     with pytest.raises(type(error)) as caught:
-        experiment.load(typed(line), size=None, read=read, first=True)
+        experiment.load_data(typed(line), size=None, read=read, first=True)
     assert caught.value is error
     assert len(read.asked) == 1
     assert tuple(capsys.readouterr()) == ("", "")
@@ -111,30 +108,30 @@ def test_requested_or_damaged_data_are_never_replaced(line, error, capsys):
 @pytest.mark.parametrize("line", ["-d digits", "-d digits -m allcnn -s 3 --dropout 0.1"])
 def test_the_seed_determines_the_initial_network(line):
     args, data = resolved(line), dataset()
-    first = experiment.model(args, data)
+    first = experiment.build_model(args, data)
     torch.rand(5)
-    second = experiment.model(args, data)
+    second = experiment.build_model(args, data)
     assert all(map(torch.equal, first.state_dict().values(), second.state_dict().values()))
     assert not {id(value) for value in first.parameters()} & {id(value) for value in second.parameters()}
     torch.manual_seed(args.seed)
     expected = models.build(args.model, 1, 8, 10, args.dropout)
     assert str(first) == str(expected)
     assert all(map(torch.equal, first.state_dict().values(), expected.state_dict().values()))
-    other = experiment.model(resolved(f"{line} -s 99"), data)
+    other = experiment.build_model(resolved(f"{line} -s 99"), data)
     assert not torch.equal(next(first.parameters()), next(other.parameters()))
 
 
 def test_the_network_is_on_the_device_of_the_data():
     data = dataset()
     elsewhere = data._replace(train_labels=data.train_labels.to("meta"))
-    assert {value.device.type for value in experiment.model(resolved(), elsewhere).parameters()} == {"meta"}
+    assert {value.device.type for value in experiment.build_model(resolved(), elsewhere).parameters()} == {"meta"}
 
 
 @pytest.mark.parametrize(("part", "rows"), [(None, 6), ((0, 2), 3), ((1, 4), 1)])
 def test_batches_follow_the_arguments(part, rows):
     args, data = resolved("-d digits -b 6 -s 5 -n 3 --frac 0.5 --augment"), dataset()
-    batches = experiment.batches(args, data, 2) if part is None else experiment.batches(args, data, 2, part)
-    expected = loader.Batches(
+    batches = experiment.build_batches(args, data, 2) if part is None else experiment.build_batches(args, data, 2, part)
+    expected = loader.BatchLoader(
         data, batch_size=6, seed=5, replica=2, replicas=3, frac=0.5, augment=True, part=part or (0, 1)
     )
     for _ in range(8):
@@ -146,11 +143,13 @@ def test_batches_follow_the_arguments(part, rows):
 
 
 def test_hyperparameters_match_the_optimizers_keywords():
-    line = "--lr 0.3 --momentum 0.4 --weight-decay 0.5 -L 6 --gamma 0.7 --rho 0.8 --alpha 0.9 --outer-step 11"
+    line = "--lr 0.3 --momentum 0.4 --weight-decay 0.5 -L 6 --gamma 0.7 --rho 0.8 --alpha 0.9 --outer-lr-scale 11"
     given = experiment.hyperparameters(resolved(f"{line} --outer-momentum 0.12"), 13)
-    expected = dict(lr=0.3, momentum=0.4, weight_decay=0.5, sync_every=6, gamma=0.7, rho=0.8, alpha=0.9, outer_step=11)
+    expected = dict(
+        lr=0.3, momentum=0.4, weight_decay=0.5, sync_every=6, gamma=0.7, rho=0.8, alpha=0.9, outer_lr_scale=11
+    )
     assert given == expected | dict(outer_momentum=0.12, batches_per_epoch=13)
-    taken = inspect.signature(ReplicaOptimizer.__init__).parameters.values()
+    taken = inspect.signature(ParleBase.__init__).parameters.values()
     assert given.keys() == {parameter.name for parameter in taken if parameter.kind == parameter.KEYWORD_ONLY}
 
 
@@ -167,8 +166,8 @@ def test_both_classes_accept_every_preset(comm):
 
 
 def test_out_names_the_output_directory(folder):
-    report = experiment.open_report(resolved("-d digits --out a/b"), None)
-    assert (report.folder, report.label) == (Path("a/b"), "lenet on digits")
+    report = experiment.open_logger(resolved("-d digits --out a/b"), None)
+    assert (logger.folder, logger.label) == (Path("a/b"), "lenet on digits")
     assert [path.name for path in (folder / "a" / "b").iterdir()] == ["log.jsonl"]
     assert not Path("runs").exists()
 
@@ -184,27 +183,27 @@ def test_out_names_the_output_directory(folder):
 def test_unusable_out_is_a_mistake_and_changes_nothing(spoil, folder):
     spoil()
     before = {path: path.read_text() for path in folder.rglob("*") if path.is_file()}
-    with pytest.raises(options.Mistake, match=r"--out\b.*out"):
-        experiment.open_report(resolved("--out out"), None)
+    with pytest.raises(cli.UsageError, match=r"--out\b.*out"):
+        experiment.open_logger(resolved("--out out"), None)
     assert {path: path.read_text() for path in folder.rglob("*") if path.is_file()} == before
 
 
 def test_runs_started_in_the_same_second_do_not_collide(monkeypatch):
     monkeypatch.setattr(time, "strftime", lambda format: format.replace("%Y%m%d-%H%M%S", "20260102-030405"))
     args = resolved("-m allcnn -d digits")
-    folders = [experiment.open_report(args, None).folder for _ in range(3)]
+    folders = [experiment.open_logger(args, None).folder for _ in range(3)]
     name = "20260102-030405-allcnn-digits"
     assert folders == [Path("runs") / name, Path("runs") / f"{name}-2", Path("runs") / f"{name}-3"]
     for number in range(4, 100):
-        assert experiment.open_report(args, None).folder == Path("runs") / f"{name}-{number}"
-    with pytest.raises(options.Mistake, match="--out"):
-        experiment.open_report(args, None)
+        assert experiment.open_logger(args, None).folder == Path("runs") / f"{name}-{number}"
+    with pytest.raises(cli.UsageError, match="--out"):
+        experiment.open_logger(args, None)
 
 
 def test_unusable_runs_directory_is_a_mistake():
     Path("runs").write_text("a file")
-    with pytest.raises(options.Mistake, match="--out"):
-        experiment.open_report(resolved(), None)
+    with pytest.raises(cli.UsageError, match="--out"):
+        experiment.open_logger(resolved(), None)
 
 
 # The run
@@ -220,7 +219,10 @@ def small_network(monkeypatch):
 
 def parts(line="-d digits -n 2 -b 8 -L 2 -B 0.5 --eval-every 2"):
     args, data = resolved(line), dataset()
-    replicas = {number: (experiment.model(args, data), experiment.batches(args, data, number)) for number in range(2)}
+    replicas = {
+        number: (experiment.build_model(args, data), experiment.build_batches(args, data, number))
+        for number in range(2)
+    }
     settings = experiment.hyperparameters(args, replicas[0][1].per_epoch)
     return args, data, parle_gpu.Parle([model.parameters() for model, _ in replicas.values()], **settings), replicas
 
@@ -252,12 +254,16 @@ def finished(tmp_path_factory):
         report = Report()
         ended = experiment.run(args, data, optimizer, replicas, report, None, COMMAND, devices=["a", "b"], mpi="none")
         assert ended is True
-        averaged = engine.evaluate_averaged(
-            optimizer, [model for model, _ in replicas.values()], experiment.model(args, data), data, replicas=[0, 1]
+        averaged = evaluation.evaluate_running_stats(
+            optimizer,
+            [model for model, _ in replicas.values()],
+            experiment.build_model(args, data),
+            data,
+            replicas=[0, 1],
         )
-        last = experiment.model(args, data)
+        last = experiment.build_model(args, data)
     optimizer.copy_master_to(last)
-    return SimpleNamespace(args=args, data=data, optimizer=optimizer, told=report.told, last=last, averaged=averaged)
+    return SimpleNamespace(args=args, data=data, optimizer=optimizer, told=logger.told, last=last, averaged=averaged)
 
 
 def kinds(told):
@@ -268,7 +274,7 @@ def test_master_is_saved_before_each_evaluation(finished):
     assert kinds(finished.told) == ["start", *["round", "master", "eval"] * 2, "end"]
     data = finished.data
     for master, evaluation in zip(finished.told[2:-1:3], finished.told[3:-1:3], strict=True):
-        logits = engine.predict(master, data.test_images, data)
+        logits = evaluation.predict(master, data.test_images, data)
         error = 100 * (logits.argmax(1) != data.test_labels).double().mean()
         assert evaluation["master_error"] == pytest.approx(float(error))
         assert len(evaluation["replica_errors"]) == 2
@@ -321,8 +327,8 @@ def test_failed_checkpoint_is_reported(folder):
     args, data, optimizer, replicas = parts()
     report = Report()
     assert experiment.run(args, data, optimizer, replicas, report, None, COMMAND, devices=[]) is True
-    assert [told["event"] for told in report.told if isinstance(told, dict)][-2:] == ["checkpoint", "end"]
-    assert report.told[-2]["round"] == 4 and "checkpoints" in report.told[-2]["error"]
+    assert [told["event"] for told in logger.told if isinstance(told, dict)][-2:] == ["checkpoint", "end"]
+    assert logger.told[-2]["round"] == 4 and "checkpoints" in logger.told[-2]["error"]
 
 
 @pytest.mark.usefixtures("small_network")
@@ -330,10 +336,10 @@ def test_interrupted_run_reports_the_resume_command(folder):
     args, data, optimizer, replicas = parts("-d digits -n 2 -b 8 -L 2 -B 5 --eval-every 2")
     report = Report(lambda event: event["event"] == "round" and os.kill(os.getpid(), signal.SIGTERM))
     assert experiment.run(args, data, optimizer, replicas, report, None, COMMAND, devices=[]) is False
-    told = kinds(report.told)
+    told = kinds(logger.told)
     assert told[:2] == ["start", "round"] and told[-1] == "stop" and "end" not in told
-    assert report.told[-1] == {"event": "stop", "round": optimizer.rounds, "command": f"{COMMAND} --resume run"}
-    assert len(checkpoint.found(folder / "run" / "checkpoints")) == 1
+    assert logger.told[-1] == {"event": "stop", "round": optimizer.rounds_done, "command": f"{COMMAND} --resume run"}
+    assert len(checkpoint.list_checkpoints(folder / "run" / "checkpoints")) == 1
 
 
 @pytest.mark.usefixtures("small_network")
@@ -342,7 +348,7 @@ def test_arguments_reach_training_and_evaluation(monkeypatch):
     args, data, optimizer, replicas = parts(
         "-d digits -n 2 -b 8 -B 3 --lr-drops 1 2 --lr-decay 0.3 --amp bf16 --checkpoint-every 7"
     )
-    team, world = engine.Team(1, 2), engine.Team(3, 4)
+    team, world = distributed.Group(1, 2), distributed.Group(3, 4)
 
     def train(*given, **named):
         arrived.update(train=(given, named))
@@ -362,7 +368,7 @@ def test_arguments_reach_training_and_evaluation(monkeypatch):
     asked, save = named.pop("asked"), named.pop("save")
     assert (asked.save, asked.stop, callable(save)) == (False, False, True)
     expected = dict(epochs=3, lr_drops=[1, 2], lr_decay=0.3, eval_every=None, checkpoint_every=7)
-    assert named == expected | dict(progress=engine.Progress(), amp=True, team=team, world=world)
+    assert named == expected | dict(progress=training.TrainState(), amp=True, team=team, world=world)
     test()
     (taken, model, tested), named = arrived["evaluate"]
     assert taken is optimizer and tested is data

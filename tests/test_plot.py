@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import options
 import parle_gpu
-import plot
+from parle import cli, plot
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.usefixtures("no_launcher")
@@ -126,7 +125,7 @@ def test_number_of_replicas_may_change_in_a_log(before, after, write):
 def test_invalid_log_is_a_mistake_that_names_the_file(text, tmp_path):
     if text is not None:
         (tmp_path / "log.jsonl").write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(options.Mistake, match=r"log\.jsonl"):
+    with pytest.raises(cli.UsageError, match=r"log\.jsonl"):
         plot.read(tmp_path)
 
 
@@ -161,7 +160,7 @@ def test_labels_contain_only_what_differs(changes, expected):
 
 def drawn(*folders):
     """The panels by what they show: test error, loss, error and loss by the clock, distance, coefficient."""
-    figure = plot.draw([plot.read(folder) for folder in folders])
+    figure = plot.plot_runs([plot.read(folder) for folder in folders])
     error, error_time, loss, loss_time, distance, coefficient = figure.axes
     assert "error" in error.get_ylabel() and "loss" in loss.get_ylabel()
     return figure, dict(
@@ -197,14 +196,14 @@ def test_distance_is_drawn_where_it_was_measured(write):
 
 def test_long_curves_are_averaged_over_neighbors(write):
     replicas = 2
-    count = 10 * plot.MOST
+    count = 10 * plot.MAX_POINTS
     log = [start(), *(round_event(k) for k in range(1, count + 1))]
     log += [eval_event(k, replicas, replica_errors=[float(k)] * replicas) for k in range(1, count + 1)]
     _, panels = drawn(write(log))
     assert len(panels["error"].lines) == replicas + 2
-    means = [10 * i + 5.5 for i in range(plot.MOST)]
+    means = [10 * i + 5.5 for i in range(plot.MAX_POINTS)]
     np.testing.assert_allclose(curves(panels["error_time"])[0], [[2 * mean for mean in means], means])
-    assert {len(line.get_xdata()) for axes in panels.values() for line in axes.lines} == {plot.MOST}
+    assert {len(line.get_xdata()) for axes in panels.values() for line in axes.lines} == {plot.MAX_POINTS}
 
 
 @pytest.mark.parametrize(("lowest", "scale"), [(0.5, "log"), (0.0, "linear"), (None, "log")])

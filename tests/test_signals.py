@@ -4,10 +4,9 @@ import sys
 
 import pytest
 
-import interrupts
-import options
 import parle_gpu
 import parle_mpi
+from parle import cli, signals
 
 pytestmark = pytest.mark.usefixtures("no_launcher")
 
@@ -28,9 +27,9 @@ def send(number=signal.SIGUSR1):
 
 
 def test_sigusr1_saves_only_during_training(fatal):
-    interrupts.await_training()
+    signals.ignore_sigusr1()
     send()
-    with interrupts.heard() as asked:
+    with signals.handle_signals() as asked:
         assert (asked.save, asked.stop) == (False, False)
         send()
         assert (asked.save, asked.stop) == (True, False)
@@ -42,7 +41,7 @@ def test_sigusr1_saves_only_during_training(fatal):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_first_signal_requests_a_stop_second_sigint_raises(number, fatal):
-    with pytest.raises(KeyboardInterrupt), interrupts.heard() as asked:
+    with pytest.raises(KeyboardInterrupt), signals.handle_signals() as asked:
         send(number)
         assert (asked.save, asked.stop) == (False, True)
         send(signal.SIGTERM)
@@ -56,7 +55,7 @@ def test_first_signal_requests_a_stop_second_sigint_raises(number, fatal):
 def test_both_programs_ignore_sigusr1_while_starting(program, fatal, monkeypatch, capsys):
     def parse(parser):
         send()
-        raise options.Mistake("enough")
+        raise cli.UsageError("enough")
 
     monkeypatch.setattr(options, "parse", parse)
     monkeypatch.setattr(sys, "argv", ["program"])

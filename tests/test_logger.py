@@ -12,8 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-import launch
-import report
+from parle import launcher, logger
 
 LABEL = "lenet on mnist"
 START = {
@@ -46,9 +45,9 @@ EVAL = {
     "distances": [0.12345, 0.25, 0.5],
 }
 AVERAGED = {
-    "averaged_master_error": 0.5678,
-    "averaged_replica_errors": [0.625, float("nan"), 10.0],
-    "averaged_ensemble_error": 98.7654,
+    "running_stats_master_error": 0.5678,
+    "running_stats_replica_errors": [0.625, float("nan"), 10.0],
+    "running_stats_ensemble_error": 98.7654,
 }
 END = {
     "event": "end",
@@ -57,7 +56,7 @@ END = {
     "master_error": 0.4567,
     "best_master_error": 0.4321,
     "sync_seconds": 4.5,
-    "wait_seconds": 3.0,
+    "straggler_seconds": 3.0,
     "images": 60000,
 }
 
@@ -79,8 +78,8 @@ def events():
 
 @pytest.fixture
 def logger(tmp_path, monkeypatch):
-    monkeypatch.delenv(launch.TERMINAL, raising=False)
-    return report.Report(tmp_path / "runs" / "one", LABEL)
+    monkeypatch.delenv(launcher.TERMINAL_WIDTH, raising=False)
+    return logger.RunLogger(tmp_path / "runs" / "one", LABEL)
 
 
 def test_each_event_is_logged_at_once(logger):
@@ -219,11 +218,11 @@ def test_end_table_has_both_kinds_of_batch_norm_statistics(logger, capsys):
         "ensemble": ["0.44", "98.77"],
     }
     logged = json.loads(logger.log.read_text().splitlines()[1])
-    assert logged["averaged_replica_errors"] == [0.625, None, 10.0]
+    assert logged["running_stats_replica_errors"] == [0.625, None, 10.0]
 
 
 def test_end_in_one_process_prints_no_waiting_time(logger, capsys):
-    for event in (HERE, EVAL, END | dict(wait_seconds=0.0)):
+    for event in (HERE, EVAL, END | dict(straggler_seconds=0.0)):
         logger(event)
     (line,) = (line for line in capsys.readouterr().out.splitlines() if "images/s" in line)
     assert mentions(line, r"\b7\.50 %") and line.count("%") == 1
@@ -270,19 +269,19 @@ def test_resume_prints_where_and_what_has_changed(changes, patterns, logger, cap
 
 @pytest.mark.parametrize(("lines", "more"), [(0, 0), (2, 0), (4, 0), (4, 1000)])
 def test_resume_truncates_the_log_at_the_checkpoint(lines, more, tmp_path):
-    stopped = report.Report(tmp_path, LABEL)
+    stopped = logger.RunLogger(tmp_path, LABEL)
     for event in events()[:4]:
         stopped(event)
     written = stopped.log.read_text().splitlines(keepends=True)
     del stopped
-    again = report.Report(tmp_path, LABEL, len("".join(written[:lines])) + more)
+    again = logger.RunLogger(tmp_path, LABEL, len("".join(written[:lines])) + more)
     assert again.log.read_text().splitlines(keepends=True) == written[:lines]
     again(RESUME)
     assert [json.loads(line)["event"] for line in again.log.read_text().splitlines()[lines:]] == ["resume"]
 
 
 def test_resume_without_a_log_starts_a_new_one(tmp_path):
-    again = report.Report(tmp_path, LABEL, 1000)
+    again = logger.RunLogger(tmp_path, LABEL, 1000)
     again(RESUME)
     assert json.loads(again.log.read_text()) == RESUME
 
@@ -310,22 +309,22 @@ def test_new_run_in_a_used_folder_is_refused(logger):
     logger(START)
     before = logger.log.read_bytes()
     with pytest.raises(FileExistsError, match=re.escape(str(logger.log))):
-        report.Report(logger.folder, LABEL)
+        logger.RunLogger(logger.folder, LABEL)
     assert logger.log.read_bytes() == before
 
 
 def test_resume_is_refused_while_the_run_is_alive(tmp_path):
-    first = report.Report(tmp_path, LABEL)
+    first = logger.RunLogger(tmp_path, LABEL)
     first(START)
     before = first.log.read_bytes()
     for log_bytes in (0, len(before)):
         with pytest.raises(FileExistsError, match=re.escape(str(first.log))):
-            report.Report(tmp_path, LABEL, log_bytes)
+            logger.RunLogger(tmp_path, LABEL, log_bytes)
         assert first.log.read_bytes() == before
     first(EVAL)
     before = first.log.read_bytes()
     del first
-    second = report.Report(tmp_path, LABEL, len(before))
+    second = logger.RunLogger(tmp_path, LABEL, len(before))
     second(RESUME)
     assert second.log.read_bytes().startswith(before)
 
@@ -345,7 +344,7 @@ OUTPUTS = {"full": lambda: open("/dev/full", "w"), "unread pipe": closed_pipe, "
 )
 def test_run_continues_when_stdout_is_unusable(output, terminal, logger, monkeypatch):
     if terminal:
-        monkeypatch.setenv(launch.TERMINAL, "100")
+        monkeypatch.setenv(launcher.TERMINAL_WIDTH, "100")
     file = OUTPUTS[output]()
     with file or contextlib.nullcontext():
         monkeypatch.setattr(sys, "stdout", file)
@@ -357,14 +356,14 @@ def test_run_continues_when_stdout_is_unusable(output, terminal, logger, monkeyp
 
 def test_existing_folder_without_a_log_is_used(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    report.Report(tmp_path, LABEL)
+    logger.RunLogger(tmp_path, LABEL)
     assert {path.name for path in tmp_path.iterdir()} == {"notes.txt", "log.jsonl"}
 
 
 def test_folder_that_cannot_be_created_is_an_os_error(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"):
-        report.Report(tmp_path / "file" / "run", LABEL)
+        logger.RunLogger(tmp_path / "file" / "run", LABEL)
 
 
 @pytest.fixture
@@ -420,7 +419,7 @@ def test_nonfinite_master_is_not_saved(logger, model, name, value, capsys):
 
 def test_surroundings_contain_time_versions_and_machine(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["parle_mpi.py", "-n", "3"])
-    found = report.surroundings()
+    found = logger.environment_info()
     assert found.keys() == {*("time", "command", "python", "torch", "torchvision", "numpy", "machine", "revision")}
     assert abs(datetime.strptime(found["time"], "%Y-%m-%dT%H:%M:%S%z") - datetime.now(UTC)) < timedelta(minutes=1)
     assert found["command"] == ["parle_mpi.py", "-n", "3"]
@@ -450,7 +449,7 @@ def test_revision_is_the_commit_and_whether_code_differs(changed, expected, tmp_
     if changed:
         (tmp_path / changed).write_text("after")
     monkeypatch.setattr(report, "__file__", str(tmp_path / "report.py"))
-    assert report.revision() == expected.format(commit=git("rev-parse", "HEAD").stdout.strip())
+    assert logger.revision() == expected.format(commit=git("rev-parse", "HEAD").stdout.strip())
 
 
 @pytest.mark.parametrize(
@@ -471,13 +470,13 @@ def test_revision_is_none_without_git(git, monkeypatch):
         return git(command)
 
     monkeypatch.setattr(subprocess, "run", run)
-    assert report.revision() is None
+    assert logger.revision() is None
 
 
 @pytest.mark.parametrize("columns", ["100", None])
 def test_terminal_shows_a_bar_instead_of_round_lines(columns, logger, monkeypatch, capsys):
     if columns:
-        monkeypatch.setenv(launch.TERMINAL, columns)
+        monkeypatch.setenv(launcher.TERMINAL_WIDTH, columns)
     else:
         monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     for event in events():
@@ -494,7 +493,7 @@ def test_terminal_shows_a_bar_instead_of_round_lines(columns, logger, monkeypatc
 
 
 def test_bar_of_a_resumed_run_starts_where_it_stopped(logger, monkeypatch, capsys):
-    monkeypatch.setenv(launch.TERMINAL, "100")
+    monkeypatch.setenv(launcher.TERMINAL_WIDTH, "100")
     for event in (RESUME, STOP):
         logger(event)
     out = capsys.readouterr().out
@@ -506,7 +505,7 @@ def test_bar_of_a_resumed_run_starts_where_it_stopped(logger, monkeypatch, capsy
 @pytest.mark.parametrize("begin", [START, RESUME])
 def test_bar_estimates_time_left_from_this_process(begin, logger, monkeypatch, capsys):
     now = [1000.0]
-    monkeypatch.setenv(launch.TERMINAL, "150")
+    monkeypatch.setenv(launcher.TERMINAL_WIDTH, "150")
     monkeypatch.setattr("tqdm.std.time", lambda: now[0])
     logger(begin)
     first = begin.get("round", 0) + 1
@@ -521,8 +520,8 @@ def test_bar_estimates_time_left_from_this_process(begin, logger, monkeypatch, c
 
 @pytest.mark.parametrize("last", [STOP, "the end"])
 def test_finished_run_can_be_resumed_in_the_same_process(tmp_path, last):
-    first = report.Report(tmp_path, LABEL)
+    first = logger.RunLogger(tmp_path, LABEL)
     for event in events() if last == "the end" else [START, last]:
         first(event)
-    report.Report(tmp_path, LABEL, 0)
+    logger.RunLogger(tmp_path, LABEL, 0)
     assert first.log.exists()

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-import faults
+from parle import fault_injection
 from parle_gpu import Parle
 
 
@@ -16,7 +16,7 @@ def optimizer():
 def arm(optimizer, monkeypatch):
     def arm(fault, replicas=(0, 1)):
         monkeypatch.setenv("PARLE_FAULT", fault)
-        faults.inject(optimizer, list(replicas))
+        fault_injection.inject_fault(optimizer, list(replicas))
 
     return arm
 
@@ -35,7 +35,7 @@ def test_poison_affects_one_replica_in_one_round(replica, round, lost, arm, opti
     for step in range(6):
         optimizer.step()
         if step % 2:
-            seen.append(optimizer.lost)
+            seen.append(optimizer.nonfinite_replicas)
     assert seen == lost
 
 
@@ -45,12 +45,12 @@ def test_exception_is_raised_at_the_start_of_the_round(arm, optimizer):
     optimizer.step()
     with pytest.raises(RuntimeError, match="fault"):
         optimizer.step()
-    assert (optimizer.rounds, optimizer.batches) == (1, 0)
+    assert (optimizer.rounds_done, optimizer.step_in_round) == (1, 0)
 
 
 def test_without_the_variable_nothing_is_injected(optimizer, monkeypatch):
     monkeypatch.delenv("PARLE_FAULT", raising=False)
     hooks = []
     monkeypatch.setattr(optimizer, "register_step_pre_hook", hooks.append)
-    faults.inject(optimizer, [0, 1])
+    fault_injection.inject_fault(optimizer, [0, 1])
     assert hooks == []
