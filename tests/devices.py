@@ -6,12 +6,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def device_of(tensor):
-    """The simulated device of a tensor; None until it is used with a tensor that has one."""
+    """Return the simulated device of a tensor; None until it is used with a tensor that has one."""
     return getattr(tensor.untyped_storage(), "simulated_device", None)
 
 
 def tensors_in(values):
-    """The tensors among these values and in lists of them: operations do not nest deeper."""
+    """Yield the tensors among these values and in lists of them: operations do not nest deeper."""
     for value in values:
         if isinstance(value, Tensor):
             yield value
@@ -19,11 +19,11 @@ def tensors_in(values):
             yield from (item for item in value if isinstance(item, Tensor))
 
 
-class Devices(TorchDispatchMode):
-    """A mode in which `.to("cpu:1")` puts a tensor on that device, together with all that is computed from it.
+class SimulatedDevices(TorchDispatchMode):
+    """A mode in which `.to("cpu:1")` puts a tensor, and everything computed from it, on that device.
 
-    As with GPUs, only copies go from one device to another: any other operation on tensors of two devices is an error.
-    A new tensor gets the device where it is first used, except scalars (0-dim), which every device reads from the host.
+    As with GPUs, only copies cross devices: any other operation on tensors of two devices is an error. A new tensor
+    belongs to the device that first uses it, except scalars (0-dim), which every device reads from the host.
     `copies` lists the copies between devices, each as (from, to, number of elements).
     """
 

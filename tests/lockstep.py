@@ -1,4 +1,4 @@
-"""Step an optimizer beside the float64 reference and compare every buffer after every step.
+"""Step an optimizer in parallel with the float64 reference and compare every buffer after every step.
 
 mpiexec -n 4 python tests/lockstep.py     # every rank compares its own replica
 """
@@ -15,21 +15,22 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import loader
-from parle import distributed, evaluation, launcher, training
+from parle import evaluation, launcher, training
+from parle.distributed import MPIGroup
 from parle_mpi import Parle
 from tests.reference import Reference
 
 SHAPES = [(4, 3), (5,), (2, 3, 2, 2), ()]
 SIZES = [int(np.prod(shape)) for shape in SHAPES]
 P = sum(SIZES)
-EXTRA = 32  # at most so many floats travel with the weights in a message; fewer than P
+EXTRA = 32  # maximum number of floats that travel with the weights in a message; less than P
 STEPS = 24
 RESUME_AT, SYNC_AT = 7, 19  # in the middle of a round wherever a round has several steps
 DOUBLE, SINGLE = (torch.float64, 1e-12), (torch.float32, 1e-5)
 CASES = [
-    # method           n     settings
+    # method, its n, and settings
     ("parle", None, dict(sync_every=5, gamma0=0.1, rho0=0.02)),
-    ("parle, caps", None, dict(sync_every=2, gamma0=0.9, rho0=3.0)),
+    ("parle, maxima", None, dict(sync_every=2, gamma0=0.9, rho0=3.0)),
     ("parle, L = 1", None, dict(sync_every=1, gamma0=0.1, rho0=0.2)),
     ("parle, L = auto", None, dict(sync_every="auto", gamma0=0.02, rho0=0.02)),
     ("parle, other outer step", None, dict(sync_every=3, gamma0=0.1, rho0=0.02, s=3.0, outer_momentum=0.3)),
@@ -40,8 +41,8 @@ CASES = [
 ]
 
 
-class Counted:
-    """A communicator that counts collectives and remembers the sizes of their messages."""
+class CountingComm:
+    """A communicator that records the message size of every collective call."""
 
     def __init__(self, comm):
         self.comm, self.sizes = comm, []
@@ -56,20 +57,20 @@ class Counted:
         return self.comm.Iallreduce(in_place, tensor, *rest)
 
 
-def curvatures(replicas):
-    """The curvature h and the minimum b of each replica's loss, ½ Σ h (y − b)²: (n, P), the same on every rank."""
+def losses(replicas):
+    """Return curvature h and minimum b of each replica's loss, ½ Σ h (y − b)²: (n, P), identical on every rank."""
     random = np.random.default_rng(7)
     return random.uniform(0.2, 2.0, (replicas, P)), random.normal(size=(replicas, P))
 
 
 def shaped(vector):
-    """The vector cut into arrays of SHAPES."""
+    """Return the vector split into arrays of SHAPES."""
     pieces = np.split(vector, np.cumsum(SIZES)[:-1])
     return [piece.reshape(shape) for piece, shape in zip(pieces, SHAPES, strict=True)]
 
 
 def flat(tensors):
-    """The elements of all tensors, each in row-major order, whatever its strides."""
+    """Return the elements of all tensors, each in row-major order whatever its strides."""
     return np.concatenate([tensor.numpy(force=True).reshape(-1) for tensor in tensors])
 
 
@@ -79,9 +80,9 @@ def gradients(parameters):
 
 def lockstep(
     build,
-    here,
+    local,
     replicas,
-    team,
+    ranks_per_replica,
     dtype,
     tolerance,
     messages=None,
@@ -94,13 +95,13 @@ def lockstep(
 ):
     """Yield the optimizer and whether a round ended, after each step and after all buffers were compared.
 
-    Each replica has a frozen parameter and two groups with different lr and weight decay. A gradient is None now and
-    then. The optimizer is replaced by a resumed one at RESUME_AT, and a round ends early at SYNC_AT.
+    Each replica has a frozen parameter and two groups with different lr and weight decay. Some gradients are None. The
+    optimizer is replaced by a resumed one at RESUME_AT, and a round ends early at SYNC_AT.
 
     Args:
-        build: makes the optimizer from the groups of each replica of this process and from settings.
-        here: number, rank within the replica's team, and device of each replica of this process.
-        messages: is emptied before each step.
+        build: builds the optimizer from the groups of each local replica and from settings.
+        local: number, rank within the replica's group, and device of each local replica.
+        messages: list that is cleared before each step.
     """
     rho0 = 1 / replicas if rho0 == "1/n" else rho0
     x0 = np.random.default_rng(1).normal(size=P).astype(np.float32)
@@ -115,8 +116,8 @@ def lockstep(
 
     def start():
         parameters, frozen, groups = [], [], []
-        for number, part, device in here:
-            values = x0 if number == part == 0 else x0 + 1  # all are to start as the first
+        for number, rank, device in local:
+            values = x0 if number == rank == 0 else x0 + 1  # all must start identical to the first
             tensors = [torch.tensor(array, dtype=dtype).to(device) for array in shaped(values)]
             tensors[2] = tensors[2].to(memory_format=torch.channels_last)
             own = [nn.Parameter(tensor) for tensor in tensors]
@@ -133,7 +134,7 @@ def lockstep(
         return optimizer, parameters, frozen
 
     optimizer, parameters, frozen = start()
-    h, b = curvatures(replicas)
+    h, b = losses(replicas)
     noise = np.random.default_rng(3)
     for step in range(STEPS):
         if step == RESUME_AT:
@@ -150,33 +151,33 @@ def lockstep(
         reference.lr = np.where(second, lr / 2, lr)
         for number, group in enumerate(optimizer.param_groups):
             group["lr"] = lr / 2 if number % 2 else lr
-        noises = noise.normal(size=(replicas, team, P))
-        given = np.ones((replicas, team, P))
+        noises = noise.normal(size=(replicas, ranks_per_replica, P))
+        mask = np.ones((replicas, ranks_per_replica, P))
         none = step % 3 == 1
         if none:  # the second parameter has no gradient on one rank of one replica
-            given[step % replicas, 0, SIZES[0] : SIZES[0] + SIZES[1]] = 0
-        for (a, part, _), own in zip(here, parameters, strict=True):
-            ours = h[a] * (flat(own) - b[a]) + noises[a, part]
-            for parameter, values in zip(own, shaped(ours), strict=True):
+            mask[step % replicas, 0, SIZES[0] : SIZES[0] + SIZES[1]] = 0
+        for (a, rank, _), own in zip(local, parameters, strict=True):
+            gradient = h[a] * (flat(own) - b[a]) + noises[a, rank]
+            for parameter, values in zip(own, shaped(gradient), strict=True):
                 parameter.grad = torch.tensor(values, dtype=dtype, device=parameter.device)
-            if none and (a, part) == (step % replicas, 0):
+            if none and (a, rank) == (step % replicas, 0):
                 own[1].grad = None
         before = [gradients(own) for own in parameters]
         rounds = optimizer.rounds_done
         if messages is not None:
             messages.clear()
-        reference.step((given * ((h * (reference.y - b))[:, None] + noises)).mean(1))
+        reference.step((mask * ((h * (reference.y - b))[:, None] + noises)).mean(1))
         optimizer.step()
         if step == SYNC_AT:
             reference.sync()
             optimizer.sync()
 
         assert (optimizer.rounds_done, optimizer.step_in_round) == (reference.k, reference.i)
-        for (a, _, _), own, gradient, fixed in zip(here, parameters, before, frozen, strict=True):
+        for (a, _, _), own, gradient, fixed in zip(local, parameters, before, frozen, strict=True):
             assert (gradients(own) == gradient).all(), "p.grad was changed"
-            assert (fixed.numpy(force=True) == 1).all(), "a frozen parameter is not as in the first replica"
+            assert (fixed.numpy(force=True) == 1).all(), "a frozen parameter differs from the first replica's"
             expected = {"y": reference.y[a], "inner_momentum_buffer": reference.u[a]}
-            if sync_every != 1 and outer_momentum != 0:  # without momentum the buffers are not used
+            if sync_every != 1 and outer_momentum != 0:  # without momentum the buffers are unused
                 expected["outer_momentum_buffer"] = reference.v[a]
                 if reference.L_k > 1:
                     expected["anchor"], expected["inner_avg"] = reference.xa[a], reference.z[a]
@@ -184,22 +185,23 @@ def lockstep(
                 expected["master"] = reference.x
                 if "outer_momentum_buffer" in expected:
                     expected["master_momentum_buffer"] = reference.v.mean(0)
-            for name, wanted in expected.items():
+            for name, values in expected.items():
                 tensors = own if name == "y" else [optimizer.state[parameter][name] for parameter in own]
                 got = flat(tensors)
-                error = np.abs(got - wanted).max() / np.abs(wanted).max().clip(1e-3)
+                error = np.abs(got - values).max() / np.abs(values).max().clip(1e-3)
                 assert error < tolerance, f"{name} of replica {a} is off by {error:.1e} after {step + 1} steps"
         yield optimizer, optimizer.rounds_done > rounds
 
 
 def check(comm, replicas, dtype, tolerance, **settings):
-    counted, team = Counted(comm), comm.size // replicas
+    counted, ranks_per_replica = CountingComm(comm), comm.size // replicas
 
     def build(groups, **settings):
         return Parle(*groups, counted, replicas=replicas, **settings)
 
-    here = [(*divmod(comm.rank, team), "cpu")]
-    for _, ended in lockstep(build, here, replicas, team, dtype, tolerance, counted.sizes, **settings):
+    local = [(*divmod(comm.rank, ranks_per_replica), "cpu")]
+    run = lockstep(build, local, replicas, ranks_per_replica, dtype, tolerance, counted.sizes, **settings)
+    for _, ended in run:
         if not ended or comm.size == 1:
             assert counted.sizes == []
             continue
@@ -207,49 +209,49 @@ def check(comm, replicas, dtype, tolerance, **settings):
         assert 0 <= size - (P if replicas > 1 else 0) <= EXTRA, size  # one replica is its own mean
 
 
-def check_data_parallel(comm, alone):
-    """Several ranks of one replica train as one rank does, although they cannot cut a mini-batch equally."""
+def check_data_parallel(comm, single):
+    """Several ranks of one replica train as one rank does, although their shards of a mini-batch differ in size."""
     random = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (330, 4, 4, 1), dtype=torch.uint8, generator=random)
     labels = (images.float().mean((1, 2, 3)) > 128).long()
     data = loader.Dataset("random", images[:300], labels[:300], images[300:], labels[300:], *torch.ones(2, 1) * 128, 2)
     results = []
-    for world in (comm, alone):
+    for world in (comm, single):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Flatten(), nn.Linear(16, 20), nn.ReLU(), nn.Linear(20, 2))
-        batches = loader.BatchLoader(data, batch_size=50, seed=5, part=(world.rank, world.size))
+        batches = loader.BatchLoader(data, batch_size=50, seed=5, shard=(world.rank, world.size))
         optimizer = Parle(model.parameters(), world, lr=0.05, sync_every=5, batches_per_epoch=10, replicas=1)
-        team = distributed.Group(world.rank, world.size, functools.partial(distributed.all_reduce, world))
-        shared = dict(team=team, world=team)
+        groups = dict(groups=optimizer.groups)
         evaluate = functools.partial(
-            evaluation.evaluate, optimizer, copy.deepcopy(model), data, batch_size=50, replicas=[0], **shared
+            evaluation.evaluate, optimizer, copy.deepcopy(model), data, batch_size=50, replicas=[0], **groups
         )
-        settings = dict(epochs=1, lr_drops=[], lr_decay=1)
-        events = list(training.train([model], [batches], optimizer, evaluate, **settings, **shared))
-        line, test = events[-3], events[-2]
-        results.append((optimizer.master, line["loss"], test["master_loss"], test["master_error"]))
-    for ours, single in zip(*results, strict=True):
-        assert torch.allclose(torch.as_tensor(ours), torch.as_tensor(single), rtol=1e-5, atol=1e-6), (ours, single)
+        replicas = [training.LocalReplica(0, model, batches)]
+        schedule = training.Schedule(epochs=1)
+        events = list(training.train(replicas, optimizer, schedule, evaluate=evaluate, **groups))
+        train, test = events[-3], events[-2]
+        results.append((optimizer.master, train["train_loss"], test["master_loss"], test["master_error"]))
+    for ours, expected in zip(*results, strict=True):
+        assert torch.allclose(torch.as_tensor(ours), torch.as_tensor(expected), rtol=1e-5, atol=1e-6), (ours, expected)
 
 
-def check_same_everywhere(comm):
-    """Ranks that were built differently start identically; all hold the same master, and a team the same weights."""
+def check_identical_ranks(comm):
+    """Ranks start from rank 0's parameters. All hold the same master, and those of one replica the same weights."""
     torch.manual_seed(comm.rank)
     parameters = [nn.Parameter(torch.randn(1000)), nn.Parameter(torch.randn(3), requires_grad=False)]
     optimizer = Parle(parameters, comm, lr=0.1, sync_every=3, batches_per_epoch=10, replicas=comm.size // 2 or 1)
     assert len(set(comm.allgather(parameters[0].sum().item()))) == 1
     assert len(set(comm.allgather(parameters[1].sum().item()))) == 1
-    team = comm.Split(comm.rank // (comm.size // optimizer.num_replicas))
+    replica_comm = comm.Split(comm.rank // (comm.size // optimizer.num_replicas))
     for _ in range(7):
         parameters[0].grad = torch.randn(1000)
         optimizer.step()
         assert len(set(comm.allgather(optimizer.master.numpy().tobytes()))) == 1
-        assert len(set(team.allgather(parameters[0].detach().numpy().tobytes()))) == 1
-    others = comm.allgather(parameters[0].detach().numpy().tobytes())
-    assert len(set(others)) == optimizer.num_replicas
+        assert len(set(replica_comm.allgather(parameters[0].detach().numpy().tobytes()))) == 1
+    weights = comm.allgather(parameters[0].detach().numpy().tobytes())
+    assert len(set(weights)) == optimizer.num_replicas
 
 
-def check_riders(comm):
+def check_piggyback(comm):
     optimizer = Parle([nn.Parameter(torch.randn(5))], comm, lr=0.1, sync_every=2, batches_per_epoch=10)
     optimizer.piggyback[0][1] = comm.rank
     optimizer.step()
@@ -258,7 +260,7 @@ def check_riders(comm):
     assert optimizer.piggyback[0].tolist() == [0, (comm.size - 1) / 2, 0, 0, 0]
 
 
-def check_disagreement(comm):
+def check_mismatched_settings(comm):
     for tensor, settings in (
         (torch.zeros(5), dict(lr=0.1 + comm.rank)),
         (torch.zeros(5 + comm.rank), dict(lr=0.1)),
@@ -272,7 +274,7 @@ def check_disagreement(comm):
             assert comm.size == 1
 
 
-def check_different_lr(comm):
+def check_mismatched_lr(comm):
     """An lr that differs between ranks is an error at the next sync. Without it the masters would differ."""
     optimizer = Parle([nn.Parameter(torch.zeros(5))], comm, lr=0.1, sync_every=2, batches_per_epoch=10)
     optimizer.step()
@@ -298,12 +300,12 @@ def main():
                 check(world, replicas, dtype, tolerance, **settings)
                 if comm.rank == 0:
                     print(f"{name}: n={replicas} on {size} ranks, {dtype}", flush=True)
-        distributed.wait_with_timeout(comm.Ibarrier())  # a plain wait would occupy a core
+        MPIGroup(comm).all_gather(None)  # a plain barrier would spin on a core
     check_data_parallel(comm, MPI.COMM_SELF)
-    check_same_everywhere(comm)
-    check_riders(comm)
-    check_disagreement(comm)
-    check_different_lr(comm)
+    check_identical_ranks(comm)
+    check_piggyback(comm)
+    check_mismatched_settings(comm)
+    check_mismatched_lr(comm)
     if comm.rank == 0:
         print("all equal")
 

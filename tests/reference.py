@@ -1,14 +1,16 @@
-"""Parle in float64 numpy, every replica in one loop, written from the equations of the paper. It is slow and imports
-nothing of the project. Both optimizers are compared with it, buffer by buffer, after every step."""
+"""Parle in float64 numpy, with a loop over the replicas, written from the equations of the paper.
+
+It imports nothing from the project. Both optimizers are compared with it, buffer by buffer, after every step.
+"""
 
 import numpy as np
 
 
 class Reference:
-    """n replicas that start at `x0`, (P,). One call of `step` is one mini-batch of every replica.
+    """n replicas that start at `x0`, (P,). Each call of `step` is one mini-batch of every replica.
 
-    gamma0 and rho0 are the coefficients at the start, nb the mini-batches per epoch. L is a number or "auto". lr and
-    weight_decay are numbers, or vectors (P,) where parameter groups differ; "auto" reads the first element.
+    gamma0 and rho0 are the initial coefficients; nb is the number of mini-batches in one pass. L is a number or "auto".
+    lr and weight_decay are numbers, or vectors (P,) where parameter groups differ; "auto" reads the first element.
     """
 
     def __init__(self, x0, n, L, nb, lr, momentum, weight_decay, gamma0, rho0, alpha, s=1.0, outer_momentum=None):
@@ -23,7 +25,7 @@ class Reference:
         self.x = self.xa.mean(0)
 
     def step(self, gradients):
-        """gradients: (n, P), of the loss at the replicas' y."""
+        """Update every replica from `gradients`, (n, P), of the loss at y."""
         self.growth = (1 + 1 / (2 * self.nb)) ** self.k
         gamma = min(self.gamma0 * self.growth, 1.0)
         if self.i == 0:
@@ -50,7 +52,7 @@ class Reference:
             self.sync()
 
     def sync(self):
-        """End the round, after L steps or earlier. Without a step since the last sync there is nothing to do."""
+        """End the round, after L steps or earlier. Does nothing if there was no step since the last sync."""
         if self.i == 0:
             return
         c, z = self.coupling(), self.z.mean(0)

@@ -1,3 +1,5 @@
+"""The networks: sizes, layers, initialization and recipes."""
+
 from copy import deepcopy
 
 import pytest
@@ -21,7 +23,7 @@ def layers(model, *kinds):
     return [layer for layer in model.modules() if isinstance(layer, kinds)]
 
 
-def shake(model):
+def randomize_batch_norm(model):
     """Give batch norm random weights of both signs and random statistics."""
     for layer in layers(model, nn.BatchNorm1d, nn.BatchNorm2d):
         for tensor in (layer.weight.data, layer.bias.data, layer.running_mean):
@@ -39,7 +41,7 @@ def shake(model):
         ("wrn-16-4", 3, 32, 2_748_890),
     ],
 )
-def test_networks_have_the_known_number_of_parameters(name, channels, size, parameters):
+def test_networks_have_the_published_number_of_parameters(name, channels, size, parameters):
     with torch.device("meta"):
         model = models.build(name, channels, size, 10)
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
@@ -57,8 +59,8 @@ def test_every_network_fits_every_data_set(name, channels, size, classes):
 
 
 @pytest.mark.parametrize(("channels", "size", "training"), [(1, 28, True), (3, 32, False)])
-def test_lenet_equals_its_plain_form_with_relu_before_pool(channels, size, training):
-    model = shake(models.build("lenet", channels, size, 10, dropout=0.0)).train(training)
+def test_lenet_equals_its_form_with_relu_before_pooling(channels, size, training):
+    model = randomize_batch_norm(models.build("lenet", channels, size, 10, dropout=0.0)).train(training)
     plain = deepcopy(model)
     inputs = images(8, channels, size)
 
@@ -71,12 +73,12 @@ def test_lenet_equals_its_plain_form_with_relu_before_pool(channels, size, train
     torch.testing.assert_close(model(inputs), logits, atol=1e-5, rtol=1e-5)
 
 
-def test_small_images_are_enlarged_for_lenet():
+def test_small_images_are_upsampled_for_lenet():
     small, large = models.build("lenet", 1, 8, 10).eval(), models.build("lenet", 1, 28, 10).eval()
     large.load_state_dict(small.state_dict())
     inputs = images(2, 1, 8)
-    enlarged = F.interpolate(inputs, size=28, mode="bilinear")
-    torch.testing.assert_close(small(inputs), large(enlarged))
+    upsampled = F.interpolate(inputs, size=28, mode="bilinear")
+    torch.testing.assert_close(small(inputs), large(upsampled))
 
 
 @pytest.mark.parametrize(
@@ -124,7 +126,7 @@ def test_wide_resnets_are_initialized_as_in_their_paper():
     model = models.build("wrn-16-4", 3, 32, 10)
     for layer in layers(model, nn.Conv2d):
         fan_out = layer.out_channels * layer.kernel_size[0] ** 2
-        error = 4 / layer.weight.numel() ** 0.5  # of a measured standard deviation, four times its own
+        error = 4 / layer.weight.numel() ** 0.5  # four standard errors of a measured standard deviation
         assert layer.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=error)
         assert abs(layer.weight.mean()) < error * (2 / fan_out) ** 0.5 * 1.5
         assert layer.bias is None
@@ -143,7 +145,7 @@ def test_wide_resnets_have_the_widths_and_strides_of_the_paper():
     assert shapes == [(64, 32, 32)] * 2 + [(128, 16, 16)] * 2 + [(256, 8, 8)] * 2
 
 
-def test_a_block_of_equal_width_adds_to_its_input():
+def test_block_of_equal_width_adds_to_its_input():
     block = models.WideBlock(8, 8, 1, dropout=0.0).eval()
     nn.init.zeros_(block.conv2.weight)
     inputs = images(2, 8, 6)
@@ -160,11 +162,11 @@ def test_recipes_are_complete_and_name_known_data_sets(name):
 
 
 @pytest.mark.parametrize("name", ["lenet", "wrn-16-4"])
-def test_a_saved_state_dict_restores_the_same_function(name, tmp_path):
-    model = shake(models.build(name, 1, 8, 10)).eval()
+def test_saved_state_dict_restores_the_same_function(name, tmp_path):
+    model = randomize_batch_norm(models.build(name, 1, 8, 10)).eval()
     torch.save(model.state_dict(), tmp_path / "master.pt")
-    again = models.build(name, 1, 8, 10).eval()
+    restored = models.build(name, 1, 8, 10).eval()
     inputs = images(2, 1, 8)
-    assert not torch.equal(again(inputs), model(inputs))
-    again.load_state_dict(torch.load(tmp_path / "master.pt", weights_only=True))
-    assert torch.equal(again(inputs), model(inputs))
+    assert not torch.equal(restored(inputs), model(inputs))
+    restored.load_state_dict(torch.load(tmp_path / "master.pt", weights_only=True))
+    assert torch.equal(restored(inputs), model(inputs))

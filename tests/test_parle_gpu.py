@@ -1,4 +1,4 @@
-"""The class of parle_gpu: replicas of one process, over devices that the CPU simulates and over real GPUs."""
+"""parle_gpu.Parle: replicas in one process, on devices that the CPU simulates and on real GPUs."""
 
 import gc
 import time
@@ -12,8 +12,8 @@ import loader
 import models
 from parle import training
 from parle.optimizer import FlatReplica
-from parle_gpu import Parle, Stopwatch
-from tests.devices import Devices, device_of
+from parle_gpu import DeviceTimer, Parle
+from tests.devices import SimulatedDevices, device_of
 from tests.lockstep import CASES, DOUBLE, EXTRA, SINGLE, P, lockstep
 from tests.test_optimizer import batch, network, weights
 
@@ -25,17 +25,17 @@ needs_gpus = pytest.mark.skipif(not GPUS, reason="no CUDA device")
 @pytest.fixture
 def devices(monkeypatch):
     monkeypatch.setattr(FlatReplica, "device", property(lambda replica: device_of(replica.weights)))
-    with Devices() as devices:
+    with SimulatedDevices() as devices:
         yield devices
 
 
-def places(replicas, count):
-    """The device of each replica, round-robin."""
+def round_robin(replicas, count):
+    """Return the device of each replica."""
     return [torch.device("cpu", replica % count) for replica in range(replicas)]
 
 
 def networks(devices):
-    """A network on each."""
+    """Return a network on each device."""
     return [network().to(device) for device in devices]
 
 
@@ -49,12 +49,12 @@ def train(replicas, optimizer, steps):
         optimizer.step()
 
 
-def of(replicas, **settings):
+def build(replicas, **settings):
     return Parle([model.parameters() for model in replicas], **(SETTINGS | settings))
 
 
 def test_simulated_devices_do_not_mix():
-    with Devices() as devices:
+    with SimulatedDevices() as devices:
         here, there = torch.ones(3).to("cpu:0"), torch.ones(3).to("cpu:1")
         fresh, scalar = torch.ones(3), torch.tensor(2.0)
         derived = (here[1:] * scalar + fresh[1:]).sum()
@@ -81,24 +81,24 @@ def test_simulated_devices_do_not_mix():
 @pytest.mark.parametrize(("numbers", "precision"), [([0, 0], SINGLE), ([1, 0, 0], DOUBLE), ([0, 1, 2, 1], SINGLE)])
 def test_lockstep_with_reference_over_devices(devices, numbers, precision):
     home, *others = [torch.device("cpu", number) for number in dict.fromkeys(numbers)]
-    here = [(replica, 0, torch.device("cpu", number)) for replica, number in enumerate(numbers)]
+    local = [(replica, 0, torch.device("cpu", number)) for replica, number in enumerate(numbers)]
     sync = [(other, home) for other in others] + [(home, other) for other in others]
     share = [(home, other) for other in others]
     for _, n, settings in CASES if precision == DOUBLE else CASES[:4]:
         if n is None:
-            run = lockstep(Parle, here, len(numbers), 1, *precision, devices.copies, **settings)
+            run = lockstep(Parle, local, len(numbers), 1, *precision, devices.copies, **settings)
             for optimizer, ended in run:
                 shared = settings["sync_every"] == "auto" and optimizer.param_groups[0]["steps_per_round"] == 1
                 assert [copy[:2] for copy in devices.copies] == (share if shared else []) + (sync if ended else [])
                 assert all(P <= size <= P + EXTRA for *_, size in devices.copies)
 
 
-def test_replicas_start_as_the_first_which_holds_the_master(devices):
-    replicas = networks([torch.device(place) for place in ("cpu:1", "cpu:0", "cpu:1")])
+def test_replicas_start_identical_to_the_first(devices):
+    replicas = networks([torch.device(name) for name in ("cpu:1", "cpu:0", "cpu:1")])
     for model in replicas:
         model[0].weight.requires_grad_(False)
     first = weights(replicas[0]).tolist()
-    optimizer = of(replicas)
+    optimizer = build(replicas)
     assert [weights(model).tolist() for model in replicas] == [first] * 3
     assert optimizer.master.tolist() == first[replicas[0][0].weight.numel() :]
     assert device_of(optimizer.master) == torch.device("cpu:1")
@@ -113,8 +113,8 @@ def test_replicas_start_as_the_first_which_holds_the_master(devices):
 def test_resume_of_three_replicas_is_bitwise_identical(devices, tmp_path, sync_every, at):
     def start():
         torch.manual_seed(1)
-        replicas = networks(places(3, 2))
-        return replicas, of(replicas, sync_every=sync_every, gamma=0.06)  # auto: first 2, then 1
+        replicas = networks(round_robin(3, 2))
+        return replicas, build(replicas, sync_every=sync_every, gamma=0.06)  # auto: first 2, then 1
 
     replicas, optimizer = start()
     train(replicas, optimizer, range(at))
@@ -126,8 +126,8 @@ def test_resume_of_three_replicas_is_bitwise_identical(devices, tmp_path, sync_e
         model.load_state_dict(values)
     resumed.load_state_dict(state)
     for step in range(at, at + 5):
-        for networks_here, one in ((replicas, optimizer), (others, resumed)):
-            train(networks_here, one, [step])
+        train(replicas, optimizer, [step])
+        train(others, resumed, [step])
         assert [weights(model).tolist() for model in replicas] == [weights(model).tolist() for model in others]
         assert optimizer.master.tolist() == resumed.master.tolist()
     ours, theirs = (
@@ -138,7 +138,7 @@ def test_resume_of_three_replicas_is_bitwise_identical(devices, tmp_path, sync_e
 
 
 def test_state_dict_of_fewer_replicas_is_rejected(devices):
-    two, three = (of(networks(places(count, 2))) for count in (2, 3))
+    two, three = (build(networks(round_robin(count, 2))) for count in (2, 3))
     with pytest.raises(ValueError, match="parameters"):
         three.load_state_dict(two.state_dict())
 
@@ -160,9 +160,9 @@ def test_state_dict_of_fewer_replicas_is_rejected(devices):
     ids=["shapes", "fewer", "order", "none", "dtype", "frozen", "lr", "rho", "groups", "strides"],
 )
 def test_replicas_that_differ_are_rejected(other):
-    alike = [nn.Linear(3, 2).parameters() for _ in range(2)]
+    identical = [nn.Linear(3, 2).parameters() for _ in range(2)]
     with pytest.raises(ValueError, match=r"(?i)replica 2.*replica 0"):
-        Parle([*alike, other(*nn.Linear(3, 2).parameters())], **SETTINGS)
+        Parle([*identical, other(*nn.Linear(3, 2).parameters())], **SETTINGS)
 
 
 def test_replicas_that_differ_in_a_later_group_are_rejected():
@@ -175,19 +175,19 @@ def test_replicas_that_differ_in_a_later_group_are_rejected():
         Parle(groups, **SETTINGS)
 
 
-def test_the_same_network_twice_is_rejected():
+def test_same_network_twice_is_rejected():
     model = network()
     with pytest.raises(ValueError, match="parameter"):
-        of([model, model])
+        build([model, model])
 
 
-def test_an_empty_list_of_replicas_is_rejected():
+def test_empty_list_of_replicas_is_rejected():
     with pytest.raises(ValueError, match="empty"):
         Parle([], **SETTINGS)
 
 
 @pytest.mark.parametrize(
-    "mistake",
+    "parameters",
     [
         lambda model: model.parameters(),
         lambda model: list(model.parameters()),
@@ -198,9 +198,9 @@ def test_an_empty_list_of_replicas_is_rejected():
     ],
     ids=["parameters", "list", "groups", "group", "named", "models"],
 )
-def test_parameters_of_one_replica_are_rejected_with_a_hint(mistake):
+def test_parameters_of_one_replica_are_rejected_with_a_hint(parameters):
     with pytest.raises(TypeError, match=r"Parle\(\["):
-        Parle(mistake(network()), **SETTINGS)
+        Parle(parameters(network()), **SETTINGS)
 
 
 @pytest.mark.parametrize("sync_every", [1, 3])
@@ -210,28 +210,28 @@ def test_each_group_of_each_replica_has_its_own_settings(devices, sync_every):
         dict(lr=0.1, weight_decay=0.1),
         dict(lr=0.02, momentum=0.5, gamma=0.2, rho=0.05, alpha=0.5, outer_lr_scale=2.0, outer_momentum=0.3),
     ]
-    together, apart = ([[nn.Parameter(t.to(place)) for t in tensors] for place in places(3, 2)] for _ in range(2))
+    joint, separate = ([[nn.Parameter(t.to(d)) for t in tensors] for d in round_robin(3, 2)] for _ in range(2))
     one = Parle(
-        [[dict(params=[p], **group) for p, group in zip(own, settings, strict=True)] for own in together],
+        [[dict(params=[p], **group) for p, group in zip(own, settings, strict=True)] for own in joint],
         **SETTINGS | dict(sync_every=sync_every),
     )
     two = [
-        Parle([[own[i]] for own in apart], **SETTINGS | dict(sync_every=sync_every) | group)
+        Parle([[own[i]] for own in separate], **SETTINGS | dict(sync_every=sync_every) | group)
         for i, group in enumerate(settings)
     ]
     for step in range(8):
-        for number, parameters in enumerate(zip(together, apart, strict=True)):
+        for number, parameters in enumerate(zip(joint, separate, strict=True)):
             for parameter in (*parameters[0], *parameters[1]):
                 parameter.grad = torch.full_like(parameter, number + step - 2.0)
         for optimizer in (one, *two):
             optimizer.step()
-        assert [[p.tolist() for p in own] for own in together] == [[p.tolist() for p in own] for own in apart]
+        assert [[p.tolist() for p in own] for own in joint] == [[p.tolist() for p in own] for own in separate]
     assert one.master.tolist() == two[0].master.tolist() + two[1].master.tolist()
     assert one.master.tolist()[0] != tensors[0][0]
 
 
 def test_master_and_replicas_are_copied_by_name(devices):
-    replicas = networks(places(3, 2))
+    replicas = networks(round_robin(3, 2))
 
     def groups(model):
         named = list(model.named_parameters())
@@ -255,8 +255,8 @@ def test_master_and_replicas_are_copied_by_name(devices):
 
 
 def test_distances_are_relative_to_the_norm_of_the_master(devices):
-    replicas = networks(places(3, 2))
-    optimizer = of(replicas)
+    replicas = networks(round_robin(3, 2))
+    optimizer = build(replicas)
     assert [float(distance) for distance in optimizer.distances()] == [0, 0, 0]
     train(replicas, optimizer, range(4))
     target = network()
@@ -269,16 +269,16 @@ def test_distances_are_relative_to_the_norm_of_the_master(devices):
 
 
 @pytest.mark.parametrize("sync_every", [1, 2])
-def test_riders_are_averaged_by_a_sync_and_only_then(devices, sync_every):
-    replicas = networks(places(3, 2))
-    optimizer = of(replicas, sync_every=sync_every)
-    for number, riders in enumerate(optimizer.piggyback):
-        riders[:3] += torch.tensor([1.0, 3 * number, number**2])
+def test_piggyback_is_averaged_only_by_a_sync(devices, sync_every):
+    replicas = networks(round_robin(3, 2))
+    optimizer = build(replicas, sync_every=sync_every)
+    for number, piggyback in enumerate(optimizer.piggyback):
+        piggyback[:3] += torch.tensor([1.0, 3 * number, number**2])
     for _ in range(sync_every):
-        assert [riders[:3].tolist() for riders in optimizer.piggyback] == [[1, 0, 0], [1, 3, 1], [1, 6, 4]]
+        assert [piggyback[:3].tolist() for piggyback in optimizer.piggyback] == [[1, 0, 0], [1, 3, 1], [1, 6, 4]]
         optimizer.step()
     for _ in range(2 * sync_every):
-        assert [riders[:3].tolist() for riders in optimizer.piggyback] == [pytest.approx([1, 3, 5 / 3])] * 3
+        assert [piggyback[:3].tolist() for piggyback in optimizer.piggyback] == [pytest.approx([1, 3, 5 / 3])] * 3
         optimizer.step()
 
 
@@ -298,18 +298,18 @@ def test_none_gradient_in_one_replica_counts_as_zero():
 
 
 @pytest.mark.parametrize("replica", [0, 2])
-def test_different_lr_of_a_replica_is_an_error_at_sync(devices, replica):
-    replicas = networks(places(3, 2))
-    optimizer = of(replicas)
+def test_lr_that_differs_between_replicas_is_an_error_at_sync(devices, replica):
+    replicas = networks(round_robin(3, 2))
+    optimizer = build(replicas)
     optimizer.param_groups[replica]["lr"] = 0.2
     train(replicas, optimizer, range(2))
     with pytest.raises(RuntimeError, match="lr"):
         train(replicas, optimizer, [2])
 
 
-def test_a_scheduler_sets_lr_of_every_replica(devices):
-    replicas = networks(places(3, 2))
-    optimizer = of(replicas)
+def test_scheduler_sets_lr_of_every_replica(devices):
+    replicas = networks(round_robin(3, 2))
+    optimizer = build(replicas)
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [2, 4], 0.5)
     for step in range(6):
         train(replicas, optimizer, [step])
@@ -321,7 +321,7 @@ def test_a_scheduler_sets_lr_of_every_replica(devices):
 def test_memory_use_is_as_documented(devices, replicas, count, sync_every):
     gc.collect()
     gc.freeze()  # from here on get_objects returns what is new
-    parameters = [nn.Parameter(torch.ones(1000).to(place)) for place in places(replicas, count)]
+    parameters = [nn.Parameter(torch.ones(1000).to(device)) for device in round_robin(replicas, count)]
     optimizer = Parle([[parameter] for parameter in parameters], **SETTINGS | dict(sync_every=sync_every, gamma=0.06))
     for _ in range(4):
         for parameter in parameters:
@@ -337,15 +337,15 @@ def test_memory_use_is_as_documented(devices, replicas, count, sync_every):
     }[sync_every]
     vectors += count  # gradient and message
     gc.collect()
-    found = [thing.untyped_storage() for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+    found = [item.untyped_storage() for item in gc.get_objects() if issubclass(type(item), torch.Tensor)]
     gc.unfreeze()
     added = sum({storage.data_ptr(): storage.nbytes() // 4 for storage in found}.values())
     assert 1000 * vectors <= added < 1000 * (vectors + 0.1)
 
 
 def test_sync_seconds_grow_only_with_a_sync(devices):
-    replicas = networks(places(3, 2))
-    optimizer = of(replicas, sync_every=2)
+    replicas = networks(round_robin(3, 2))
+    optimizer = build(replicas, sync_every=2)
     seconds = [optimizer.sync_seconds]
     for step in range(5):
         train(replicas, optimizer, [step])
@@ -353,24 +353,24 @@ def test_sync_seconds_grow_only_with_a_sync(devices):
     assert 0 == seconds[0] == seconds[1] < seconds[2] == seconds[3] < seconds[4] == seconds[5] < 1
 
 
-def test_stopwatch_adds_up_intervals(monkeypatch):
+def test_device_timer_adds_up_intervals(monkeypatch):
     class Event:
-        """A CUDA event that was recorded after so many seconds."""
+        """A CUDA event that was recorded at the next of `marks`, in seconds."""
 
         def __init__(self, *_, **__):
-            self.over = False
+            self.reached = False
 
         def record(self, stream):
             self.milliseconds = 1000 * next(marks)
 
         def query(self):
-            return self.over
+            return self.reached
 
         def synchronize(self):
-            self.over = True
+            self.reached = True
 
         def elapsed_time(self, later):
-            assert later.over
+            assert later.reached
             return later.milliseconds - self.milliseconds
 
     for device in ("cpu", "cuda"):
@@ -379,12 +379,12 @@ def test_stopwatch_adds_up_intervals(monkeypatch):
             patch.setattr(torch, "Event", Event)
             patch.setattr(torch.accelerator, "current_stream", lambda device: None)
             patch.setattr(time, "perf_counter", lambda marks=marks: next(marks))
-            stopwatch = Stopwatch(torch.device(device))
-            totals = [stopwatch.seconds]
+            timer = DeviceTimer(torch.device(device))
+            totals = [timer.seconds]
             for _ in range(3):
-                with stopwatch:
+                with timer:
                     pass
-                totals += [stopwatch.seconds, stopwatch.seconds]
+                totals += [timer.seconds, timer.seconds]
         assert totals == [0, 2, 2, 6, 6, 11, 11]
 
 
@@ -392,10 +392,10 @@ def test_stopwatch_adds_up_intervals(monkeypatch):
 @needs_gpus
 @pytest.mark.parametrize(("dtype", "tolerance"), [DOUBLE, SINGLE])
 def test_lockstep_with_reference_over_gpus(dtype, tolerance):
-    here = [(number, 0, GPUS[number % len(GPUS)]) for number in range(3)]
+    local = [(number, 0, GPUS[number % len(GPUS)]) for number in range(3)]
     for _, n, settings in CASES:
         if n is None:
-            for _ in lockstep(Parle, here, 3, 1, dtype, tolerance, **settings):
+            for _ in lockstep(Parle, local, 3, 1, dtype, tolerance, **settings):
                 pass
 
 
@@ -403,11 +403,11 @@ def test_lockstep_with_reference_over_gpus(dtype, tolerance):
 @needs_gpus
 def test_gpus_train_as_the_cpu():
     trained = []
-    for where in ([torch.device("cpu")], GPUS):
+    for devices in ([torch.device("cpu")], GPUS):
         torch.manual_seed(1)
         replicas = [nn.Sequential(nn.Flatten(), nn.Linear(32, 9), nn.Tanh(), nn.Linear(9, 3)) for _ in range(3)]
-        replicas = [model.to(where[number % len(where)]) for number, model in enumerate(replicas)]
-        optimizer = of(replicas)
+        replicas = [model.to(devices[number % len(devices)]) for number, model in enumerate(replicas)]
+        optimizer = build(replicas)
         train(replicas, optimizer, range(10))
         trained.append(torch.stack([weights(model).cpu() for model in replicas]))
         trained.append(optimizer.master.cpu())
@@ -421,22 +421,23 @@ def test_gpus_train_as_the_cpu():
 @pytest.mark.parametrize("sync_every", [1, 5])
 def test_steps_on_a_gpu_do_not_block_the_host(tmp_path, sync_every):
     data = loader.load("digits", proc=tmp_path).to(GPUS[0])
-    replicas = [models.build("lenet", channels=1, size=8, classes=10).to(GPUS[0]) for _ in range(2)]
+    networks = [models.build("lenet", channels=1, size=8, classes=10).to(GPUS[0]) for _ in range(2)]
     batches = [loader.BatchLoader(data, batch_size=32, seed=1, replica=a, replicas=2, augment=True) for a in range(2)]
-    optimizer = of(replicas, sync_every=sync_every)
+    replicas = list(map(training.LocalReplica, range(2), networks, batches))
+    optimizer = build(networks, sync_every=sync_every)
 
-    def watch(*_):  # from the second mini-batch on, and no longer once train reads what the riders carried
+    def forbid(*_):  # from the second mini-batch until train reads the piggyback
         torch.cuda.set_sync_debug_mode("default" if optimizer.rounds_done == 3 else "error")
 
-    def rest(*_):  # as the round ends: there the host waits to see that the replicas are finite
+    def allow(*_):  # at the end of a round, where the host reads whether the replicas are finite
         if optimizer.step_in_round == sync_every - 1:
             torch.cuda.set_sync_debug_mode("default")
 
-    optimizer.register_step_pre_hook(rest)
-    optimizer.register_step_post_hook(watch)
-    settings = dict(epochs=3 / batches[0].per_epoch, lr_drops=[], lr_decay=1)
+    optimizer.register_step_pre_hook(allow)
+    optimizer.register_step_post_hook(forbid)
+    schedule = training.Schedule(epochs=3 / batches[0].per_epoch)
     try:
-        events = list(training.train(replicas, batches, optimizer, lambda: dict(master_error=0.0), **settings))
+        events = list(training.train(replicas, optimizer, schedule, evaluate=lambda: dict(master_error=0.0)))
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert events[0]["round"] == 3
@@ -447,7 +448,7 @@ def test_steps_on_a_gpu_do_not_block_the_host(tmp_path, sync_every):
 @needs_gpus
 def test_sync_seconds_of_gpus_grow_with_every_sync():
     replicas = [network().to(GPUS[number % len(GPUS)]) for number in range(3)]
-    optimizer = of(replicas, sync_every=2)
+    optimizer = build(replicas, sync_every=2)
     seconds = [optimizer.sync_seconds]
     for step in range(4):
         train(replicas, optimizer, [step])
