@@ -1,7 +1,7 @@
-"""Wrong command lines, damaged files and a full disk, through the programs: one line, exit code 2, nothing written.
+"""Wrong command lines, damaged files and a full disk: a program prints one line, exits with 2 and writes nothing.
 
-The parsers have their tables of wrong input in test_options.py, test_loader.py and test_checkpoint.py; here is one case
-for each path from an error to the user.
+test_cli.py, test_loader.py and test_checkpoint.py have the tables of wrong input for each parser. This file has one
+case for each way in which an error reaches the user.
 """
 
 import functools
@@ -26,7 +26,7 @@ TINY = "-d digits -n 1 -L 1 -b 4 -B 1e-9 --frac 0.01 --device cpu"
 
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
-    """An empty working folder, one thread and no network."""
+    """Make an empty directory the current one, with one thread and no network."""
 
     def refuse(*_, **__):
         raise urllib.error.URLError("no network here")
@@ -46,7 +46,7 @@ def proc(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(proc, tmp_path_factory):
-    """A run of three rounds, with checkpoints of the last two."""
+    """Train for three rounds and return the output directory, which has checkpoints of the last two."""
     folder = tmp_path_factory.mktemp("trained") / "run"
     with pytest.MonkeyPatch.context() as patch:
         for name in {name for names in launcher.LAUNCHERS.values() for name in names if name}:
@@ -59,7 +59,7 @@ def trained(proc, tmp_path_factory):
 
 @pytest.fixture
 def run(trained, tmp_path):
-    """A copy of `trained` that was stopped after its second round."""
+    """Copy `trained` without its last checkpoint, as if it had been stopped after the second round."""
     run = tmp_path / "run"
     shutil.copytree(trained, run)
     newest, _ = checkpoint.list_checkpoints(run / checkpoint.FOLDER)
@@ -69,7 +69,7 @@ def run(trained, tmp_path):
 
 @pytest.fixture
 def saved(run):
-    """The only checkpoint of `run`."""
+    """Return the only checkpoint of `run`."""
     (path,) = checkpoint.list_checkpoints(run / checkpoint.FOLDER)
     return path
 
@@ -85,7 +85,7 @@ def start(monkeypatch, *arguments, program="parle_gpu"):
 
 @pytest.fixture
 def assert_refused(monkeypatch, capsys, tmp_path):
-    """Start a program. Fails unless it exits with 2 after one line that has these words, and leaves all files alone."""
+    """Return a function that runs a program and checks that it exits with 2, prints one line and changes no file."""
 
     def assert_refused(*arguments, words, program="parle_gpu"):
         before = snapshot(tmp_path)
@@ -125,21 +125,21 @@ def test_wrong_command_line_is_refused(line, words, proc, tmp_path, assert_refus
 @pytest.mark.parametrize("program", ["parle_gpu", "parle_mpi"])
 def test_invalid_omp_num_threads_is_refused(program, monkeypatch, assert_refused):
     monkeypatch.setenv("OMP_NUM_THREADS", "abc")
-    monkeypatch.setattr(launch, "start", None)
+    monkeypatch.setattr(launcher, "spawn_ranks", None)
     assert_refused(*TINY.split(), program=program, words=["OMP_NUM_THREADS", "abc"])
 
 
-@pytest.mark.parametrize("launcher", [dict(PMI_RANK="0", PMI_SIZE="3"), dict(PMIX_RANK="0")])
-def test_parle_gpu_is_refused_under_a_launcher(launcher, monkeypatch, assert_refused):
-    for name, value in launcher.items():
+@pytest.mark.parametrize("environment", [dict(PMI_RANK="0", PMI_SIZE="3"), dict(PMIX_RANK="0")])
+def test_parle_gpu_is_refused_under_a_launcher(environment, monkeypatch, assert_refused):
+    for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert_refused("-d", "digits", words=["mpirun", "parle_mpi.py"])
 
 
-# Folders
+# Output directories
 
 
-def test_folder_of_another_run_is_refused(run, trained, proc, tmp_path, assert_refused):
+def test_output_directory_of_another_run_is_refused(run, trained, proc, tmp_path, assert_refused):
     assert_refused(*TINY.split(), "--proc", proc, "--out", run, words=["--out", run])
     shutil.copytree(trained, tmp_path / "other")
     assert_refused("--resume", run, "--out", tmp_path / "other", words=["--out", tmp_path / "other"])
@@ -162,7 +162,7 @@ def test_malicious_raw_file_is_refused_unexecuted(tmp_path, monkeypatch, assert_
 
 @pytest.fixture
 def cache(proc, tmp_path):
-    """A copy of the pre-processed digits."""
+    """Copy the pre-processed digits."""
     shutil.copytree(proc / "digits", tmp_path / "proc" / "digits")
     return tmp_path / "proc" / "digits"
 
@@ -186,30 +186,32 @@ def test_full_disk_is_reported_and_next_run_works(cache, proc, monkeypatch, asse
 
 
 def seal(path, changes):
-    """Change a manifest and make its checksums fit, as a forger would."""
+    """Change a manifest and recompute its checksums, so that only its contents are wrong."""
     manifest = json.loads((path / checkpoint.MANIFEST).read_text())
     changes(manifest)
-    del manifest["sum"]
+    del manifest["sha256"]
     if isinstance(manifest.get("files"), dict):
         manifest["files"] = {name: hashlib.sha256((path / name).read_bytes()).hexdigest() for name in manifest["files"]}
-    manifest["sum"] = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    manifest["sha256"] = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     (path / checkpoint.MANIFEST).write_text(json.dumps(manifest))
 
 
-def test_sealed_manifest_of_wrong_content_is_rejected(saved):
+def test_manifest_with_wrong_content_is_rejected(saved):
     seal(saved, lambda manifest: None)
     checkpoint.read_manifest(saved)
     good = (saved / checkpoint.MANIFEST).read_bytes()
-    names = ("arguments", "progress", "counters", "replicas", "log_bytes", "files", "format")
+    names = ("arguments", "train_state", "counters", "num_replicas", "log_bytes", "files", "format")
     for changes in (
         *(lambda manifest, name=name: manifest.pop(name) for name in names),
         *(
             lambda manifest, value=value: manifest.update(format=value)
-            for value in (0, checkpoint.FORMAT + 1, "1", None)
+            for value in (0, checkpoint.FORMAT - 1, checkpoint.FORMAT + 1, str(checkpoint.FORMAT), None)
         ),
         lambda manifest: manifest.update(arguments=None),
         lambda manifest: manifest.update(counters={}),
-        lambda manifest: manifest.update(replicas="x"),
+        lambda manifest: manifest.update(num_replicas="x"),
+        lambda manifest: manifest.update(num_replicas=0),
+        lambda manifest: manifest["counters"].update(step_in_round=-1),
         lambda manifest: manifest.update(log_bytes=-1),
     ):
         (saved / checkpoint.MANIFEST).write_bytes(good)
@@ -242,7 +244,7 @@ def test_two_damaged_checkpoints_are_both_named(trained, tmp_path, assert_refuse
 
 
 @pytest.mark.parametrize("change", ["--momentum 0 --lr 0", "--gamma 0 --rho 0", "-L auto"])
-def test_resuming_with_other_numbers_works_or_is_refused(change, run, capsys, monkeypatch):
+def test_resuming_with_other_hyperparameters_works_or_is_refused(change, run, capsys, monkeypatch):
     status = start(monkeypatch, "--resume", run, *change.split())
     assert status == 0 or capsys.readouterr().err.startswith("parle_gpu.py: error: --resume")
 

@@ -6,10 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 import models
 from loader import DATASETS
-from parle import algorithm, checkpoint, cli, distributed, launcher
+from parle import algorithm, checkpoint, cli, launcher
+from parle.distributed import Groups
 from parle_gpu import Parle
 
 pytestmark = pytest.mark.usefixtures("no_launcher")
@@ -30,7 +32,7 @@ ALWAYS = dict(
     **dict(
         seed=42, alpha=0.75, outer_lr_scale=1, outer_momentum=0.9, batch_size=128, lr=0.1, lr_decay=0.2, momentum=0.9
     ),
-    **dict(whiten=False, frac=1, data=None, proc=Path("proc"), out=None, eval_every=None, device="auto", amp="off"),
+    **dict(zca=False, frac=1, data=None, proc=Path("proc"), out=None, eval_every=None, device="auto", amp="off"),
     **dict(checkpoint_every=None, resume=None, on_nan="restart", timeout=1800, doctor=False),
 )
 FLAG = r"(?<![\w-])--?[A-Za-z][\w-]*"
@@ -39,23 +41,21 @@ FLAGS = re.findall(
     """-h -m --model -d --dataset -n --replicas --method -L --sync-every --gamma --rho --alpha --outer-lr-scale
     --outer-momentum --lr --lr-drops --lr-decay --momentum --weight-decay --dropout -b --batch-size -B --epochs
     --augment --no-augment --zca --frac --data --proc --out -s --seed --device --amp --eval-every
-    --checkpoint-every --resume --on-nan --timeout""",
+    --checkpoint-every --resume --on-nan --timeout --doctor""",
 )
 
 parser = functools.cache(lambda: cli.build_parser("parle_mpi.py", "Parle."))
 
 
-def parse(line, size=None):
-    args = cli.apply_defaults(parser().parse_args(line.split() if isinstance(line, str) else line), size)
-    cli.validate(args, size)
-    return args
+def parse(line, num_ranks=None):
+    return cli.complete(parser().parse_args(line.split() if isinstance(line, str) else line), num_ranks)
 
 
-def complaint(capsys, action, *arguments):
-    """The one line that a user sees on stderr."""
-    with pytest.raises(cli.UsageError) as mistake:
+def printed_error(capsys, action, *arguments):
+    """Return the one line that is printed on stderr."""
+    with pytest.raises(cli.UsageError) as caught:
         action(*arguments)
-    cli.print_error("parle_mpi.py", mistake.value)
+    cli.print_error("parle_mpi.py", caught.value)
     out, err = capsys.readouterr()
     assert (out, err.count("\n"), err[-1:]) == ("", 1, "\n")
     assert err.startswith("parle_mpi.py: error: ")
@@ -69,7 +69,7 @@ def complaint(capsys, action, *arguments):
 @pytest.mark.parametrize("method", METHODS)
 def test_defaults(method, model):
     expected = dict(method=method, model=model) | ALWAYS | METHODS[method] | MODELS[model]
-    if expected["sync_every"] == 1:  # the same number of mini-batches as with 25
+    if expected["sync_every"] == 1:  # the same number of steps as with 25
         expected["epochs"] *= 25
         expected["lr_drops"] = [25 * drop for drop in expected["lr_drops"]]
     assert vars(parse(f"--method {method} -m {model}")) == expected
@@ -106,7 +106,7 @@ def test_default_is_parle_with_lenet():
         ("--data .", "data", Path(".")),
         ("--amp bf16", "amp", "bf16"),
         ("--on-nan stop", "on_nan", "stop"),
-        ("--zca", "whiten", True),
+        ("--zca", "zca", True),
     ],
 )
 def test_given_flag_overrides_defaults(line, name, value):
@@ -142,9 +142,9 @@ def test_number_of_replicas_on_12_ranks(line, replicas):
     assert parse(line, 12).replicas == replicas
 
 
-@pytest.mark.parametrize(("line", "size"), [("", None), ("-n 6", None), ("", 12), ("-n 4", 12)])
-def test_elastic_sgd_defaults_to_rho_of_one_over_n(line, size):
-    args = parse(f"--method elastic-sgd {line}", size)
+@pytest.mark.parametrize(("line", "num_ranks"), [("", None), ("-n 6", None), ("", 12), ("-n 4", 12)])
+def test_elastic_sgd_defaults_to_rho_of_one_over_n(line, num_ranks):
+    args = parse(f"--method elastic-sgd {line}", num_ranks)
     assert args.rho * args.replicas == pytest.approx(1)
     assert (args.sync_every, args.gamma) == (1, 0)
 
@@ -165,7 +165,7 @@ def test_short_flags_equal_long_flags(short, long):
     assert parse(short) == parse(long) != parse("")
 
 
-def test_resolve_leaves_its_arguments_unchanged():
+def test_apply_defaults_leaves_its_argument_unchanged():
     given = parser().parse_args(["--method", "elastic-sgd"])
     before = dict(vars(given))
     cli.apply_defaults(given, 12)
@@ -173,23 +173,22 @@ def test_resolve_leaves_its_arguments_unchanged():
     assert given.dataset is given.replicas is given.rho is None
 
 
-# Wrong values: for each flag the limits that are accepted, and what is rejected besides NOT_A_NUMBER
-
+# Wrong values: for each flag the limits, which are accepted, and values that are rejected in addition to NOT_A_NUMBER
 
 NOT_A_NUMBER = ["x", "nan", "inf", "1e400", "-1", "", "1,5", "½", "0x1", "1\0", "-1e-3", "1\n2", "1/n"]
-NOT_WHOLE = ["1.5", "1e3", str(-(10**30)), "1" * 5000]
+NOT_AN_INTEGER = ["1.5", "1e3", str(-(10**30)), "1" * 5000]
 NONNEGATIVE = (["0", "0.01", "1e6"], ["1000001", "1e39"])
 BELOW_ONE = (["0", "0.999"], ["1", "0.99999999999999999"])
 NUMBERS = {
     "-s/--seed": (["0", str(2**63 - 1)], [str(2**63), "1.5"]),
-    "-n/--replicas": (["1", "10000"], ["0", "10001", str(10**30), *NOT_WHOLE]),
-    "-L/--sync-every": (["1", str(10**9)], ["0", str(10**9 + 1), "Auto", *NOT_WHOLE]),
+    "-n/--replicas": (["1", "10000"], ["0", "10001", str(10**30), *NOT_AN_INTEGER]),
+    "-L/--sync-every": (["1", str(10**9)], ["0", str(10**9 + 1), "Auto", *NOT_AN_INTEGER]),
     "--gamma": NONNEGATIVE,
     "--rho": NONNEGATIVE,
     "--alpha": BELOW_ONE,
     "--outer-lr-scale": NONNEGATIVE,
     "--outer-momentum": BELOW_ONE,
-    "-b/--batch-size": (["2", "1000"], ["0", "1", *NOT_WHOLE]),
+    "-b/--batch-size": (["2", "1000"], ["0", "1", *NOT_AN_INTEGER]),
     "-B/--epochs": (["1e-9", "1e9"], ["0", "1e308"]),
     "--lr": NONNEGATIVE,
     "--lr-drops": (["1e-9", "1e9"], ["0", "1e308"]),
@@ -199,8 +198,8 @@ NUMBERS = {
     "--dropout": BELOW_ONE,
     "--frac": (["1e-9", "1"], ["0", "1.0000001"]),
     "--timeout": (["0.1", "1e9"], ["0"]),
-    "--eval-every": (["1", "1000"], ["0", *NOT_WHOLE]),
-    "--checkpoint-every": (["1", "1000"], ["0", *NOT_WHOLE]),
+    "--eval-every": (["1", "1000"], ["0", *NOT_AN_INTEGER]),
+    "--checkpoint-every": (["1", "1000"], ["0", *NOT_AN_INTEGER]),
 }
 NAMES = {
     "-m/--model": models.RECIPES,
@@ -209,7 +208,7 @@ NAMES = {
     "--on-nan": ("restart", "stop"),
     "--amp": ("off", "bf16"),
 }
-FOLDERS = ("--data", "--proc", "--out", "--resume")
+DIRECTORIES = ("--data", "--proc", "--out", "--resume")
 
 
 @pytest.mark.parametrize("flag", NUMBERS)
@@ -220,27 +219,27 @@ def test_number_outside_limits_is_reported(flag, capsys):
         number = getattr(parse([f"{long}={value}"]), long[2:].replace("-", "_"))
         assert number == ([float(value)] if flag == "--lr-drops" else type(number)(value))
     for value in [*rejected, *NOT_A_NUMBER]:
-        line = complaint(capsys, parse, [f"{long}={value}"])
+        line = printed_error(capsys, parse, [f"{long}={value}"])
         assert flag in line and " ".join(value.split()) in line
 
 
 @pytest.mark.parametrize("flag", NAMES)
 def test_unknown_name_is_reported_with_the_choices(flag, capsys):
     for value in ("", "x", "Lenet", "lénet", "lenet\n", "lenet\0", "off,", "None", "%s", "{}", "-"):
-        line = complaint(capsys, parse, [f"{flag.split('/')[-1]}={value}"])
+        line = printed_error(capsys, parse, [f"{flag.split('/')[-1]}={value}"])
         assert all(word in line for word in [flag, value.strip(), *NAMES[flag]])
 
 
 def test_flag_without_its_value_is_reported(capsys):
-    for flag in [*NUMBERS, *NAMES, *FOLDERS, "--device"]:
+    for flag in [*NUMBERS, *NAMES, *DIRECTORIES, "--device"]:
         if flag not in ("--lr-drops", "--resume"):
-            assert flag in complaint(capsys, parse, [flag.split("/")[0]])
+            assert flag in printed_error(capsys, parse, [flag.split("/")[0]])
 
 
-@pytest.mark.parametrize("flag", FOLDERS)
-def test_folder_needs_a_valid_name(flag, capsys):
+@pytest.mark.parametrize("flag", DIRECTORIES)
+def test_directory_needs_a_valid_name(flag, capsys):
     for value in ("", "a\0b"):
-        assert flag in complaint(capsys, parse, [f"{flag}={value}"])
+        assert flag in printed_error(capsys, parse, [f"{flag}={value}"])
 
 
 @pytest.mark.parametrize(
@@ -253,7 +252,7 @@ def test_folder_needs_a_valid_name(flag, capsys):
         ("--gama=0.0123456789", ["--gama", "--gamma"]),
         ("--batchsize 64", ["--batchsize", "--batch-size"]),
         ("–-lr 1", ["–-lr", "--lr"]),
-        ("--no-whiten", ["--no-whiten"]),
+        ("--no-zca", ["--no-zca"]),
         ("-q", ["-q", "parle_mpi.py -h"]),
         ([""], ["parle_mpi.py -h"]),
         (["a\nb"], ["a b", "parle_mpi.py -h"]),
@@ -278,13 +277,16 @@ def test_folder_needs_a_valid_name(flag, capsys):
     ],
 )
 def test_wrong_command_line_is_reported_in_one_line(line, words, capsys):
-    err = complaint(capsys, parse, line)
+    err = printed_error(capsys, parse, line)
     assert all(word in err for word in words)
 
 
-@pytest.mark.parametrize(("line", "meant"), [("-m allcn", "allcnn"), ("--method parl-e", "parle"), ("-d sv", "svhn")])
-def test_closest_name_is_suggested(line, meant, capsys):
-    assert len(re.findall(rf"(?<![\w.-]){meant}\b(?!-)", complaint(capsys, parse, line))) == 2  # once among the choices
+@pytest.mark.parametrize(
+    ("line", "suggested"), [("-m allcn", "allcnn"), ("--method parl-e", "parle"), ("-d sv", "svhn")]
+)
+def test_closest_name_is_suggested(line, suggested, capsys):
+    words = re.findall(rf"(?<![\w.-]){suggested}\b(?!-)", printed_error(capsys, parse, line))
+    assert len(words) == 2  # one of them is in the list of choices
 
 
 def test_auto_sync_interval_is_accepted():
@@ -292,7 +294,7 @@ def test_auto_sync_interval_is_accepted():
 
 
 @pytest.mark.parametrize(
-    ("line", "size", "words"),
+    ("line", "num_ranks", "words"),
     [
         ("-n 5", 12, ["12", "-n 5", "1, 2, 3, 4, 6, 12"]),
         ("-n 12", 3, ["3", "-n 12", "1, 3"]),
@@ -300,20 +302,20 @@ def test_auto_sync_interval_is_accepted():
         ("--method sgd -b 23", 12, ["-b 23", "12", "-b 24"]),
     ],
 )
-def test_replicas_and_batch_must_fit_the_ranks(line, size, words, capsys):
-    err = complaint(capsys, parse, line, size)
+def test_replicas_and_batch_must_fit_the_ranks(line, num_ranks, words, capsys):
+    err = printed_error(capsys, parse, line, num_ranks)
     assert all(word in err for word in words)
 
 
-@pytest.mark.parametrize(("line", "size"), [("-n 3 -b 8", 12), ("--method sgd -b 24", 12), ("-n 3 -b 2", 3)])
-def test_two_images_per_rank_are_enough(line, size):
-    assert parse(line, size).batch_size == int(line.split()[-1])
+@pytest.mark.parametrize(("line", "num_ranks"), [("-n 3 -b 8", 12), ("--method sgd -b 24", 12), ("-n 3 -b 2", 3)])
+def test_two_images_per_rank_are_accepted(line, num_ranks):
+    assert parse(line, num_ranks).batch_size == int(line.split()[-1])
 
 
 @pytest.mark.parametrize("value", ["abc", "", "1.5", "0", "99999", "1025", "-1", " ", "x,4", "²", "1" * 5000])
 def test_invalid_omp_num_threads_is_reported(value, monkeypatch, capsys):
     monkeypatch.setenv("OMP_NUM_THREADS", value)
-    line = complaint(capsys, parse, "")
+    line = printed_error(capsys, parse, "")
     assert "OMP_NUM_THREADS" in line and value.split(",")[0].strip() in line
 
 
@@ -326,10 +328,10 @@ def test_valid_omp_num_threads_is_accepted(value, monkeypatch):
 # Resuming
 
 
-def launched(monkeypatch, size, started=False):
+def set_launcher(monkeypatch, num_ranks, by_parle=False):
     monkeypatch.setenv("PMI_RANK", "0")
-    monkeypatch.setenv("PMI_SIZE", str(size))
-    if started:
+    monkeypatch.setenv("PMI_SIZE", str(num_ranks))
+    if by_parle:
         monkeypatch.setenv(launcher.STATUS_DIR, "folder")
 
 
@@ -340,18 +342,15 @@ def parse_argv(monkeypatch, *argv, prog="parle_mpi.py"):
 
 @pytest.fixture
 def save(tmp_path):
-    """Save a checkpoint of a run with this command line; gives the folder of the run."""
+    """Return a function that saves a checkpoint of a run with a command line and returns its output directory."""
 
     def save(line):
         was = parse(line)
-        weights = [[torch.nn.Parameter(torch.zeros(2))] for _ in range(was.replicas)]
-        optimizer = Parle(weights, lr=1, batches_per_epoch=1)
-        plain = {name: str(value) if isinstance(value, Path) else value for name, value in vars(was).items()}
-        facts = dict(arguments=plain | dict(program="parle_mpi.py"), progress={}, log_bytes=0)
-        numbers = list(range(was.replicas))
-        checkpoint.save(
-            tmp_path / checkpoint.FOLDER, optimizer, numbers, facts, distributed.Group(), distributed.Group()
-        )
+        networks = {number: nn.Linear(2, 1) for number in range(was.replicas)}
+        optimizer = Parle([network.parameters() for network in networks.values()], lr=1, batches_per_epoch=1)
+        arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(was).items()}
+        metadata = dict(arguments=arguments | dict(program="parle_mpi.py"), train_state={}, log_bytes=0)
+        checkpoint.save(tmp_path / checkpoint.FOLDER, optimizer, networks, metadata, Groups())
         return tmp_path
 
     return save
@@ -359,11 +358,11 @@ def save(tmp_path):
 
 @pytest.fixture
 def resume(save, monkeypatch):
-    """The arguments of a run with `line` that is resumed with `more`."""
+    """Return a function that resumes a run of `line` with the arguments `more` and returns all its arguments."""
     monkeypatch.delenv(launcher.STATUS_DIR, raising=False)
 
-    def resume(line, *more, size=None):
-        return cli.apply_defaults(parse_argv(monkeypatch, "--resume", save(line), *more), size)
+    def resume(line, *more, num_ranks=None):
+        return cli.apply_defaults(parse_argv(monkeypatch, "--resume", save(line), *more), num_ranks)
 
     return resume
 
@@ -372,7 +371,7 @@ ENTROPY, PARLE, ELASTIC = "--method entropy-sgd -n 2", "--method parle -n 3", "-
 
 
 @pytest.mark.parametrize(
-    ("line", "more", "size", "started", "replicas"),
+    ("line", "more", "num_ranks", "by_parle", "replicas"),
     [
         (ENTROPY, "", None, False, 2),
         (ENTROPY, "", 2, True, 2),
@@ -384,14 +383,14 @@ ENTROPY, PARLE, ELASTIC = "--method entropy-sgd -n 2", "--method parle -n 3", "-
         (PARLE, "-n 5", None, False, 5),
     ],
 )
-def test_resumed_run_has_the_replicas_of_the_launcher(line, more, size, started, replicas, resume, monkeypatch):
-    if size is not None:
-        launched(monkeypatch, size, started)
-    assert resume(line, *more.split(), size=size).replicas == replicas
+def test_resumed_run_has_the_replicas_of_the_launcher(line, more, num_ranks, by_parle, replicas, resume, monkeypatch):
+    if num_ranks is not None:
+        set_launcher(monkeypatch, num_ranks, by_parle)
+    assert resume(line, *more.split(), num_ranks=num_ranks).replicas == replicas
 
 
 @pytest.mark.parametrize(
-    ("line", "more", "size", "rho"),
+    ("line", "more", "num_ranks", "rho"),
     [
         (f"{ELASTIC} --rho 0.1", "", None, 0.1),
         (f"{ELASTIC} --rho 0.1", "-n 5", None, 0.1),
@@ -405,13 +404,13 @@ def test_resumed_run_has_the_replicas_of_the_launcher(line, more, size, started,
         ("--method parle -n 3 --rho 0.5", "-n 5", None, 0.5),
     ],
 )
-def test_resumed_run_keeps_given_rho_or_one_over_n(line, more, size, rho, resume, monkeypatch):
-    if size is not None:
-        launched(monkeypatch, size)
-    assert resume(line, *more.split(), size=size).rho == rho
+def test_resumed_run_keeps_given_rho_or_one_over_n(line, more, num_ranks, rho, resume, monkeypatch):
+    if num_ranks is not None:
+        set_launcher(monkeypatch, num_ranks)
+    assert resume(line, *more.split(), num_ranks=num_ranks).rho == rho
 
 
-def test_program_is_the_one_that_runs_now(save, monkeypatch):
+def test_resumed_arguments_name_the_current_program(save, monkeypatch):
     assert parse_argv(monkeypatch, "--resume", save(PARLE), prog="parle_gpu.py").program == "parle_gpu.py"
     assert parse_argv(monkeypatch, prog="parle_mpi.py").program == "parle_mpi.py"
 
@@ -427,22 +426,22 @@ def test_program_is_the_one_that_runs_now(save, monkeypatch):
     ],
 )
 def test_run_is_not_resumed_as_another(more, words, save, monkeypatch, capsys):
-    err = complaint(capsys, parse_argv, monkeypatch, "--resume", save(PARLE), *more.split())
+    err = printed_error(capsys, parse_argv, monkeypatch, "--resume", save(PARLE), *more.split())
     assert all(word in err for word in words)
 
 
 @pytest.mark.parametrize("flags", [["--resume"], ["--resume", "--out"]], ids=" ".join)
-def test_place_without_checkpoint_is_not_resumed(flags, save, tmp_path, monkeypatch, capsys):
+def test_path_without_checkpoint_is_not_resumed(flags, save, tmp_path, monkeypatch, capsys):
     run = save(PARLE)
     (replica, *_) = sorted(run.glob("checkpoints/*/replica-0.pt"))
     (tmp_path / "file").touch()
-    for place in (
+    for path in (
         *(tmp_path / "nowhere", tmp_path / "file", tmp_path / "file" / "below", tmp_path / ("a" * 300)),
         *(tmp_path / "a\nb", Path("/dev/null/below"), run / "checkpoints", replica),
     ):
-        line = complaint(capsys, parse_argv, monkeypatch, *flags, place)
-        assert "--resume" in line and " ".join(str(place).split()) in line
-    assert "--resume" in complaint(capsys, parse_argv, monkeypatch, "--resume")
+        line = printed_error(capsys, parse_argv, monkeypatch, *flags, path)
+        assert "--resume" in line and " ".join(str(path).split()) in line
+    assert "--resume" in printed_error(capsys, parse_argv, monkeypatch, "--resume")
 
 
 # Devices
@@ -456,13 +455,13 @@ def test_place_without_checkpoint_is_not_resumed(flags, save, tmp_path, monkeypa
     ],
 )
 def test_unavailable_device_is_reported(name, capsys):
-    line = complaint(capsys, cli.find_devices, name)
+    line = printed_error(capsys, cli.find_devices, name)
     assert f"--device {' '.join(name.split())}" in line and "cpu" in line
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_cuda_is_reported_where_there_is_none(capsys):
-    assert "--device cuda" in complaint(capsys, cli.find_devices, "cuda")
+def test_cuda_is_reported_on_a_machine_without_it(capsys):
+    assert "--device cuda" in printed_error(capsys, cli.find_devices, "cuda")
 
 
 @pytest.mark.parametrize("name", ["cpu", "auto"])
@@ -483,7 +482,7 @@ def test_numbered_device_is_one_and_a_kind_is_all(name, found, monkeypatch, caps
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
     assert cli.find_devices(name) == [torch.device(device) for device in found]
     for missing in ("cuda:2", "xpu"):
-        line = complaint(capsys, cli.find_devices, missing)
+        line = printed_error(capsys, cli.find_devices, missing)
         assert f"--device {missing}" in line and "cuda:0, cuda:1, cpu" in line
 
 
@@ -495,7 +494,7 @@ def test_device_name_includes_the_model(monkeypatch):
     assert cli.device_name(torch.device("cuda", 1)) == "cuda:1 (Fast 9000)"
 
 
-# What is printed, and by whom
+# Output: only rank 0 prints
 
 
 def test_help_names_every_flag(capsys):
@@ -518,11 +517,11 @@ def test_help_names_every_flag(capsys):
 def test_only_rank_0_prints_errors(rank, size, monkeypatch, capsys):
     monkeypatch.setenv(size, "3")
     monkeypatch.setenv(rank, "0")
-    complaint(capsys, parse, "-n 0")
+    printed_error(capsys, parse, "-n 0")
     monkeypatch.setenv(rank, "1")
-    with pytest.raises(cli.UsageError) as mistake:
+    with pytest.raises(cli.UsageError) as caught:
         parse("-n 0")
-    cli.print_error("parle_mpi.py", mistake.value)
+    cli.print_error("parle_mpi.py", caught.value)
     assert tuple(capsys.readouterr()) == ("", "")
 
 
@@ -535,21 +534,25 @@ def test_only_rank_0_prints_the_help(monkeypatch, capsys):
 
 
 @pytest.fixture(scope="module")
-def started(python):
-    """A process that imports the programs, prints which slow packages that has loaded, and starts parle_mpi.py."""
-    script = (
-        "import sys, loader, models, engine, options, report, experiment, parle_mpi, parle_gpu\n"
-        "print({name.partition('.')[0] for name in sys.modules} & {'torchvision', 'sklearn', 'scipy', 'mpi4py'})\n"
-        "parle_mpi.main()"
-    )
+def failed_start(python):
+    """Run parle_mpi.py with an undecodable argument, then print which slow packages it has imported."""
+    script = """
+import sys, parle_mpi
+import parle.experiment, parle.logger, parle.doctor
+try:
+    parle_mpi.main()
+finally:
+    imported = {name.partition(".")[0] for name in sys.modules}
+    print(imported & {"torchvision", "sklearn", "scipy", "matplotlib", "mpi4py"})
+"""
     return python("-c", script, "-m", "\udcff")
 
 
-def test_import_loads_no_torchvision_sklearn_scipy_mpi(started):
-    assert started.stdout == "set()\n"
+def test_parsing_imports_no_torchvision_sklearn_scipy_mpi(failed_start):
+    assert failed_start.stdout == "set()\n"
 
 
-def test_undecodable_argument_is_reported_in_one_line(started):
-    assert started.returncode == 2
-    assert started.stderr.startswith("parle_mpi.py: error: ") and started.stderr.count("\n") == 1
-    assert all(word in started.stderr for word in ("-m/--model", r"\udcff", "allcnn"))
+def test_undecodable_argument_is_reported_in_one_line(failed_start):
+    assert failed_start.returncode == 2
+    assert failed_start.stderr.startswith("parle_mpi.py: error: ") and failed_start.stderr.count("\n") == 1
+    assert all(word in failed_start.stderr for word in ("-m/--model", r"\udcff", "allcnn"))

@@ -31,15 +31,15 @@ SMALL = {"svhn": 32, "cifar10": 32, "cifar100": 32}  # else 6 pixels: an idx fil
 
 @pytest.fixture(autouse=True)
 def requests(monkeypatch):
-    """What was asked of the network, which is not there."""
-    asked = []
+    """Return the list of requests to the network, all of which fail."""
+    urls = []
 
     def refuse(request, *args, **kwargs):
-        asked.append(request)
+        urls.append(request)
         raise urllib.error.URLError("no network here")
 
     monkeypatch.setattr("urllib.request.urlopen", refuse)
-    return asked
+    return urls
 
 
 @pytest.fixture
@@ -49,27 +49,27 @@ def proc(tmp_path):
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """A source named `tiny` that lies in memory; gives its arrays and the list of its readings."""
+    """Add a data set named `tiny`, in memory; return its arrays and a list with an entry for each time it is read."""
     random = np.random.default_rng(3)
     arrays = [
         (random.integers(0, 256, (count, 5, 5, 2), dtype=np.uint8), random.integers(0, 10, count)) for count in (12, 7)
     ]
-    readings = []
+    reads = []
 
     def read(kind, raw, download):
-        readings.append(raw)
+        reads.append(raw)
         return arrays
 
     monkeypatch.setitem(loader.DATASETS, "tiny", loader.DatasetSpec(read, "Tiny", None, 12, 2, 5, 10, False))
-    return arrays, readings
+    return arrays, reads
 
 
-def same(labels):
+def unchanged(labels):
     return labels
 
 
 def random_set(name, seed):
-    """Train and test arrays in a shape that the format allows."""
+    """Return training and test arrays of a shape that the format allows."""
     random = np.random.default_rng(seed)
     size = SMALL.get(name, 6)
     shape = (size, size, 3 if name in SMALL else 1)
@@ -82,28 +82,28 @@ def random_set(name, seed):
     ]
 
 
-def write_raw(name, root, monkeypatch, seed=0, train_labels=same, test_labels=same):
-    """Write a tiny set as torchvision lays it out, its labels spoiled as asked; gives its arrays and its files."""
+def write_raw(name, root, monkeypatch, seed=0, train_labels=unchanged, test_labels=unchanged):
+    """Write a small data set in torchvision's layout, with its labels transformed; return its arrays and its files."""
     arrays = random_set(name, seed)
     (train, labels), (test, wanted) = arrays
-    parts = [(train, train_labels(labels)), (test, test_labels(wanted))]
+    splits = [(train, train_labels(labels)), (test, test_labels(wanted))]
     write = {"mnist": write_idx, "fashion": write_idx, "svhn": write_svhn}.get(name, write_cifar)
-    return arrays, write(loader.DATASETS[name].kind, root, monkeypatch, parts)
+    return arrays, write(loader.DATASETS[name].kind, root, monkeypatch, splits)
 
 
-def write_idx(kind, root, monkeypatch, parts):
+def write_idx(kind, root, monkeypatch, splits):
     folder = root / kind / "raw"
     folder.mkdir(parents=True)
     files = []
-    for part, (images, labels) in zip(("train", "t10k"), parts, strict=True):
+    for split, (images, labels) in zip(("train", "t10k"), splits, strict=True):
         for content, array in (("images-idx3", images[..., 0]), ("labels-idx1", labels)):
-            files.append(folder / f"{part}-{content}-ubyte")
+            files.append(folder / f"{split}-{content}-ubyte")
             header = struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
             files[-1].write_bytes(header + array.astype(np.uint8).tobytes())
     return files
 
 
-def write_cifar(kind, root, monkeypatch, parts):
+def write_cifar(kind, root, monkeypatch, splits):
     import torchvision
 
     cifar = getattr(torchvision.datasets, kind)
@@ -114,7 +114,7 @@ def write_cifar(kind, root, monkeypatch, parts):
         (folder / name).write_bytes(pickle.dumps(content, protocol=2))
         return [name, md5(folder / name)]
 
-    for attribute, (images, labels) in zip(("train_list", "test_list"), parts, strict=True):
+    for attribute, (images, labels) in zip(("train_list", "test_list"), splits, strict=True):
         names = [name for name, _ in getattr(cifar, attribute)]
         rows = images.transpose(0, 3, 1, 2).reshape(len(images), -1)
         key = "labels" if kind == "CIFAR10" else "fine_labels"
@@ -129,12 +129,12 @@ def write_cifar(kind, root, monkeypatch, parts):
     return sorted(folder.iterdir())
 
 
-def write_svhn(kind, root, monkeypatch, parts):
+def write_svhn(kind, root, monkeypatch, splits):
     import scipy.io
     import torchvision
 
     root.mkdir(parents=True, exist_ok=True)
-    (images, labels), test = parts
+    (images, labels), test = splits
     pieces = {"train": (images[:9], labels[:9]), "extra": (images[9:], labels[9:]), "test": test}
     listed = {}
     for split, (pixels, digits) in pieces.items():
@@ -164,7 +164,7 @@ def assert_holds(data, arrays):
 
 
 def snapshot(folder):
-    """Everything below a folder: the content of files, the target of links."""
+    """Return everything below a directory: the content of files, the target of links."""
     return {path: content(path) for path in sorted(folder.rglob("*"))}
 
 
@@ -186,7 +186,7 @@ class Malicious:
 
 @pytest.fixture
 def marker(tmp_path):
-    """The directory that a malicious file creates. Fails if the test has created it."""
+    """Return the directory that a malicious file would create, and check that the test has not created it."""
     marker = tmp_path / "owned"
     yield marker
     assert not marker.exists()
@@ -309,7 +309,7 @@ def test_raw_format_is_read_pixel_for_pixel(name, tmp_path, proc, monkeypatch, r
     assert not requests
 
 
-def test_raw_folders_are_those_of_torchvision(tmp_path):
+def test_raw_paths_are_those_of_torchvision(tmp_path):
     from torchvision import datasets
 
     for name in ("mnist", "fashion"):
@@ -409,8 +409,8 @@ def test_invalid_raw_file_is_rejected_unexecuted(name, number, damage, marker, t
 @pytest.mark.parametrize("shape", [(40, 30), (0, 6), (0, 0)])
 def test_images_must_be_square_and_not_empty(shape, tiny, proc):
     arrays, _ = tiny
-    for part, (images, labels) in enumerate(arrays):
-        arrays[part] = np.zeros((len(images), *shape, 2), np.uint8), labels
+    for i, (images, labels) in enumerate(arrays):
+        arrays[i] = np.zeros((len(images), *shape, 2), np.uint8), labels
     with pytest.raises(loader.DatasetError, match=re.escape(f"({shape[0]}, {shape[1]}, 2)")):
         loader.load("tiny", proc=proc)
     assert not proc.exists()
@@ -420,7 +420,7 @@ def spoil_first(value):
     return lambda labels: np.concatenate([[value], labels[1:]])
 
 
-@pytest.mark.parametrize("part", ["train_labels", "test_labels"])
+@pytest.mark.parametrize("split", ["train", "test"])
 @pytest.mark.parametrize(
     ("name", "spoil", "words"),
     [(name, spoil_first(200), name) for name in FORMATS]
@@ -429,11 +429,11 @@ def spoil_first(value):
     + [(name, lambda labels: labels[:-1], r"\d.*\d") for name in FORMATS]
     + [("mnist", lambda labels: np.append(labels, 0), r"\d.*\d")],
 )
-def test_invalid_raw_labels_are_rejected(name, spoil, words, part, tmp_path, proc, monkeypatch):
-    write_raw(name, tmp_path / "raw", monkeypatch, **{part: spoil})
+def test_invalid_raw_labels_are_rejected(name, spoil, words, split, tmp_path, proc, monkeypatch):
+    write_raw(name, tmp_path / "raw", monkeypatch, **{f"{split}_labels": spoil})
     with pytest.raises(loader.DatasetError, match=words) as caught:
         loader.load(name, tmp_path / "raw", proc)
-    assert ("train" if part == "train_labels" else "test") in str(caught.value)
+    assert split in str(caught.value)
     assert not proc.exists()
 
 
@@ -453,7 +453,7 @@ def test_missing_data_folder_is_rejected(tmp_path, proc, requests):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_download_without_network_is_unreachable(name, proc, requests):
+def test_download_without_network_raises_download_error(name, proc, requests):
     timeout = socket.getdefaulttimeout()
     with pytest.raises(loader.DownloadError, match=rf"{loader.DATASETS[name].kind}.*--data"):
         loader.load(name, proc=proc)
@@ -481,7 +481,7 @@ def test_interrupted_download_names_damaged_file(name, proc, monkeypatch):
 
     def leave_damaged(*args, **kwargs):
         path.write_bytes(b"?")
-        raise urllib.error.URLError("the line is cut")
+        raise urllib.error.URLError("connection lost")
 
     monkeypatch.setattr("urllib.request.urlopen", leave_damaged)
     with pytest.raises(loader.DatasetError, match=re.escape(str(path))) as caught:
@@ -523,13 +523,13 @@ def test_real_data_has_known_statistics(name, sizes, mean, std, raw, proc):
 # proc/
 
 
-@pytest.mark.parametrize("whiten", [False, True])
-def test_second_load_reads_no_raw_data(whiten, tmp_path, proc, monkeypatch):
+@pytest.mark.parametrize("zca", [False, True])
+def test_second_load_reads_no_raw_data(zca, tmp_path, proc, monkeypatch):
     raw = tmp_path / "raw"
     write_raw("mnist", raw, monkeypatch)
-    first = loader.load("mnist", raw, proc, whiten)
+    first = loader.load("mnist", raw, proc, zca)
     shutil.rmtree(raw / "MNIST")
-    for again in (loader.load("mnist", raw, proc, whiten), loader.load("mnist", None, proc, whiten)):
+    for again in (loader.load("mnist", raw, proc, zca), loader.load("mnist", None, proc, zca)):
         for old, new in zip(first, again, strict=True):
             assert torch.equal(old, new) if isinstance(old, torch.Tensor) else old == new
 
@@ -565,22 +565,22 @@ def leave_other_format(proc):
 
 @pytest.mark.parametrize("leave", [leave_temporary_folder, leave_other_format])
 def test_stale_cache_is_rebuilt(leave, tiny, proc):
-    arrays, readings = tiny
+    arrays, reads = tiny
     leave(proc)
     assert_holds(loader.load("tiny", proc=proc), arrays)
-    assert len(readings) == 2
+    assert len(reads) == 2
 
 
 @pytest.fixture
 def cache(tiny, proc):
-    """The folder of `tiny`, pre-processed."""
+    """Return the directory of `tiny`, pre-processed."""
     loader.load("tiny", proc=proc)
     return proc / "tiny"
 
 
 @pytest.fixture
 def assert_damaged(cache):
-    """Fails unless loading reports in one line that `cache` is damaged, and leaves it unchanged."""
+    """Return a function that checks that loading reports `cache` as damaged in one line and leaves it unchanged."""
 
     def assert_damaged():
         before = snapshot(cache)
@@ -597,7 +597,7 @@ def array(*shape, dtype=np.uint8, value=0):
 
 
 def header(text):
-    """An array file of version 1 with this description."""
+    """Write an array file of version 1 with this header."""
     return write(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text)
 
 
@@ -664,7 +664,7 @@ META = {
     "mean": [None, "text", {}, [], [1], [1, 2, 3], [[1, 2]], 1, ["1", "2"], [None, 1], [10**400, 1], [float("nan"), 1]],
     "std": [None, [0, 1], [-1, 1], [1], {}, [[]], [float("inf"), 1]],
     "classes": [None, "10", 10.0, 0, -1, [10], 9, 10**30],
-    "origin": [5, ["x"]],
+    "source_dir": [5, ["x"]],
 }
 
 
@@ -679,7 +679,7 @@ def test_invalid_or_missing_meta_value_is_rejected(name, cache, assert_damaged):
     assert_damaged()
 
 
-@pytest.mark.parametrize("value", [0, 10**30, "1", None, {}])
+@pytest.mark.parametrize("value", [0, 1, 10**30, str(loader.FORMAT), None, {}])
 def test_cache_of_another_format_is_rebuilt(value, cache):
     meta = (cache / "meta.json").read_text()
     (cache / "meta.json").write_text(json.dumps(json.loads(meta) | dict(format=value)))
@@ -702,7 +702,7 @@ def put_link_to_nowhere(cache):
 
 
 @pytest.mark.parametrize("change", [keep_files, put_file, put_link_to_nowhere])
-def test_foreign_files_in_proc_are_left_unchanged(change, cache):
+def test_unrelated_files_in_proc_are_left_unchanged(change, cache):
     change(cache)
     before = snapshot(cache.parent)
     with pytest.raises(loader.DatasetError, match=rf"{re.escape(str(cache))}.*--proc"):
@@ -711,13 +711,13 @@ def test_foreign_files_in_proc_are_left_unchanged(change, cache):
 
 
 def test_changed_format_number_rebuilds_cache(tiny, proc, monkeypatch):
-    arrays, readings = tiny
+    arrays, reads = tiny
     loader.load("tiny", proc=proc)
     arrays[0] = (255 - arrays[0][0], arrays[0][1])
     monkeypatch.setattr(loader, "FORMAT", loader.FORMAT + 1)
     assert_holds(loader.load("tiny", proc=proc), arrays)
     loader.load("tiny", proc=proc)
-    assert len(readings) == 2
+    assert len(reads) == 2
 
 
 def test_another_data_folder_rebuilds_cache(tmp_path, proc, monkeypatch):
@@ -769,7 +769,7 @@ def test_unwritable_proc_is_rejected(place, tiny, tmp_path):
 
 
 class FullDisk:
-    """A file on a disk with room for `room` more bytes."""
+    """A file on a disk with `room` free bytes."""
 
     def __init__(self, room, *arguments):
         self.room, self.file = room, open(*arguments)  # noqa: SIM115
@@ -852,7 +852,7 @@ def test_concurrent_builds_all_load_the_data(stale, tiny, proc, monkeypatch):
     built, rename = context.Barrier(3, timeout=20), os.rename
 
     def rename_at_once(*args):
-        os.rename = rename  # for this process: one that has to build again waits for nobody
+        os.rename = rename  # in this process: if it has to build again it does not wait
         built.wait()
         rename(*args)
 
@@ -875,7 +875,7 @@ def test_cache_replaced_while_opening_is_retried(tiny, proc):
     stale, rename, open_memmap = context.Barrier(2), os.rename, np.lib.format.open_memmap
 
     def run(number):
-        """Both find the folder stale; the second replaces what the first has put there and not opened yet."""
+        """Both find a stale cache; the second replaces the one that the first has written and not opened yet."""
 
         def slow_rename(source, target):
             moves_away = source == proc / "tiny"
@@ -914,43 +914,43 @@ def test_building_makes_no_float_copy_of_images(tiny, proc):
     assert peak < 3 * images.nbytes, f"{peak / images.nbytes:.1f} times the images' own bytes"
 
 
-# Whitening
+# ZCA whitening
 
 
-def correlated(count, spread, random):
-    mixing = np.eye(18) + spread * random.normal(size=(18, 18))
+def correlated_images(count, correlation, random):
+    mixing = np.eye(18) + correlation * random.normal(size=(18, 18))
     pixels = 128 + 25 * random.normal(size=(count, 18)) @ mixing
     return pixels.clip(0, 255).round().astype(np.uint8).reshape(count, 3, 3, 2)
 
 
 @pytest.fixture
-def colourful(tiny):
-    """Makes `tiny` a set whose training part is longer than a chunk of the whitening."""
+def correlated(tiny):
+    """Give `tiny` correlated pixels and a training set longer than one chunk of the whitening; return its arrays."""
     arrays, _ = tiny
     random = np.random.default_rng(0)
-    for i, (count, spread) in enumerate([(10_300, 0.3), (50, 0.6)]):
-        arrays[i] = (correlated(count, spread, random), random.integers(0, 10, count))
+    for i, (count, correlation) in enumerate([(10_300, 0.3), (50, 0.6)]):
+        arrays[i] = (correlated_images(count, correlation, random), random.integers(0, 10, count))
     arrays[1][0][0] = 9
     return arrays
 
 
-def test_whitening_decorrelates_training_set(colourful, proc):
-    data = loader.load("tiny", proc=proc, whiten=True)
+def test_zca_decorrelates_training_set(correlated, proc):
+    data = loader.load("tiny", proc=proc, zca=True)
     flat = data.train_images.reshape(len(data.train_images), -1).double()
     assert flat.mean(0).abs().max() < 1e-4
-    # contrast normalisation takes each image's mean away, so nothing is left along the direction of ones
+    # contrast normalization subtracts each image's mean, so the direction of ones has no variance
     wanted = torch.eye(18, dtype=torch.float64) - 1 / 18
     torch.testing.assert_close(flat.T @ flat / len(flat), wanted, atol=2e-3, rtol=0)
 
 
-def test_whitening_is_gcn_and_zca_of_training_set(colourful, proc):
+def test_zca_follows_contrast_normalization(correlated, proc):
     random = np.random.default_rng(1)
-    for images, _ in colourful:
+    for images, _ in correlated:
         flat = images.reshape(len(images), -1)
-        # two pixels nearly alike: an eigenvalue near the regulariser, else neither that nor ddof would show
+        # two nearly equal pixels: without an eigenvalue near the regularizer, its value and ddof would have no effect
         flat[:, 17] = np.minimum(flat[:, 16], 254) + (random.random(len(flat)) < 0.1)
-    data = loader.load("tiny", proc=proc, whiten=True)
-    (train, _), (test, _) = colourful
+    data = loader.load("tiny", proc=proc, zca=True)
+    (train, _), (test, _) = correlated
 
     def gcn(images):
         flat = images.reshape(len(images), -1).astype(np.float64)
@@ -967,23 +967,23 @@ def test_whitening_is_gcn_and_zca_of_training_set(colourful, proc):
     assert torch.equal(inputs.permute(0, 2, 3, 1), data.test_images)
 
 
-def test_whitened_and_plain_data_have_separate_caches(tiny, proc):
-    arrays, readings = tiny
+def test_zca_and_plain_data_have_separate_caches(tiny, proc):
+    arrays, reads = tiny
     for _ in range(2):
-        whitened = loader.load("tiny", proc=proc, whiten=True)
-    assert [path.name for path in proc.iterdir()] == ["tiny-whitened"]
+        whitened = loader.load("tiny", proc=proc, zca=True)
+    assert [path.name for path in proc.iterdir()] == ["tiny-zca"]
     for _ in range(2):
         assert_holds(loader.load("tiny", proc=proc), arrays)
-    assert {path.name for path in proc.iterdir()} == {"tiny", "tiny-whitened"}
-    assert torch.equal(loader.load("tiny", proc=proc, whiten=True).train_images, whitened.train_images)
-    assert len(readings) == 2
+    assert {path.name for path in proc.iterdir()} == {"tiny", "tiny-zca"}
+    assert torch.equal(loader.load("tiny", proc=proc, zca=True).train_images, whitened.train_images)
+    assert len(reads) == 2
 
 
 # Batches
 
 
 def numbered(total, size=6, channels=2):
-    """A data set whose labels are the numbers of its images, and whose inputs are the pixels as they are."""
+    """Return a data set whose labels are the indices of its images, and whose inputs are the unchanged pixels."""
     images = torch.randint(0, 256, (total, size, size, channels), dtype=torch.uint8)
     labels = torch.arange(total)
     return loader.Dataset(
@@ -1023,9 +1023,9 @@ def test_batch_j_does_not_depend_on_earlier_draws(augment):
     drawn = [next(through) for _ in range(9)]
     jumping = loader.BatchLoader(data, **settings)
     for j in (8, 2, 2, 0, 5, 4):
-        jumping.drawn = j
+        jumping.batches_drawn = j
         assert_same_batch(next(jumping), drawn[j])
-        assert jumping.drawn == j + 1
+        assert jumping.batches_drawn == j + 1
 
 
 def test_order_depends_only_on_seed_and_replica():
@@ -1055,8 +1055,8 @@ def test_augmentation_depends_on_seed_and_replica(seed, replica):
     assert not torch.equal(choices[0], choices[2])
 
 
-def dropout_seed(drawn, seed=1, replica=0, part=(0, 1), device=0):
-    batches = loader.BatchLoader(numbered(10), batch_size=4, seed=seed, replica=replica, replicas=2, part=part)
+def dropout_seed(drawn, seed=1, replica=0, shard=(0, 1), device=0):
+    batches = loader.BatchLoader(numbered(10), batch_size=4, seed=seed, replica=replica, replicas=2, shard=shard)
     for _ in range(drawn):
         next(batches)
     return batches.dropout_seed(device)
@@ -1064,11 +1064,11 @@ def dropout_seed(drawn, seed=1, replica=0, part=(0, 1), device=0):
 
 def test_dropout_seeds_are_all_different():
     seeds = {
-        dropout_seed(drawn, seed, replica, (part, 3))
+        dropout_seed(drawn, seed, replica, (shard, 3))
         for drawn in (1, 2, 3, 5)
         for seed in (1, 2)
         for replica in (0, 1)
-        for part in (0, 1, 2)
+        for shard in (0, 1, 2)
     }
     assert len(seeds) == 4 * 2 * 2 * 3
     assert all(0 <= seed < 2**64 for seed in seeds)
@@ -1077,14 +1077,14 @@ def test_dropout_seeds_are_all_different():
 def test_dropout_seed_does_not_depend_on_earlier_draws():
     batches = loader.BatchLoader(numbered(10), batch_size=4, seed=1, replicas=2)
     for drawn in (4, 1, 3):
-        batches.drawn = drawn - 1
+        batches.batches_drawn = drawn - 1
         next(batches)
         assert batches.dropout_seed() == batches.dropout_seed(0) == dropout_seed(drawn)
 
 
-@pytest.mark.parametrize("part", [0, 1, 2])
-def test_dropout_seeds_of_devices_equal_those_of_ranks(part):
-    assert dropout_seed(3, device=part) == dropout_seed(3, part=(part, 3))
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_dropout_seeds_of_devices_equal_those_of_ranks(number):
+    assert dropout_seed(3, device=number) == dropout_seed(3, shard=(number, 3))
 
 
 def test_random_streams_have_different_seeds():
@@ -1102,31 +1102,31 @@ def test_drawing_leaves_torch_random_state_unchanged():
 
 
 @pytest.mark.parametrize("augment", [False, True])
-@pytest.mark.parametrize("parts", [2, 3, 5])
-def test_parts_of_a_batch_make_up_the_whole(parts, augment):
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_shards_of_a_batch_concatenate_to_the_batch(count, augment):
     data = numbered(11)
     settings = dict(batch_size=8, seed=1, augment=augment)
     whole = loader.BatchLoader(data, **settings)
-    pieces = [loader.BatchLoader(data, **settings, part=(i, parts)) for i in range(parts)]
+    shards = [loader.BatchLoader(data, **settings, shard=(i, count)) for i in range(count)]
     for _ in range(4):
-        drawn = [next(piece) for piece in pieces]
+        drawn = [next(shard) for shard in shards]
         assert_same_batch([torch.cat(column) for column in zip(*drawn, strict=True)], next(whole))
         sizes = [len(labels) for _, labels in drawn]
         assert max(sizes) - min(sizes) <= 1
-    assert pieces[0].per_epoch == whole.per_epoch
+    assert shards[0].per_epoch == whole.per_epoch
 
 
-@pytest.mark.parametrize(("replicas", "frac", "share"), [(4, 0.5, 5), (3, 0.34, 3), (3, 1.0, 10), (6, 0.25, 2)])
-def test_frac_takes_wrapping_block_of_common_shuffle(replicas, frac, share):
+@pytest.mark.parametrize(("replicas", "frac", "num_images"), [(4, 0.5, 5), (3, 0.34, 3), (3, 1.0, 10), (6, 0.25, 2)])
+def test_frac_takes_wrapping_block_of_common_shuffle(replicas, frac, num_images):
     data = numbered(10)
-    shuffle = loader.BatchLoader(data, batch_size=1, seed=5).share
+    shuffle = loader.BatchLoader(data, batch_size=1, seed=5).indices
     assert sorted(shuffle.tolist()) == list(range(10)) != shuffle.tolist()
     for replica in range(replicas):
         batches = loader.BatchLoader(data, batch_size=1, seed=5, replica=replica, replicas=replicas, frac=frac)
-        block = shuffle.roll(-(replica * 10 // replicas))[:share]
-        assert batches.per_epoch == share
+        block = shuffle.roll(-(replica * 10 // replicas))[:num_images]
+        assert batches.per_epoch == num_images
         for _ in range(2):
-            assert sorted(targets(batches, share).tolist()) == sorted(block.tolist())
+            assert sorted(targets(batches, num_images).tolist()) == sorted(block.tolist())
 
 
 def test_two_halves_are_disjoint_and_cover_everything():
@@ -1137,7 +1137,7 @@ def test_two_halves_are_disjoint_and_cover_everything():
     assert sorted(torch.cat(shown).tolist()) == list(range(20))
 
 
-def test_advised_frac_and_batch_size_fit():
+def test_suggested_frac_and_batch_size_are_valid():
     data = numbered(1437)
     with pytest.raises(loader.DatasetError, match="--frac") as caught:
         loader.BatchLoader(data, batch_size=100, seed=1, frac=1e-9)
@@ -1147,7 +1147,7 @@ def test_advised_frac_and_batch_size_fit():
     loader.BatchLoader(data, batch_size=int(re.search(r"-b (\d+)", str(caught.value))[1]), seed=1, frac=frac)
 
 
-def test_batch_larger_than_share_is_rejected():
+def test_batch_larger_than_a_replicas_data_is_rejected():
     loader.BatchLoader(numbered(10), batch_size=5, seed=1, frac=0.5)
     with pytest.raises(loader.DatasetError, match=r"\b6\b.*\b5\b.*-b 5"):
         loader.BatchLoader(numbered(10), batch_size=6, seed=1, frac=0.5)
@@ -1160,7 +1160,7 @@ def test_images_too_small_to_augment_are_rejected():
 
 
 def crops_chosen(size, draws):
-    """For each augmented image drawn, which (flip, down, right) of its source's 2 x 9 x 9 crops it equals."""
+    """Return for each augmented image which (flip, down, right) of its original's 2 x 9 x 9 crops it equals."""
     data = numbered(30, size)
     pixels = data.train_images.permute(0, 3, 1, 2).float()
     padded = torch.stack([F.pad(images, (4, 4, 4, 4), mode="reflect") for images in (pixels, pixels.flip(3))], 1)
@@ -1181,7 +1181,7 @@ def test_augmentation_draws_flips_and_crops_uniformly():
     flips, downs, rights = (torch.tensor(chosen).squeeze(1)[:, axis].bincount() for axis in range(3))
     assert (len(flips), len(downs), len(rights)) == (2, 9, 9)
     assert flips.min() > 240 and downs.min() > 35 and rights.min() > 35  # of 600
-    assert len({tuple(choice) for (choice,) in chosen}) > 140  # of 162; 158 are to be expected
+    assert len({tuple(choice) for (choice,) in chosen}) > 140  # of 162; the expectation is 158
 
 
 @pytest.mark.parametrize("channels", [1, 3])
