@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +12,11 @@ from torch.distributed.algorithms.model_averaging.averagers import PeriodicModel
 from torch.distributed.optim import PostLocalSGDOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
-import options
-import ranks
-from optimizer import Replica
-from parle import GAMMA_CAP, PULL_CAP, nesterov, scope
+from parle import cli
+from parle.algorithm import COUPLING_MAX, GAMMA_MAX, nesterov_step, scoped
+from parle.distributed import Group, MPIGroup
+from parle.optimizer import FlatReplica
 from parle_mpi import Parle
-
-if TYPE_CHECKING:
-    from mpi4py import MPI
 
 GRID = {"lr": [0.1, 0.05], "lr_drops": [[0.5, 0.75], [0.7, 0.9]]}  # lr_drops are fractions of the run
 NESTEROV = dict(momentum=0.9, nesterov=True)
@@ -28,13 +25,11 @@ NESTEROV = dict(momentum=0.9, nesterov=True)
 # Each function builds the network to call and the optimizer to step. `nb` is the number of batches in one pass.
 
 
-def build_parle(
-    model: nn.Module, comm: "MPI.Comm", nb: int, *, outer_lr_scale: float, **settings: Any
-) -> tuple[nn.Module, Parle]:
-    return model, Parle(model.parameters(), comm, batches_per_epoch=nb, outer_step=outer_lr_scale, **settings)
+def build_parle(model: nn.Module, world: MPIGroup, nb: int, **settings: Any) -> tuple[nn.Module, Parle]:
+    return model, Parle(model.parameters(), world.comm, batches_per_epoch=nb, **settings)
 
 
-def build_ddp(model: nn.Module, comm: "MPI.Comm", nb: int, *, lr: float) -> tuple[nn.Module, torch.optim.SGD]:
+def build_ddp(model: nn.Module, world: MPIGroup, nb: int, *, lr: float) -> tuple[nn.Module, torch.optim.SGD]:
     with warnings.catch_warnings(action="ignore", category=FutureWarning):  # torch 2.15 renames broadcast_buffers
         # batch-norm statistics are recalibrated before every test, so they need not be sent
         network = DistributedDataParallel(model, broadcast_buffers=False)
@@ -42,23 +37,23 @@ def build_ddp(model: nn.Module, comm: "MPI.Comm", nb: int, *, lr: float) -> tupl
 
 
 def build_postlocal_sgd(
-    model: nn.Module, comm: "MPI.Comm", nb: int, *, lr: float, sync_every: int, warmup_steps: int
+    model: nn.Module, world: MPIGroup, nb: int, *, lr: float, sync_every: int, warmup_steps: int
 ) -> tuple[nn.Module, PostLocalSGDOptimizer]:
     """Follow torch's documentation: average gradients for `warmup_steps`, then weights every `sync_every` steps."""
     model.to(memory_format=torch.contiguous_format)  # the averager makes weights contiguous, but not their momenta
     warnings.filterwarnings("ignore", "Grad strides do not match")  # from backward(), for dimensions of size 1
-    network, sgd = build_ddp(model, comm, nb, lr=lr)
+    network, sgd = build_ddp(model, world, nb, lr=lr)
     state = PostLocalSGDState(None, None, start_localSGD_iter=warmup_steps, post_local_gradient_allreduce=False)
     network.register_comm_hook(state, post_localSGD_hook)
     return network, PostLocalSGDOptimizer(sgd, PeriodicModelAverager(period=sync_every, warmup_steps=warmup_steps))
 
 
-def build_diloco(model: nn.Module, comm: "MPI.Comm", nb: int, **settings: Any) -> tuple[nn.Module, "DiLoCo"]:
-    return model, DiLoCo(model, comm, **settings)
+def build_diloco(model: nn.Module, world: MPIGroup, nb: int, **settings: Any) -> tuple[nn.Module, "DiLoCo"]:
+    return model, DiLoCo(model, world, **settings)
 
 
-def build_published(model: nn.Module, comm: "MPI.Comm", nb: int, **settings: Any) -> tuple[nn.Module, "PublishedParle"]:
-    return model, PublishedParle(model, comm, nb, **settings)
+def build_published(model: nn.Module, world: MPIGroup, nb: int, **settings: Any) -> tuple[nn.Module, "PublishedParle"]:
+    return model, PublishedParle(model, world, nb, **settings)
 
 
 class DiLoCo(torch.optim.SGD):
@@ -68,9 +63,9 @@ class DiLoCo(torch.optim.SGD):
     """
 
     def __init__(
-        self, model: nn.Module, comm: "MPI.Comm", *, lr: float, sync_every: int, outer_lr: float, outer_momentum: float
+        self, model: nn.Module, world: MPIGroup, *, lr: float, sync_every: int, outer_lr: float, outer_momentum: float
     ):
-        self.comm, self.sync_every, self.steps_done = comm, sync_every, 0
+        self.world, self.sync_every, self.steps_done = world, sync_every, 0
         self.outer = dict(lr=outer_lr, momentum=outer_momentum)
         self.weights = flatten(model).weights
         self.anchor, self.outer_buffer = self.weights.clone(), torch.zeros_like(self.weights)
@@ -81,8 +76,8 @@ class DiLoCo(torch.optim.SGD):
         super().step()
         self.steps_done += 1
         if self.steps_done % self.sync_every == 0:
-            gradient = average(self.comm, self.anchor - self.weights)
-            nesterov(self.anchor, gradient, self.outer_buffer, **self.outer)
+            gradient = average(self.world, self.anchor - self.weights)
+            nesterov_step(self.anchor, gradient, self.outer_buffer, **self.outer)
             self.weights.copy_(self.anchor)
 
 
@@ -96,30 +91,30 @@ class PublishedParle(torch.optim.Optimizer):
     MOMENTUM, ALPHA = 0.9, 0.75  # constants of the script
 
     def __init__(
-        self, model: nn.Module, comm: "MPI.Comm", nb: int, *, lr: float, sync_every: int, gamma: float, rho: float
+        self, model: nn.Module, world: MPIGroup, nb: int, *, lr: float, sync_every: int, gamma: float, rho: float
     ):
         super().__init__(model.parameters(), dict(lr=lr))
-        self.comm, self.nb, self.sync_every = comm, nb, sync_every
-        self.gamma, self.coupling = gamma, rho * sync_every * comm.size
+        self.world, self.nb, self.sync_every = world, nb, sync_every
+        self.gamma, self.coupling = gamma, rho * sync_every * world.size
         self.replica = flatten(model)
-        self.replica.use(torch.zeros_like(self.replica.weights))
+        self.replica.use_message(torch.zeros_like(self.replica.weights))
         self.y, self.steps_done = self.replica.weights, 0
         self.anchor, self.z = self.y.clone(), self.y.clone()
         self.u, self.v = torch.zeros_like(self.y), torch.zeros_like(self.y)
 
     @torch.no_grad()
     def step(self) -> None:
-        self.replica.gather_gradient()
-        gamma_k = scope(self.gamma, self._scoping_count(), self.nb, GAMMA_CAP)
+        self.replica.collect_gradient()
+        gamma_k = scoped(self.gamma, self._scoping_count(), self.nb, GAMMA_MAX)
         self._update(self.replica.gradient + gamma_k * (self.y - self.anchor), self.u)
         self.z.lerp_(self.y, 1 - self.ALPHA)
         self.steps_done += 1
         if self.steps_done % self.sync_every == 0:
-            coupling_k = scope(self.coupling, self._scoping_count(), self.nb, PULL_CAP)
-            z = average(self.comm, self.z.clone())
+            coupling_k = scoped(self.coupling, self._scoping_count(), self.nb, COUPLING_MAX)
+            z = average(self.world, self.z.clone())
             self._update((self.anchor - self.z) + coupling_k * (self.anchor - z), self.v)
             self.anchor.copy_(self.y)
-            average(self.comm, self.anchor.clone())  # the script's second message; the result is not needed here
+            average(self.world, self.anchor.clone())  # the script's second message; the result is not needed here
 
     def _scoping_count(self) -> int:
         return self.steps_done * len(self.replica.parameters) // self.sync_every
@@ -130,15 +125,15 @@ class PublishedParle(torch.optim.Optimizer):
 
 
 @torch.no_grad()
-def flatten(model: nn.Module) -> Replica:
+def flatten(model: nn.Module) -> FlatReplica:
     """Make the model's weights views into one vector."""
-    return Replica(list(model.parameters()), has_inner_loop=False)
+    return FlatReplica(list(model.parameters()), has_inner_loop=False)
 
 
-def average(comm: "MPI.Comm", vector: Tensor) -> Tensor:
+def average(world: Group, vector: Tensor) -> Tensor:
     """Average over the ranks, in place."""
-    ranks.add(comm, vector)
-    return vector.div_(comm.size)
+    world.all_reduce(vector)
+    return vector.div_(world.size)
 
 
 def once_per_step(steps: int, settings: dict[str, Any]) -> int:
@@ -170,11 +165,10 @@ def methods(n: int) -> dict[str, Method]:
     """Return every method for n ranks. This project's own methods have the programs' default settings."""
 
     def ours(*flags: str, **changes: Any) -> Method:
-        args = options.resolve(options.parser("", "").parse_args(flags), n)
-        names = ("replicas", "momentum", "weight_decay", "sync_every", "gamma", "rho", "alpha", "outer_momentum")
-        fixed = {name: getattr(args, name) for name in names}
-        fixed |= dict(outer_lr_scale=args.outer_step, lr_decay=args.lr_decay)
-        return Method(build_parle, fixed, **changes)
+        args = cli.apply_defaults(cli.build_parser("", "").parse_args(flags), n)
+        names = ("replicas", "momentum", "weight_decay", "sync_every", "gamma", "rho", "alpha")
+        names += ("outer_lr_scale", "outer_momentum", "lr_decay")
+        return Method(build_parle, {name: getattr(args, name) for name in names}, **changes)
 
     data_parallel = dict(num_messages=once_per_step, data_parallel=True)
     local = dict(sync_every=25, lr_decay=0.2)

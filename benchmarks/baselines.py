@@ -23,7 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
@@ -33,16 +33,12 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import engine
-import launch
 import loader
 import models
-import ranks
 from benchmarks import results
 from benchmarks.baseline_optimizers import GRID, Method, average, first_settings, flatten, methods
-
-if TYPE_CHECKING:
-    from mpi4py import MPI
+from parle import distributed, evaluation, launcher, training
+from parle.distributed import MPIGroup
 
 NAME = Path(__file__).stem
 BATCH_SIZE, STEPS = 128, 2000
@@ -66,7 +62,7 @@ LABELS = {
 
 
 def train(
-    method: Method, settings: dict[str, Any], seed: int, data: loader.Dataset, comm: "MPI.Comm", eval_steps: list[int]
+    method: Method, settings: dict[str, Any], seed: int, data: loader.Dataset, world: MPIGroup, eval_steps: list[int]
 ) -> dict[str, Any]:
     """Train until the last of `eval_steps`. A point of the curve is [steps, seconds of training, test error].
 
@@ -74,29 +70,29 @@ def train(
     """
     hyperparameters = dict(settings)
     lr, drops, decay = hyperparameters["lr"], hyperparameters.pop("lr_drops"), hyperparameters.pop("lr_decay")
-    evaluate = make_evaluator(data, comm)
+    evaluate = make_evaluator(data, world)
     torch.manual_seed(seed)
     model = models.build("lenet", data.channels, data.size, data.classes)
-    updates_per_step = comm.size if method.data_parallel else 1
-    shard = dict(replica=comm.rank, replicas=comm.size)
+    updates_per_step = world.size if method.data_parallel else 1
+    share = dict(replica=world.rank, replicas=world.size)
     if method.data_parallel:
-        shard = dict(part=(comm.rank, comm.size))
-    batches = loader.Batches(data, batch_size=BATCH_SIZE, seed=seed, **shard)
-    network, optimizer = method.build(model, comm, batches.per_epoch, **hyperparameters)
+        share = dict(shard=(world.rank, world.size))
+    batches = loader.BatchLoader(data, batch_size=BATCH_SIZE, seed=seed, **share)
+    network, optimizer = method.build(model, world, batches.per_epoch, **hyperparameters)
     total, done, seconds, cpu_seconds, curve = eval_steps[-1] * updates_per_step, 0, 0.0, 0.0, []
     for stop in eval_steps:
-        ranks.gather(comm, None)  # the clock runs from the common start until the last rank arrives
+        world.all_gather(None)  # the clock runs from the common start until the last rank arrives
         start, cpu_start = time.perf_counter(), time.process_time()
         while done < stop * updates_per_step:
             for group in optimizer.param_groups:
                 group["lr"] = lr * decay ** sum(done >= drop * total for drop in drops)
             inputs, targets = next(batches)
-            engine.seed(inputs.device, batches.dropout_seed())
+            training.seed_device(inputs.device, batches.dropout_seed())
             optimizer.zero_grad()
             F.cross_entropy(network(inputs), targets).backward()
             optimizer.step()
             done += 1
-        ranks.gather(comm, None)
+        world.all_gather(None)
         seconds, cpu_seconds = seconds + time.perf_counter() - start, cpu_seconds + time.process_time() - cpu_start
         curve.append([stop, round(seconds, 3), evaluate(model)])
     size = 4 * sum(parameter.numel() for parameter in model.parameters())
@@ -109,9 +105,8 @@ def train(
     )
 
 
-def make_evaluator(data: loader.Dataset, comm: "MPI.Comm") -> Callable[[nn.Module], float]:
+def make_evaluator(data: loader.Dataset, world: MPIGroup) -> Callable[[nn.Module], float]:
     """Return a function that averages the ranks' weights, recalibrates batch norm and returns the test error in %."""
-    team = engine.Team(comm.rank, comm.size, functools.partial(ranks.add, comm))
     mean_model = models.build("lenet", data.channels, data.size, data.classes)
     weights = flatten(mean_model).weights
 
@@ -119,42 +114,42 @@ def make_evaluator(data: loader.Dataset, comm: "MPI.Comm") -> Callable[[nn.Modul
     def evaluate(model: nn.Module) -> float:
         for mean, own in zip(mean_model.parameters(), model.parameters(), strict=True):
             mean.copy_(own)
-        average(comm, weights)
-        engine.recalibrate_batch_norm(mean_model, engine.calibration_batches(data, BATCH_SIZE, team), team)
+        average(world, weights)
+        evaluation.recalibrate_batch_norm(mean_model, evaluation.calibration_batches(data, BATCH_SIZE, world), world)
         total = len(data.test_labels)
-        shard = team.part(total)
-        wrong = engine.predict(mean_model, data.test_images[shard], data).argmax(1) != data.test_labels[shard]
+        shard = world.shard(total)
+        wrong = evaluation.predict(mean_model, data.test_images[shard], data).argmax(1) != data.test_labels[shard]
         count = wrong.double().sum().reshape(1)
-        team.add(count)
+        world.all_reduce(count)
         return 100 * float(count) / total
 
     return evaluate
 
 
 def run_trial(
-    name: str, settings: dict[str, Any], seed: int, data: loader.Dataset, comm: "MPI.Comm", eval_steps: list[int]
+    name: str, settings: dict[str, Any], seed: int, data: loader.Dataset, world: MPIGroup, eval_steps: list[int]
 ) -> dict[str, Any]:
     """Return the row of a trial. Train only if there is no such row yet."""
-    method = methods(comm.size)[name]
-    key = dict(method=name, settings=settings, seed=seed, ranks=comm.size, steps=eval_steps[-1])
+    method = methods(world.size)[name]
+    key = dict(method=name, settings=settings, seed=seed, ranks=world.size, steps=eval_steps[-1])
     key |= dict(num_train_images=len(data.train_labels))
-    known = [row for row in results.read_rows(NAME) if key.items() <= row.items()] if comm.rank == 0 else []
-    known = ranks.gather(comm, known)[0]
+    known = [row for row in results.read_rows(NAME) if key.items() <= row.items()] if world.rank == 0 else []
+    known = world.all_gather(known)[0]
     if known:
         return known[-1]
     provenance = results.provenance()
-    row = key | train(method, settings, seed, data, comm, eval_steps)
-    if comm.rank == 0:
+    row = key | train(method, settings, seed, data, world, eval_steps)
+    if world.rank == 0:
         print(f"{name} seed {seed}: {row['error']:.2f} % after {row['seconds']:.1f} s  {settings}", flush=True)
         results.append_row(NAME, row | provenance)
     return row
 
 
-def tune(name: str, data: loader.Dataset, comm: "MPI.Comm") -> dict[str, Any]:
+def tune(name: str, data: loader.Dataset, world: MPIGroup) -> dict[str, Any]:
     """Return a method's settings, tuned one hyperparameter after another on held-out training images."""
-    method = methods(comm.size)[name]
+    method = methods(world.size)[name]
     if method.tuned_as:
-        other = tune(method.tuned_as, data, comm)
+        other = tune(method.tuned_as, data, world)
         return method.fixed | {parameter: other[parameter] for parameter in method.grid}
     images, labels = data.train_images, data.train_labels
     split = data._replace(
@@ -165,7 +160,7 @@ def tune(name: str, data: loader.Dataset, comm: "MPI.Comm") -> dict[str, Any]:
     )
 
     def error(settings: dict[str, Any]) -> float:
-        return run_trial(name, settings, TUNING_SEED, split, comm, [TUNING_STEPS])["error"]
+        return run_trial(name, settings, TUNING_SEED, split, world, [TUNING_STEPS])["error"]
 
     settings = first_settings(method)
     for parameter, values in method.grid.items():
@@ -259,7 +254,12 @@ def main() -> None:
         "methods", nargs="*", metavar="METHOD", help=f"choose from {', '.join(methods(2))} (default: all)"
     )
     parser.add_argument(
-        "-n", "--ranks", type=int, default=len(ranks.cores()), metavar="N", help="number of ranks (%(default)s)"
+        "-n",
+        "--ranks",
+        type=int,
+        default=len(distributed.available_cores()),
+        metavar="N",
+        help="number of ranks (%(default)s)",
     )
     parser.add_argument("--data", type=Path, metavar="DIR", help="raw MNIST in torchvision's layout (else downloaded)")
     parser.add_argument("--proc", type=Path, default=Path("proc"), metavar="DIR", help="pre-processed data")
@@ -275,31 +275,31 @@ def main() -> None:
         draw()
     if args.table or args.plot:
         return
-    status = None if launch.launched() else launch.start(args.ranks)
+    status = None if launcher.rank_from_environment() else launcher.spawn_ranks(args.ranks)
     if status is not None:
         sys.exit(status)
 
     from mpi4py import MPI
 
-    comm = MPI.COMM_WORLD
+    world = MPIGroup(MPI.COMM_WORLD)
     torch.set_num_threads(1)
     load = functools.partial(loader.load, "mnist", args.data, args.proc)
-    ranks.together(comm, load, comm.rank == 0, loader.DataError)  # rank 0 builds the cache that all ranks map
-    data = load()
+    world.run_and_propagate_errors(load, loader.DatasetError, only_if=world.rank == 0)  # builds the cache
+    data = load()  # maps it
     with tempfile.TemporaryDirectory() as folder:
-        store = Path(ranks.gather(comm, folder)[0], "store").as_uri()
-        dist.init_process_group("gloo", init_method=store, rank=comm.rank, world_size=comm.size)
-        sgd = methods(comm.size)["sgd"]
-        train(sgd, first_settings(sgd), 0, data, comm, [10])  # warm-up: a process is slower at first
-        settings = {name: tune(name, data, comm) for name in args.methods or methods(comm.size)}
+        store = Path(world.all_gather(folder)[0], "store").as_uri()
+        dist.init_process_group("gloo", init_method=store, rank=world.rank, world_size=world.size)
+        sgd = methods(world.size)["sgd"]
+        train(sgd, first_settings(sgd), 0, data, world, [10])  # warm-up: a process is slower at first
+        settings = {name: tune(name, data, world) for name in args.methods or methods(world.size)}
         for seed in [] if args.tune else SEEDS:  # methods are interleaved, so that other load affects all of them
             for name in settings:
-                run_trial(name, settings[name], seed, data, comm, EVAL_STEPS)
+                run_trial(name, settings[name], seed, data, world, EVAL_STEPS)
         dist.destroy_process_group()
-        ranks.gather(comm, None)
-    if comm.rank == 0:
+        world.all_gather(None)
+    if world.rank == 0:
         print(table())
 
 
 if __name__ == "__main__":
-    ranks.run(main)
+    launcher.run_or_abort(main)

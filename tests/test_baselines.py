@@ -5,10 +5,7 @@ Under mpiexec this file itself steps every method: mpiexec -n 2 python tests/tes
 
 import sys
 import tempfile
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -22,8 +19,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import loader
 import models
-import ranks
 from benchmarks import baseline_optimizers, baselines, results
+from parle import launcher
+from parle.distributed import MPIGroup
+from tests.toy import run_ranks
 
 STEPS, P, NB = 12, 10, 4
 LR = 0.1
@@ -132,43 +131,34 @@ def short_settings(name):
     return baseline_optimizers.first_settings(baseline_optimizers.methods(2)[name]) | SHORT.get(name, {})
 
 
-def take_steps(comm, name, prepare=lambda network: None):
+def take_steps(world, name, prepare=lambda network: None):
     """Step a method on this rank, and compare its weights with the reference after every step."""
     own = {key: value for key, value in short_settings(name).items() if key not in ("lr_drops", "lr_decay")}
     model, reference = Quadratic(), REFERENCES.get(name, Reference)()
-    network, optimizer = baseline_optimizers.methods(2)[name].build(model, comm, NB, **own)
+    network, optimizer = baseline_optimizers.methods(2)[name].build(model, world, NB, **own)
     prepare(network)
     for t in range(STEPS):
         optimizer.zero_grad()
-        network(torch.tensor(TARGETS[t, comm.rank])).backward()
+        network(torch.tensor(TARGETS[t, world.rank])).backward()
         optimizer.step()
         if name in REFERENCES:
             reference.step(t)
             weights = torch.cat([model.head, model.tail]).detach().numpy()
-            np.testing.assert_allclose(weights, reference.y[comm.rank], rtol=1e-10, err_msg=f"{name}, step {t}")
+            np.testing.assert_allclose(weights, reference.y[world.rank], rtol=1e-10, err_msg=f"{name}, step {t}")
 
 
 @pytest.mark.parametrize("name", ["diloco", "published script"])
-def test_own_baselines_equal_their_reference(name, monkeypatch):
-    barrier, vectors, ranks_called = threading.Barrier(2, timeout=20), {}, []
+def test_own_baselines_equal_their_reference(name):
+    def count_messages(world):
+        with mock.patch.object(world, "all_reduce", wraps=world.all_reduce) as all_reduce:
+            take_steps(world, name)
+        return all_reduce.call_count
 
-    def average(comm, vector):
-        ranks_called.append(comm.rank)
-        vectors[comm.rank] = vector.clone()
-        barrier.wait()
-        mean = (vectors[0] + vectors[1]) / 2
-        barrier.wait()
-        return vector.copy_(mean)
-
-    monkeypatch.setattr(baseline_optimizers, "average", average)
-    comms = [SimpleNamespace(rank=rank, size=2) for rank in range(2)]
-    with ThreadPoolExecutor(2) as threads:
-        list(threads.map(lambda comm: take_steps(comm, name), comms))
-    num_messages = baseline_optimizers.methods(2)[name].num_messages(STEPS, short_settings(name))
-    assert len(ranks_called) == 2 * num_messages
+    expected = baseline_optimizers.methods(2)[name].num_messages(STEPS, short_settings(name))
+    assert run_ranks(2, count_messages) == [expected, expected]
 
 
-def check_steps(comm, name):
+def check_steps(world, name):
     """Compare a method with its reference, and count its messages."""
 
     def prepare(network):
@@ -176,10 +166,10 @@ def check_steps(comm, name):
             network.register_comm_hook(None, allreduce_hook)  # its own reducer cannot be patched to count messages
 
     with (
-        mock.patch.object(ranks, "add", wraps=ranks.add) as mpi,
+        mock.patch.object(MPIGroup, "all_reduce", autospec=True, side_effect=MPIGroup.all_reduce) as mpi,
         mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as gloo,
     ):
-        take_steps(comm, name, prepare)
+        take_steps(world, name, prepare)
     sent = [call.args[1] for call in mpi.call_args_list] + [call.args[0] for call in gloo.call_args_list]
     expected = baseline_optimizers.methods(2)[name].num_messages(STEPS, short_settings(name))
     assert sum(len(vector) >= P for vector in sent) == expected, name
@@ -189,7 +179,7 @@ def small_network(name, channels, size, classes):
     return nn.Sequential(nn.AvgPool2d(2), nn.Flatten(), nn.Linear(16, 20), nn.Dropout(0.25), nn.Linear(20, classes))
 
 
-def check_equal_runs(comm, proc):
+def check_equal_runs(world, proc):
     """Train by DDP and by this project's SGD, which must give the same errors."""
     data = loader.load("digits", proc=proc)
     curves = []
@@ -197,37 +187,38 @@ def check_equal_runs(comm, proc):
         method = baseline_optimizers.methods(2)[name]
         settings = baseline_optimizers.first_settings(baseline_optimizers.methods(2)["ddp"])
         settings = method.fixed | {parameter: settings[parameter] for parameter in baseline_optimizers.GRID}
-        row = baselines.train(method, settings, 1, data, comm, [2, 5])
+        row = baselines.train(method, settings, 1, data, world, [2, 5])
         assert row["bytes_sent"] == 4 * (17 * 20 + 21 * 10) * 10  # 5 mini-batches per rank are 10 updates
         curves.append([(steps, error) for steps, _, error in row["curve"]])
     assert curves[0] == curves[1]
 
 
-def check_shards(comm, proc):
+def check_shards(world, proc):
     """Check that ranks are replicas, or split a mini-batch, as the method says."""
     data = loader.load("digits", proc=proc)
-    for name, own in (("ddp", dict(part=(comm.rank, 2))), ("postlocal-sgd", dict(replica=comm.rank, replicas=2))):
+    shares = {"ddp": dict(shard=(world.rank, 2)), "postlocal-sgd": dict(replica=world.rank, replicas=2)}
+    for name, share in shares.items():
         method = baseline_optimizers.methods(2)[name]
-        with mock.patch.object(loader, "Batches", wraps=loader.Batches) as batches:
-            baselines.train(method, baseline_optimizers.first_settings(method), 1, data, comm, [1])
-        assert own.items() <= batches.call_args.kwargs.items(), name
+        with mock.patch.object(loader, "BatchLoader", wraps=loader.BatchLoader) as batches:
+            baselines.train(method, baseline_optimizers.first_settings(method), 1, data, world, [1])
+        assert share.items() <= batches.call_args.kwargs.items(), name
 
 
 def main():
     from mpi4py import MPI
 
-    comm = MPI.COMM_WORLD
+    world = MPIGroup(MPI.COMM_WORLD)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(models, "build", small_network):
-        store = Path(comm.bcast(folder), "store").as_uri()
-        dist.init_process_group("gloo", init_method=store, rank=comm.rank, world_size=comm.size)
+        store = Path(world.comm.bcast(folder), "store").as_uri()
+        dist.init_process_group("gloo", init_method=store, rank=world.rank, world_size=world.size)
         for name in baseline_optimizers.methods(2):
-            check_steps(comm, name)
-        check_shards(comm, Path(sys.argv[1]))
-        check_equal_runs(comm, Path(sys.argv[1]))
+            check_steps(world, name)
+        check_shards(world, Path(sys.argv[1]))
+        check_equal_runs(world, Path(sys.argv[1]))
         dist.destroy_process_group()
-        comm.Barrier()
-    if comm.rank == 0:
+        world.comm.Barrier()
+    if world.rank == 0:
         print("all equal")
 
 
@@ -254,14 +245,14 @@ class Recorder(torch.optim.SGD):
 def test_lr_drops_at_fractions_of_the_run(comm, proc, monkeypatch):
     recorders = []
 
-    def build(model, comm, nb, lr):
+    def build(model, world, nb, lr):
         recorders.append(Recorder(model.parameters(), lr))
         return model, recorders[-1]
 
     monkeypatch.setattr(models, "build", small_network)
     method = baseline_optimizers.Method(build, {}, num_messages=lambda steps, settings: 0)
     settings = dict(lr=0.1, lr_drops=[0.5, 0.75], lr_decay=0.2)
-    row = baselines.train(method, settings, 1, loader.load("digits", proc=proc), comm, [2, 4])
+    row = baselines.train(method, settings, 1, loader.load("digits", proc=proc), MPIGroup(comm), [2, 4])
     assert recorders[0].lrs == pytest.approx([0.1, 0.1, 0.02, 0.004])
     assert [steps for steps, *_ in row["curve"]] == [2, 4]
 
@@ -269,14 +260,14 @@ def test_lr_drops_at_fractions_of_the_run(comm, proc, monkeypatch):
 def test_settings_are_tuned_in_turn_on_held_out_images(monkeypatch, comm, proc):
     tried = []
 
-    def run_trial(name, settings, seed, data, comm, eval_steps):
+    def run_trial(name, settings, seed, data, world, eval_steps):
         tried.append((settings["lr"], settings["lr_drops"], settings["outer_momentum"]))
         assert (seed, eval_steps, len(data.train_labels), len(data.test_labels)) == (41, [1000], 1337, 100)
         return dict(error=abs(settings["lr"] - 0.06) + settings["lr_drops"][0] + settings["outer_momentum"])
 
     monkeypatch.setattr(baselines, "run_trial", run_trial)
     monkeypatch.setattr(baselines, "NUM_HELD_OUT", 100)
-    settings = baselines.tune("diloco", loader.load("digits", proc=proc), comm)
+    settings = baselines.tune("diloco", loader.load("digits", proc=proc), MPIGroup(comm))
     assert (settings["lr"], settings["lr_drops"], settings["outer_momentum"]) == (0.05, [0.5, 0.75], 0.5)
     early, late = [0.5, 0.75], [0.7, 0.9]
     assert [*dict.fromkeys(map(str, tried))] == [
@@ -296,7 +287,7 @@ def test_final_rows_have_the_tuned_settings(monkeypatch, comm, proc):
     monkeypatch.setattr(baselines, "run_trial", look_up)
     data, final = loader.load("digits", proc=proc), baselines.latest_rows()
     assert {name: rows[0]["settings"] for name, rows in final.items()} == {
-        name: baselines.tune(name, data, comm) for name in baseline_optimizers.methods(2)
+        name: baselines.tune(name, data, MPIGroup(comm)) for name in baseline_optimizers.methods(2)
     }
 
 
@@ -331,4 +322,4 @@ def test_table_has_the_latest_settings_and_the_best_method_first(monkeypatch):
 
 
 if __name__ == "__main__":
-    ranks.run(main)
+    launcher.run_or_abort(main)
