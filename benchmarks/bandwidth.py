@@ -29,13 +29,13 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import launch
 import loader
 import models
-import ranks
 from benchmarks import results
-from optimizer import TAIL
-from parle import PRESETS
+from parle import distributed, launcher
+from parle.algorithm import PRESETS
+from parle.distributed import MPIGroup
+from parle.optimizer import MESSAGE_TAIL
 from parle_mpi import Parle
 
 if TYPE_CHECKING:
@@ -61,9 +61,9 @@ LATENCY = 50e-6  # seconds per message; assumed, typical of TCP within a data ce
 
 
 def num_parameters(network: str) -> int:
-    source = loader.SOURCES[models.RECIPES[network]["dataset"]]
+    spec = loader.DATASETS[models.RECIPES[network]["dataset"]]
     with torch.device("meta"):
-        model = models.build(network, source.channels, source.size, source.classes)
+        model = models.build(network, spec.channels, spec.size, spec.classes)
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -166,11 +166,11 @@ def build_workload(network: str, comm: "MPI.Comm", method: str) -> tuple[Parle, 
 def measure(comm: "MPI.Comm", network: str, method: str, steps: int) -> dict[str, Any]:
     torch.manual_seed(SEED)
     optimizer, compute = build_workload(network, comm, method)  # broadcasts the weights, which opens the connection
-    latencies = []
+    world, latencies = MPIGroup(comm), []
     for _ in range(20):
         comm.Barrier()
         start = time.perf_counter()
-        ranks.add(comm, torch.zeros(1))
+        world.all_reduce(torch.zeros(1))
         latencies.append(time.perf_counter() - start)
     comm.Barrier()
     sent, start = bytes_sent(), time.perf_counter()
@@ -199,8 +199,8 @@ def measure_all(mbits: int) -> None:
     from mpi4py import MPI
 
     comm = MPI.COMM_WORLD
-    done = ranks.gather(comm, measured(mbits))[0]
-    common = dict(seed=SEED, mpi=ranks.library()) | results.provenance()
+    done = MPIGroup(comm).all_gather(measured(mbits))[0]
+    common = dict(seed=SEED, mpi=distributed.mpi_library()) | results.provenance()
     for network, method, steps in MEASURED:
         if (network, method) not in done:
             row = dict(mbits=mbits, ranks=comm.size) | measure(comm, network, method, steps)
@@ -212,7 +212,7 @@ def measure_all(mbits: int) -> None:
 
 
 def message_bytes(network: str) -> int:
-    return 4 * (num_parameters(network) + TAIL)
+    return 4 * (num_parameters(network) + MESSAGE_TAIL)
 
 
 def lenet_seconds() -> float:
@@ -304,7 +304,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print the tables and exit")
     parser.add_argument("--plot", action="store_true", help="draw the figure and exit")
     args = parser.parse_args()
-    if launch.launched():
+    if launcher.rank_from_environment():
         torch.set_num_threads(1)
         measure_all(*args.mbits)
         return
@@ -327,4 +327,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    ranks.run(main)
+    launcher.run_or_abort(main)

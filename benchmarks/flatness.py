@@ -27,12 +27,10 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import checkpoint
-import engine
-import experiment
 import loader
 import models
 from benchmarks import reproduce_paper, results
+from parle import checkpoint, evaluation, experiment
 from parle_gpu import Parle
 
 NAME = Path(__file__).stem
@@ -60,12 +58,12 @@ Weights = list[Tensor]  # the parameters of a network
 
 def load_networks(folder: Path, data: loader.Dataset) -> tuple[Weights, list[Weights]]:
     """Return the master and the replicas of a run's latest valid checkpoint."""
-    path, manifest, _ = checkpoint.newest(checkpoint.found(folder / checkpoint.FOLDER))
+    path, manifest, _ = checkpoint.latest_valid(checkpoint.list_checkpoints(folder / checkpoint.FOLDER))
     args = argparse.Namespace(**manifest["arguments"])
-    master, *replicas = (experiment.model(args, data) for _ in range(args.replicas + 1))
+    master, *replicas = (experiment.build_model(args, data) for _ in range(args.replicas + 1))
     settings = experiment.hyperparameters(args, batches_per_epoch=1)
     optimizer = Parle([replica.parameters() for replica in replicas], **settings)
-    checkpoint.load(path, manifest, optimizer, list(range(args.replicas)))
+    checkpoint.restore(path, manifest, optimizer, dict(enumerate(replicas)))
     optimizer.copy_master_to(master)
     first, *others = ([parameter.detach() for parameter in model.parameters()] for model in (master, *replicas))
     return first, others
@@ -97,9 +95,9 @@ def evaluate(model: nn.Module, weights: Weights, data: loader.Dataset) -> dict[s
     """Return the losses and the test error in percent, after recalibrating batch norm for these weights."""
     for parameter, value in zip(model.parameters(), weights, strict=True):
         parameter.copy_(value)
-    engine.recalibrate_batch_norm(model, engine.calibration_batches(data, batch_size=128))
-    training = engine.predict(model, data.train_images[:NUM_TRAIN_IMAGES], data)
-    test = engine.predict(model, data.test_images, data)
+    evaluation.recalibrate_batch_norm(model, evaluation.calibration_batches(data, batch_size=128))
+    training = evaluation.predict(model, data.train_images[:NUM_TRAIN_IMAGES], data)
+    test = evaluation.predict(model, data.test_images, data)
     return {
         "train_loss": float(F.cross_entropy(training, data.train_labels[:NUM_TRAIN_IMAGES])),
         "test_loss": float(F.cross_entropy(test, data.test_labels)),

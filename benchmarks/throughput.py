@@ -17,7 +17,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torchvision
@@ -26,17 +26,13 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import engine
-import launch
 import loader
 import models
-import ranks
 from benchmarks import results
-from optimizer import TAIL
+from parle import distributed, launcher, training
+from parle.distributed import MPIGroup
+from parle.optimizer import MESSAGE_TAIL
 from parle_mpi import Parle
-
-if TYPE_CHECKING:
-    from mpi4py import MPI
 
 NAME = Path(__file__).stem
 RANKS = (1, 2, 4, 12)
@@ -49,45 +45,36 @@ SHAPES = {"lenet": dict(channels=1, size=28, classes=10), "allcnn": dict(channel
 Times = tuple[dict[str, list[float]], dict[str, list[float]]]
 
 
-def interleave(comm: "MPI.Comm", candidates: dict[str, Callable[[], Any]], repetitions: int) -> Times:
+def interleave(world: MPIGroup, candidates: dict[str, Callable[[], Any]], repetitions: int) -> Times:
     """Time the candidates in alternation: seconds are means over the ranks, core-seconds sums."""
     seconds, core_seconds = defaultdict(list), defaultdict(list)
     for repetition in range(repetitions + 1):
         for name, call in candidates.items():
-            ranks.gather(comm, None)  # wait for the slowest rank without using a core
-            comm.Barrier()  # spin, so that all ranks start within microseconds
+            world.all_gather(None)  # wait for the slowest rank without using a core
+            world.comm.Barrier()  # spin, so that all ranks start within microseconds
             wall, core = time.perf_counter(), time.process_time()
             call()
             own = time.perf_counter() - wall, time.process_time() - core
-            walls, cores = zip(*ranks.gather(comm, own), strict=True)
+            walls, cores = zip(*world.all_gather(own), strict=True)
             if repetition > 0:  # the first is a warm-up
                 seconds[name].append(statistics.mean(walls))
                 core_seconds[name].append(sum(cores))
     return seconds, core_seconds
 
 
-def time_loops(comm: "MPI.Comm", raw: Path, proc: Path) -> Times:
+def time_loops(world: MPIGroup, raw: Path, proc: Path) -> Times:
     """Time a round of LeNet on MNIST: the program's loop, forward and backward only, and a reference loop."""
     data = loader.load("mnist", raw, proc)
-    source = functools.partial(loader.Batches, data, batch_size=BATCH_SIZE, seed=SEED, replicas=comm.size)
-    batches = source(replica=comm.rank)
+    source = functools.partial(loader.BatchLoader, data, batch_size=BATCH_SIZE, seed=SEED, replicas=world.size)
+    batches = source(replica=world.rank)
     model = models.build("lenet", **SHAPES["lenet"])
-    optimizer = Parle(model.parameters(), comm, lr=0.1, sync_every=STEPS, batches_per_epoch=batches.per_epoch)
-    events = engine.train(
-        [model],
-        [batches],
-        optimizer,
-        dict,  # no evaluation: an epoch is 469 rounds
-        epochs=1,
-        lr_drops=[],
-        lr_decay=1.0,
-        world=engine.Team(
-            comm.rank, comm.size, functools.partial(ranks.add, comm), functools.partial(ranks.gather, comm)
-        ),
-    )
+    optimizer = Parle(model.parameters(), world.comm, lr=0.1, sync_every=STEPS, batches_per_epoch=batches.per_epoch)
+    replica = training.LocalReplica(world.rank, model, batches)
+    schedule = training.Schedule(epochs=1)  # 469 rounds, before whose end there is no evaluation
+    events = training.train([replica], optimizer, schedule, evaluate=dict, groups=optimizer.groups)
 
     network = models.build("lenet", **SHAPES["lenet"]).train()
-    inputs, targets = next(source(replica=comm.rank))
+    inputs, targets = next(source(replica=world.rank))
 
     def forward_backward() -> None:
         for _ in range(STEPS):
@@ -95,7 +82,7 @@ def time_loops(comm: "MPI.Comm", raw: Path, proc: Path) -> Times:
             F.cross_entropy(network(inputs), targets).backward()
 
     candidates = dict(parle=lambda: next(events), forward_backward=forward_backward, reference_loop=reference_loop(raw))
-    return interleave(comm, candidates, repetitions=7)
+    return interleave(world, candidates, repetitions=7)
 
 
 def reference_loop(raw: Path) -> Callable[[], None]:
@@ -127,10 +114,11 @@ def build_with_gradients(network: str) -> nn.Module:
     return model
 
 
-def time_steps(comm: "MPI.Comm", network: str) -> Times:
+def time_steps(world: MPIGroup, network: str) -> Times:
     """Time 25 optimizer steps with given gradients; Parle's include one sync."""
     settings = dict(lr=1e-6, momentum=0.9)
-    parle = Parle(build_with_gradients(network).parameters(), comm, sync_every=STEPS, batches_per_epoch=469, **settings)
+    parameters = build_with_gradients(network).parameters()
+    parle = Parle(parameters, world.comm, sync_every=STEPS, batches_per_epoch=469, **settings)
     sgd = torch.optim.SGD(build_with_gradients(network).parameters(), nesterov=True, fused=True, **settings)
 
     def run_steps(optimizer: torch.optim.Optimizer) -> None:
@@ -138,16 +126,16 @@ def time_steps(comm: "MPI.Comm", network: str) -> Times:
             optimizer.step()
 
     candidates = dict(parle=functools.partial(run_steps, parle), sgd=functools.partial(run_steps, sgd))
-    return interleave(comm, candidates, repetitions=40)
+    return interleave(world, candidates, repetitions=40)
 
 
-def time_syncs(comm: "MPI.Comm", network: str) -> Times:
+def time_syncs(world: MPIGroup, network: str) -> Times:
     """Time a sync, the communication within it, and a bare all-reduce of the same number of bytes."""
     from mpi4py import MPI
 
     model = build_with_gradients(network)
-    optimizer = Parle(model.parameters(), comm, lr=1e-6, sync_every=10**9, batches_per_epoch=469)
-    vector = torch.zeros(sum(parameter.numel() for parameter in model.parameters()) + TAIL)
+    optimizer = Parle(model.parameters(), world.comm, lr=1e-6, sync_every=10**9, batches_per_epoch=469)
+    vector = torch.zeros(sum(parameter.numel() for parameter in model.parameters()) + MESSAGE_TAIL)
     communication = []
 
     def sync() -> None:
@@ -155,9 +143,9 @@ def time_syncs(comm: "MPI.Comm", network: str) -> Times:
         optimizer.sync()
         communication.append(optimizer.sync_seconds - before)
 
-    candidates = dict(step=optimizer.step, allreduce=lambda: comm.Allreduce(MPI.IN_PLACE, vector), sync=sync)
-    seconds, core_seconds = interleave(comm, candidates, repetitions=40)
-    gathered = ranks.gather(comm, communication[1:])  # without the warm-up
+    candidates = dict(step=optimizer.step, allreduce=lambda: world.comm.Allreduce(MPI.IN_PLACE, vector), sync=sync)
+    seconds, core_seconds = interleave(world, candidates, repetitions=40)
+    gathered = world.all_gather(communication[1:])  # without the warm-up
     seconds["communication"] = [statistics.mean(each) for each in zip(*gathered, strict=True)]
     return seconds, core_seconds
 
@@ -166,17 +154,17 @@ def measure(raw: Path, proc: Path) -> None:
     """Run all measurements for this number of ranks; rank 0 appends the rows."""
     from mpi4py import MPI
 
-    comm = MPI.COMM_WORLD
+    world = MPIGroup(MPI.COMM_WORLD)
     torch.set_num_threads(1)
-    torch.manual_seed(SEED + comm.rank)
-    common = dict(seed=SEED, mpi=ranks.library()) | results.provenance()
-    jobs = [("loop", "lenet", functools.partial(time_loops, comm, raw, proc))]
-    name, function = ("step", time_steps) if comm.size == 1 else ("sync", time_syncs)
-    jobs += [(name, network, functools.partial(function, comm, network)) for network in SHAPES]
+    torch.manual_seed(SEED + world.rank)
+    common = dict(seed=SEED, mpi=distributed.mpi_library()) | results.provenance()
+    jobs = [("loop", "lenet", functools.partial(time_loops, world, raw, proc))]
+    name, function = ("step", time_steps) if world.size == 1 else ("sync", time_syncs)
+    jobs += [(name, network, functools.partial(function, world, network)) for network in SHAPES]
     measured = [(name, network, *job()) for name, network, job in jobs]
-    if comm.rank == 0:
+    if world.rank == 0:
         for name, network, seconds, core_seconds in measured:
-            row = dict(measurement=name, network=network, ranks=comm.size)
+            row = dict(measurement=name, network=network, ranks=world.size)
             results.append_row(NAME, row | dict(seconds=seconds, core_seconds=core_seconds) | common)
 
 
@@ -250,7 +238,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.table:
         print(table())
-    elif launch.launched():
+    elif launcher.rank_from_environment():
         measure(args.data, args.proc)
     else:
         mpiexec = Path(sys.executable).with_name("mpiexec")
@@ -262,4 +250,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    ranks.run(main)
+    launcher.run_or_abort(main)

@@ -1,13 +1,11 @@
 import pytest
 import torch
 
-import checkpoint
-import engine
-import experiment
 import loader
 import models
-import options
 from benchmarks import flatness, results
+from parle import checkpoint, cli, evaluation, experiment
+from parle.distributed import Groups
 from parle_gpu import Parle
 
 pytestmark = pytest.mark.usefixtures("no_launcher")
@@ -32,9 +30,7 @@ def network(seed=1):
 
 
 def parse(flags):
-    args = options.resolve(options.parser("", "").parse_args(flags.split()), None)
-    options.check(args, None)
-    return args
+    return cli.complete(cli.build_parser("", "").parse_args(flags.split()), None)
 
 
 def test_noise_has_the_given_relative_norm_in_every_tensor():
@@ -66,18 +62,18 @@ def test_lines_are_straight_and_lengths_relative():
 
 def test_networks_are_loaded_from_the_latest_checkpoint(data, tmp_path):
     args = parse("-d digits -n 2")
-    replicas = [experiment.model(args, data) for _ in range(2)]
+    replicas = [experiment.build_model(args, data) for _ in range(2)]
     optimizer = Parle([model.parameters() for model in replicas], **experiment.hyperparameters(args, 12))
     arguments = {name: value if not hasattr(value, "parts") else str(value) for name, value in vars(args).items()}
-    facts = dict(arguments=arguments, progress={}, log_bytes=0)
+    metadata = dict(arguments=arguments, train_state={}, log_bytes=0)
     for _ in range(2):
         for vectors in optimizer.vectors:
             vectors["weights"].normal_()
         optimizer.master.normal_()
-        optimizer.counters = optimizer.counters | dict(rounds=optimizer.rounds + 1)
-        checkpoint.save(tmp_path / checkpoint.FOLDER, optimizer, [0, 1], facts, engine.ALONE, engine.ALONE)
+        optimizer.counters = optimizer.counters | dict(rounds_done=optimizer.rounds_done + 1, steps_per_round=25)
+        checkpoint.save(tmp_path / checkpoint.FOLDER, optimizer, dict(enumerate(replicas)), metadata, Groups())
     master, (first, second) = flatness.load_networks(tmp_path, data)
-    evaluated = experiment.model(args, data)
+    evaluated = experiment.build_model(args, data)
     optimizer.copy_master_to(evaluated)
     for weights, model in ((master, evaluated), (first, replicas[0]), (second, replicas[1])):
         assert all(map(torch.equal, weights, model.parameters()))
@@ -91,7 +87,7 @@ def test_batch_norm_is_recalibrated_for_each_network(data):
     expected = flatness.evaluate(model, weights, small)
     flatness.evaluate(model, flatness.add_noise(weights, 0.5, seed=5), small)  # leaves other statistics behind
     assert flatness.evaluate(model, weights, small) == expected
-    logits = engine.predict(model, small.test_images, small)
+    logits = evaluation.predict(model, small.test_images, small)
     error = 100 * float((logits.argmax(1) != small.test_labels).double().mean())
     assert expected["test_error"] == pytest.approx(error)
     assert expected["test_loss"] == pytest.approx(float(torch.nn.functional.cross_entropy(logits, small.test_labels)))
@@ -154,7 +150,7 @@ def test_sgd_runs_match_the_steps_and_the_compute_of_parle():
     steps = {}
     for name, flags in flatness.RUNS.items():
         args = parse(flags)
-        steps[name] = engine.count_rounds(args.epochs, 469) * args.sync_every
+        steps[name] = experiment.schedule(args).num_rounds(469) * args.sync_every
         drops = [drop / args.epochs for drop in args.lr_drops]
         assert name == "parle" or drops == pytest.approx([0.6, 0.8], abs=0.005)
     assert steps == {"parle": 1175, "sgd": 1175, "sgd-long": 3 * 1175}

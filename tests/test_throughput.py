@@ -8,15 +8,17 @@ from benchmarks import results, throughput
 PAGE_FAULTS = """
 import resource, torch
 from mpi4py import MPI
-import engine, loader, models
+import loader, models
+from parle import training
 from parle_mpi import Parle
 torch.set_num_threads(1)
 images, labels = torch.randint(255, (500, 28, 28, 1), dtype=torch.uint8), torch.randint(10, (500,))
 data = loader.Dataset("random", images, labels, images, labels, torch.zeros(1), torch.ones(1), 10)
-batches = loader.Batches(data, batch_size=100, seed=0)
+batches = loader.BatchLoader(data, batch_size=100, seed=0)
 model = models.build("lenet", 1, 28, 10)
 optimizer = Parle(model.parameters(), MPI.COMM_SELF, lr=0.1, batches_per_epoch=batches.per_epoch)
-events = engine.train([model], [batches], optimizer, dict, epochs=1, lr_drops=[], lr_decay=1.0)
+replica = training.LocalReplica(0, model, batches)
+events = training.train([replica], optimizer, training.Schedule(epochs=1), evaluate=dict)
 faults = [resource.getrusage(resource.RUSAGE_SELF).ru_minflt for _ in range(3) if next(events)]
 print(faults[2] - faults[1])
 """
