@@ -23,8 +23,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import checkpoint
 from benchmarks import results
+from parle import checkpoint
 
 NAME = Path(__file__).stem
 ROOT = Path(__file__).parent.parent
@@ -43,8 +43,8 @@ class Fault(NamedTuple):
 FAULTS = {
     "a rank is killed (SIGKILL)": Fault("kill"),
     "a rank raises": Fault("raise"),
-    "a rank hangs, `--timeout 2`": Fault("stall", "--timeout 2"),
-    "NaN in one replica": Fault("poison"),
+    "a rank hangs, `--timeout 2`": Fault("hang", "--timeout 2"),
+    "NaN in one replica": Fault("nan"),
     "SIGTERM": Fault(signal.SIGTERM),
     "SIGINT": Fault(signal.SIGINT),
     "SIGUSR1": Fault(signal.SIGUSR1),
@@ -59,7 +59,7 @@ def start(program: str, flags: str, proc: Path, out: Path, **environment: str) -
 
 
 def latest_checkpoint(out: Path) -> Path | None:
-    checkpoints = checkpoint.found(out / checkpoint.FOLDER)
+    checkpoints = checkpoint.list_checkpoints(out / checkpoint.FOLDER)
     return checkpoints[0] if checkpoints else None
 
 

@@ -29,13 +29,10 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import checkpoint
-import engine
-import interrupts
 import loader
 import models
-import options
 from benchmarks import results
+from parle import checkpoint, cli, signals, training
 
 NAME = Path(__file__).stem
 ROOT = Path(__file__).parent.parent
@@ -50,8 +47,8 @@ class Experiment(NamedTuple):
 
 
 LENET, SVHN = "-m lenet -d mnist", "-m wrn-16-4 -d svhn"
-ALLCNN = "-m allcnn -d cifar10 --dropout 0 --augment --whiten"
-WRN10, WRN100 = (f"-m wrn-28-10 -d {dataset} --augment --whiten" for dataset in ("cifar10", "cifar100"))
+ALLCNN = "-m allcnn -d cifar10 --dropout 0 --augment --zca"
+WRN10, WRN100 = (f"-m wrn-28-10 -d {dataset} --augment --zca" for dataset in ("cifar10", "cifar100"))
 SGD, ENTROPY, ELASTIC = "--method sgd", "--method entropy-sgd", "--method elastic-sgd"
 SCRIPT, PUBLISHED, WRN = "their script", "the published script", "the WRN paper, probably as in their figure"
 B25 = "-B 25 --lr-drops 7.5 15 20"
@@ -97,14 +94,14 @@ def command_flags(experiment: Experiment, seed: int) -> list[str]:
 
 
 def parse(flags: list[str]) -> argparse.Namespace:
-    return options.resolve(options.parser("reproduce_paper.py", "").parse_args(flags), None)
+    return cli.apply_defaults(cli.build_parser("reproduce_paper.py", "").parse_args(flags), None)
 
 
 def gradient_evaluations(experiment: Experiment) -> int:
     """Return the number of mini-batches that all replicas of one run compute."""
     args = parse(command_flags(experiment, SEEDS[0]))
-    nb = math.ceil(round(args.frac * loader.SOURCES[args.dataset].images) / args.batch_size)
-    return engine.count_rounds(args.epochs, nb) * args.sync_every * args.replicas
+    nb = math.ceil(round(args.frac * loader.DATASETS[args.dataset].num_train_images) / args.batch_size)
+    return training.Schedule(args.epochs).num_rounds(nb) * args.sync_every * args.replicas
 
 
 def train(program: Path, flags: list[str], out: Path, paths: list[str], seconds: float | None = None) -> bool:
@@ -120,10 +117,10 @@ def train(program: Path, flags: list[str], out: Path, paths: list[str], seconds:
     started_with = events[0]["command"][1 : len(flags) + 1] if events else flags
     if started_with != flags:
         sys.exit(f"{out} holds a different experiment ({shlex.join(started_with)}): move it away")
-    if events and events[-1]["event"] == "end":
+    if events and events[-1]["event"] == "finished":
         return True
     command = [sys.executable, str(program), *flags, "--out", str(out), *paths]
-    if checkpoint.found(out / checkpoint.FOLDER):
+    if checkpoint.list_checkpoints(out / checkpoint.FOLDER):
         command.append("--resume")
     elif out.exists():
         shutil.rmtree(out)  # it stopped before its first checkpoint
@@ -137,7 +134,7 @@ def train(program: Path, flags: list[str], out: Path, paths: list[str], seconds:
                 raise
             if not results.read_log(out):  # it was still loading its data
                 return False
-    if status not in (0, interrupts.STOPPED):
+    if status not in (0, signals.EXIT_RESUMABLE):
         sys.exit(f"{shlex.join(command)} exited with status {status}")
     return status == 0
 
@@ -149,10 +146,10 @@ def run(name: str, seed: int, program: str, out: Path, paths: list[str], seconds
     if not train(ROOT / program, flags, out, [*paths, *interval], seconds):
         print(f"{name}, seed {seed}: {progress(out):.1%} done; run the same command to resume")
         return
-    start, *_, end = events = results.read_log(out)
+    start, *_, finish = events = results.read_log(out)
     row = dict(experiment=name, seed=seed, command=shlex.join(["python", program, *flags]))
-    row |= dict(master_error=end["master_error"], best_master_error=end["best_master_error"])
-    row |= dict(images_seen=end["images"], devices=start["devices"], machine=results.machine())
+    row |= dict(master_error=finish["master_error"], best_master_error=finish["best_master_error"])
+    row |= dict(images_seen=finish["images_seen"], devices=start["devices"], machine=results.machine())
     row |= dict(revisions=list(dict.fromkeys(event["revision"] for event in events if "revision" in event)))
     results.append_row(NAME, row)
 
@@ -161,7 +158,7 @@ def progress(out: Path) -> float:
     """Return the fraction of a run's rounds that its log contains."""
     events = results.read_log(out)
     rounds = [event["round"] for event in events if "round" in event]
-    return rounds[-1] / events[0]["rounds"] if rounds else 0.0
+    return rounds[-1] / events[0]["num_rounds"] if rounds else 0.0
 
 
 def finished(name: str) -> dict[int, dict[str, Any]]:
@@ -180,9 +177,9 @@ def step_seconds(network: str) -> float:
     The time is core-seconds, since the machine may be shared. It excludes the optimizer's step, which for LeNet, where
     it weighs most, takes 0.6 % of it.
     """
-    source, batch_size = loader.SOURCES[models.RECIPES[network]["dataset"]], models.COMMON["batch_size"]
-    model = models.build(network, source.channels, source.size, source.classes)
-    images = torch.randn(batch_size, source.channels, source.size, source.size).to(memory_format=torch.channels_last)
+    spec, batch_size = loader.DATASETS[models.RECIPES[network]["dataset"]], models.COMMON["batch_size"]
+    model = models.build(network, spec.channels, spec.size, spec.classes)
+    images = torch.randn(batch_size, spec.channels, spec.size, spec.size).to(memory_format=torch.channels_last)
     targets, seconds = torch.arange(batch_size) % 10, []
     torch.set_num_threads(1)
     for _ in range(3):

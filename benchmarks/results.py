@@ -80,29 +80,36 @@ OLD_VALUES: dict[str, dict[tuple[str, str], str]] = {
     },
 }
 
+# Version 1 of the log: event → its name in version 2, and the names of the keys that benchmarks read
+OLD_EVENTS: dict[str, tuple[str, dict[str, str]]] = {
+    "start": ("start", {"replicas": "num_replicas", "rounds": "num_rounds"}),
+    "end": ("finished", {"seconds": "train_seconds", "images": "images_seen", "wait_seconds": "straggler_seconds"}),
+}
+
 
 # Rows
 
 
 def provenance() -> dict[str, str | None]:
     """Return the command, machine and revision of a row. Call it before measuring, since files may change meanwhile."""
-    import report
+    from parle import logger
 
-    return dict(command=command_line(), machine=machine(), revision=report.revision())
+    return dict(command=command_line(), machine=machine(), revision=logger.revision())
 
 
 def machine() -> str:
     """Return the processor and the versions that a number depends on, in one line."""
     import torch
 
-    import ranks
+    from parle import distributed
 
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next(line.split(":")[1] for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         cpu = platform.machine()
-    return f"{len(ranks.cores())} cores of {cpu.strip()}, Python {platform.python_version()}, torch {torch.__version__}"
+    cores = len(distributed.available_cores())
+    return f"{cores} cores of {cpu.strip()}, Python {platform.python_version()}, torch {torch.__version__}"
 
 
 def command_line() -> str:
@@ -141,9 +148,16 @@ def digest(name: str) -> str:
 
 
 def read_log(run: Path) -> list[dict[str, Any]]:
-    """Return the events of a run's log.jsonl, without a last line that was cut off."""
+    """Return the events of a run's log.jsonl under the names of today, without a last line that was cut off."""
     path = run / "log.jsonl"
-    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
+    events = [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
+    if not events or "log_version" in events[0]:
+        return events
+    upgraded = []
+    for event in events:
+        name, keys = OLD_EVENTS.get(event["event"], (event["event"], {}))
+        upgraded.append(translate(event, keys, {}) | {"event": name})
+    return upgraded
 
 
 def nothing_to_run(name: str) -> str:

@@ -9,19 +9,18 @@ import time
 
 import pytest
 
-import checkpoint
-import options
 from benchmarks import reproduce_paper as rp
 from benchmarks import results
+from parle import checkpoint, cli
 
 PROGRAM = """
 import json, pathlib, signal, sys
 arguments = sys.argv[1:]
 folder = pathlib.Path(arguments[arguments.index("--out") + 1])
 folder.mkdir(parents=True, exist_ok="--resume" in arguments)
-events = [{"event": "round"}, {"event": "end", "master_error": 1.5}]
+events = [{"event": "round"}, {"event": "finished", "master_error": 1.5}]
 if "--resume" not in arguments:
-    events = [{"event": "start", "command": sys.argv}]
+    events = [{"event": "start", "log_version": 2, "command": sys.argv}]
 with open(folder / "log.jsonl", "a") as log:
     log.writelines(json.dumps(event) + "\\n" for event in events)
 if "--resume" not in arguments:
@@ -64,7 +63,7 @@ def cells():
 def test_experiments_are_valid_command_lines():
     for name, experiment in rp.EXPERIMENTS.items():
         args = rp.parse(rp.command_flags(experiment, 43))
-        options.check(args, None)
+        cli.validate(args, None)
         assert name.startswith(f"{args.model}-{args.dataset}-")
         *_, subset, method = name.split("-")
         assert args.frac == {"half": 0.5, "quarter": 0.25}.get(subset, 1.0)
@@ -120,7 +119,7 @@ def test_a_run_is_stopped_resumed_and_not_repeated(program, tmp_path):
     assert [event["event"] for event in results.read_log(out)] == ["start"]
     assert rp.train(program, ["-s", "42"], out, [], seconds=20)
     log = out.joinpath("log.jsonl").read_text()
-    assert results.read_log(out)[-1] == {"event": "end", "master_error": 1.5}
+    assert results.read_log(out)[-1] == {"event": "finished", "master_error": 1.5}
     assert rp.train(program, ["-s", "42"], out, [], seconds=20)
     assert out.joinpath("log.jsonl").read_text() == log
 
@@ -128,11 +127,11 @@ def test_a_run_is_stopped_resumed_and_not_repeated(program, tmp_path):
 def test_a_run_without_a_checkpoint_is_restarted(program, tmp_path):
     out = tmp_path / "one"
     out.mkdir()
-    start = json.dumps({"event": "start", "command": ["program.py", "-s", "42"]})
+    start = json.dumps({"event": "start", "log_version": 2, "command": ["program.py", "-s", "42"]})
     out.joinpath("log.jsonl").write_text(start + '\n{"event": "rou')
     assert rp.progress(out) == 0.0
     assert not rp.train(program, ["-s", "42"], out, [], seconds=1)
-    assert len(checkpoint.found(out / checkpoint.FOLDER)) == 1
+    assert len(checkpoint.list_checkpoints(out / checkpoint.FOLDER)) == 1
 
 
 def test_a_failing_program_stops_the_benchmark(tmp_path):
@@ -167,7 +166,11 @@ def test_sigterm_to_the_benchmark_stops_its_program(tmp_path):
 
 def test_progress_is_the_fraction_of_rounds_done(tmp_path):
     assert rp.progress(tmp_path) == 0.0
-    events = [{"event": "start", "rounds": 40}, {"event": "round", "round": 9}, {"event": "round", "round": 10}]
+    events = [
+        {"event": "start", "log_version": 2, "num_rounds": 40},
+        {"event": "round", "round": 9},
+        {"event": "round", "round": 10},
+    ]
     tmp_path.joinpath("log.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     assert rp.progress(tmp_path) == 0.25
 
