@@ -38,12 +38,11 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 
-import engine
 import loader
 import models
-import ranks
 from benchmarks import results
-from parle import PRESETS, PULL_CAP
+from parle import distributed, evaluation, training
+from parle.algorithm import COUPLING_MAX, PRESETS
 from parle_gpu import Parle
 
 NAME = Path(__file__).stem
@@ -94,8 +93,8 @@ DEFAULTS: Config = {
 }
 SGD: Config = PRESETS["sgd"] | dict(outer_lr="lr", outer_momentum=0.9)
 LARGE_OUTER_LR: Config = dict(outer_lr=0.5, outer_momentum=0.5)
-# c_k is at its maximum, so that the master moves by outer_lr (1 + PULL_CAP) towards the mean of the replicas
-PERIODIC_AVERAGING: Config = dict(gamma=0.0, alpha=0.0, rho=PULL_CAP, reset_replicas=True)
+# c_k is at its maximum, so that the master moves by outer_lr (1 + COUPLING_MAX) towards the mean of the replicas
+PERIODIC_AVERAGING: Config = dict(gamma=0.0, alpha=0.0, rho=COUPLING_MAX, reset_replicas=True)
 METHODS: dict[str, Config] = {
     "SGD": SGD,
     "Entropy-SGD": PRESETS["entropy-sgd"],
@@ -105,8 +104,8 @@ METHODS: dict[str, Config] = {
     "Parle, 1 replica, ρ = 0.3": dict(replicas=1, rho=0.3),
     "Parle, 2 replicas, ρ = 0.15": dict(replicas=2, rho=0.15),
     "Parle, 6 replicas, ρ = 0.05": dict(replicas=6, rho=0.05),
-    "local SGD": PERIODIC_AVERAGING | dict(outer_lr=1 / (1 + PULL_CAP), outer_momentum=0.0),
-    "DiLoCo": PERIODIC_AVERAGING | dict(outer_lr=0.7 / (1 + PULL_CAP), outer_momentum=0.9),
+    "local SGD": PERIODIC_AVERAGING | dict(outer_lr=1 / (1 + COUPLING_MAX), outer_momentum=0.0),
+    "DiLoCo": PERIODIC_AVERAGING | dict(outer_lr=0.7 / (1 + COUPLING_MAX), outer_momentum=0.9),
     "Parle, outer lr 0.5": LARGE_OUTER_LR,
     "Parle, outer lr 0.5, no scoping": LARGE_OUTER_LR | dict(scoping_rate=0),
 }
@@ -187,8 +186,8 @@ def run_trial(task_name: str, config: Config, seed: int, raw: Path | None, proc:
         except FloatingPointError:
             losses.append(math.nan)
             break
-        if optimizer.batches == 0:  # a round has ended
-            nonfinite += len(optimizer.lost)
+        if optimizer.step_in_round == 0:  # a round has ended
+            nonfinite += len(optimizer.nonfinite_replicas)
             if not full["keep_inner_momentum"]:
                 for vectors in optimizer.vectors:
                     vectors["inner_momentum_buffer"].zero_()
@@ -204,13 +203,13 @@ def run_trial(task_name: str, config: Config, seed: int, raw: Path | None, proc:
     train_loss = statistics.mean(losses[-100 * n :])
     if not train_loss <= math.log(data.classes):  # NaN, or worse than chance level
         return row | dict(error=None, diverged=step, curve=curve)
-    last = engine.evaluate(optimizer, eval_model, data, batch_size=BATCH_SIZE, replicas=list(range(n)))
+    last = evaluation.evaluate(optimizer, eval_model, data, batch_size=BATCH_SIZE, replicas=list(range(n)))
     return row | dict(
         error=last["master_error"],
         loss=last["master_loss"],
         replica_errors=last["replica_errors"],
         ensemble_error=last["ensemble_error"],
-        replica_distance=statistics.mean(last["distances"]),
+        replica_distance=statistics.mean(last["replica_distances"]),
         train_loss=train_loss,
         nonfinite=nonfinite,
         curve=curve,
@@ -220,32 +219,32 @@ def run_trial(task_name: str, config: Config, seed: int, raw: Path | None, proc:
 
 def build_replicas(
     task: Task, full: Config, seed: int, data: loader.Dataset
-) -> tuple[list[nn.Module], list[loader.Batches], Parle]:
+) -> tuple[list[nn.Module], list[loader.BatchLoader], Parle]:
     """Return the networks, which have identical initial weights, their batch loaders and their optimizer."""
     networks, batches = [], []
     for replica in range(full["replicas"]):
         torch.manual_seed(seed)
         networks.append(task.build_model(data).train())
         shard = dict(replica=replica, replicas=full["replicas"], frac=full["frac"])
-        batches.append(loader.Batches(data, batch_size=BATCH_SIZE, seed=seed, augment=task.augment, **shard))
+        batches.append(loader.BatchLoader(data, batch_size=BATCH_SIZE, seed=seed, augment=task.augment, **shard))
     names = ("lr", "momentum", "weight_decay", "sync_every", "gamma", "rho", "alpha", "outer_momentum")
     rate = full["scoping_rate"]
     optimizer = Parle(
         [network.parameters() for network in networks],
         batches_per_epoch=round(batches[0].per_epoch / rate) if rate else NO_SCOPING,
-        outer_step=1.0 if full["outer_lr"] == "lr" else full["outer_lr"] / full["lr"],
+        outer_lr_scale=1.0 if full["outer_lr"] == "lr" else full["outer_lr"] / full["lr"],
         **{name: full[name] for name in names},
     )
     return networks, batches, optimizer
 
 
-def compute_gradients(networks: list[nn.Module], batches: list[loader.Batches]) -> list[float]:
+def compute_gradients(networks: list[nn.Module], batches: list[loader.BatchLoader]) -> list[float]:
     """Run one forward and backward pass per replica and return the losses."""
     losses = []
     for network, loader_ in zip(networks, batches, strict=True):
         network.zero_grad()
         inputs, targets = next(loader_)
-        engine.seed(torch.device("cpu"), loader_.dropout_seed())
+        training.seed_device(torch.device("cpu"), loader_.dropout_seed())
         loss = F.cross_entropy(network(inputs), targets)
         loss.backward()
         losses.append(loss.item())
@@ -258,13 +257,13 @@ def decay_lr(optimizer: Parle, full: Config) -> None:
     outer = LR_DECAY if full["outer_lr"] == "lr" else 1.0
     for group in optimizer.param_groups:
         group["lr"] *= inner
-        group["outer_step"] *= outer / inner
+        group["outer_lr_scale"] *= outer / inner
 
 
 def test_error(model: nn.Module, data: loader.Dataset) -> float:
     """Return the test error in percent after recalibrating batch norm."""
-    engine.recalibrate_batch_norm(model, engine.calibration_batches(data, BATCH_SIZE))
-    wrong = engine.predict(model, data.test_images, data).argmax(1) != data.test_labels
+    evaluation.recalibrate_batch_norm(model, evaluation.calibration_batches(data, BATCH_SIZE))
+    wrong = evaluation.predict(model, data.test_images, data).argmax(1) != data.test_labels
     return 100 * wrong.float().mean().item()
 
 
@@ -370,18 +369,6 @@ def summary() -> str:
     return results.markdown_table(["task", "steps per replica", "SGD", "SGD, 3 × the steps", *shown], lines)
 
 
-def headline(task: str = "cifar-5000") -> str:
-    """Return four rows for README.md: methods that communicate at most once per round, by steps per replica."""
-    rows = {"SGD, one worker": "SGD", "local SGD": LOCAL_SGD, "Parle, default ρ = 0.01": "Parle", SELECTED: SELECTED}
-    lengths, lines = (4, 12), []
-    for label, name in rows.items():
-        errors = [test_errors(task, METHODS[name] | dict(length=length)) for length in lengths]
-        cells = [format_errors(each) if each else "not run" for each in errors]
-        lines.append([label, (DEFAULTS | METHODS[name])["replicas"], *cells, ", ".join(map(str, SEEDS))])
-    columns = [f"{length * TASKS[task].steps:,} steps per replica" for length in lengths]
-    return results.markdown_table(["test error, %", "replicas", *columns, "seeds"], lines)
-
-
 def new_seeds(task: str = "cifar-5000") -> str:
     """Compare the selected setting with other methods on NEW_SEEDS, at matched steps and at matched compute."""
     lines = []
@@ -422,7 +409,7 @@ def first_outer_step(config: Config) -> float:
     """Return how far the first round moves the master along x − z, without momentum: outer_lr (1 + c_0)."""
     full = DEFAULTS | config
     outer_lr = full["lr"] if full["outer_lr"] == "lr" else full["outer_lr"]
-    return outer_lr * (1 + min(full["rho"] * full["sync_every"] * full["replicas"], PULL_CAP))
+    return outer_lr * (1 + min(full["rho"] * full["sync_every"] * full["replicas"], COUPLING_MAX))
 
 
 def plot_errors(
@@ -448,10 +435,10 @@ def draw_comparison(task: str = "cifar-5000") -> Figure:
     """Plot test error against steps per replica, and against the total gradient evaluations."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     time_axis, compute_axis = figure.subplots(1, 2, sharey=True)
-    main = {"SGD": "SGD, one worker", LOCAL_SGD: "local SGD, 3 replicas", SELECTED: "Parle, 3 replicas"}
+    main = {"SGD": "SGD, one worker", LOCAL_SGD: "local SGD, 3 replicas", SELECTED: "Parle, 3 replicas, ρ = 0.1"}
     controls = {
-        "Parle": "Parle, 3 replicas, default ρ",
-        ONE_REPLICA: "Parle, 1 replica",
+        "Parle": "Parle, 3 replicas, ρ = 0.01 (default)",
+        ONE_REPLICA: "Parle, 1 replica, ρ = 0.3",
         "Elastic-SGD": "Elastic-SGD, 3 replicas",
     }
     for axis, labels in ((time_axis, main), (compute_axis, main | controls)):
@@ -472,11 +459,12 @@ def draw_comparison(task: str = "cifar-5000") -> Figure:
         axis.set(xscale="log", ylim=(30, 50))
         ticks = [1000, 3000, 10_000, 30_000]
         axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        axis.set_yticks(range(30, 51, 5))
         axis.minorticks_off()
         axis.grid(alpha=0.3)
         axis.legend(fontsize=9)
     figure.suptitle("Do three coupled replicas reach a lower test error than one network trained with SGD?")
-    time_axis.set(xlabel="steps per replica (time)", ylabel="test error (%)")
+    time_axis.set(xlabel="training steps per replica (time)", ylabel="test error (%), lower is better")
     time_axis.set_title("after the same time (one worker per replica)", fontsize=10)
     compute_axis.set(xlabel="gradient evaluations of all replicas (compute)")
     compute_axis.set_title("after the same compute", fontsize=10)
@@ -539,7 +527,7 @@ def main() -> None:
     jobs = [(*trial, args.data, args.proc) for trial in missing_trials(args.panels or PANELS)]
     if not jobs:
         print(results.nothing_to_run(NAME))
-    with ProcessPoolExecutor(len(ranks.cores()), mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(len(distributed.available_cores()), mp_context=get_context("spawn")) as pool:
         trials = [pool.submit(run_trial, *job) for job in jobs]
         for number, trial in enumerate(as_completed(trials), 1):
             row = trial.result()

@@ -1,7 +1,9 @@
 """Run the commands that README.md and docs/results.md report: test error of the master, and training time.
 
-python benchmarks/readme_results.py --data DIR     # run what has no row yet; DIR in torchvision's layout
-python benchmarks/readme_results.py --table
+    python benchmarks/readme_results.py --data DIR     # run what has no row yet; DIR in torchvision's layout
+    python benchmarks/readme_results.py --table
+
+The table of README.md also shows results of compare_methods.py.
 """
 
 import argparse
@@ -12,18 +14,20 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import options
-from benchmarks import results
+from benchmarks import compare_methods, results
+from parle import cli
 
 NAME = Path(__file__).stem
 ROOT = Path(__file__).parent.parent
 SEEDS = (42, 43, 44)
+DIGITS, MNIST = "parle_mpi.py -n 3 -d digits", "parle_mpi.py -n 3 -d mnist -B 1"
+MNIST_SGD = "parle_mpi.py -d mnist --method sgd -B 25 --lr-drops 12.5 18.75"
 EXPERIMENTS = {
-    "LeNet, digits": "parle_mpi.py -n 3 -d digits",
+    "LeNet, digits": DIGITS,
     "LeNet, MNIST, 0.25 epochs (6.3 passes)": "parle_mpi.py -n 3 -d mnist -B 0.25",
     "LeNet, MNIST, 0.25 epochs, ρ = 0.1": "parle_mpi.py -n 3 -d mnist -B 0.25 --rho 0.1",
-    "LeNet, MNIST, 1 epoch (25 passes)": "parle_mpi.py -n 3 -d mnist -B 1",
-    "LeNet, MNIST, SGD, 25 passes": "parle_mpi.py -d mnist --method sgd -B 25 --lr-drops 12.5 18.75",
+    "LeNet, MNIST, 1 epoch (25 passes)": MNIST,
+    "LeNet, MNIST, SGD, 25 passes": MNIST_SGD,
 }
 
 
@@ -36,24 +40,26 @@ def run(flags: str, seed: int, data: Path | None, proc: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         paths = ["--proc", str(proc), "--out", f"{folder}/run", *(["--data", str(data)] if data else [])]
         subprocess.run([sys.executable, *command.split()[1:], *paths], cwd=ROOT, check=True)
-        start, *_, end = results.read_log(Path(folder, "run"))
+        start, *_, finish = results.read_log(Path(folder, "run"))
     row = dict(
         command=command,
         seed=seed,
-        num_replicas=start["replicas"],
-        num_rounds=start["rounds"],
-        error=end["master_error"],
-        train_seconds=end["seconds"],
-        straggler_seconds=end["wait_seconds"],
-        sync_seconds=end["sync_seconds"],
+        num_replicas=start["num_replicas"],
+        num_rounds=start["num_rounds"],
+        error=finish["master_error"],
+        train_seconds=finish["train_seconds"],
+        straggler_seconds=finish["straggler_seconds"],
+        sync_seconds=finish["sync_seconds"],
         revision=start["revision"],
         machine=results.machine(),
     )
     results.append_row(NAME, row)
 
 
-def steps_per_round(flags: str) -> int:
-    return options.resolve(options.parser("", "").parse_args(flags.split()[1:]), None).sync_every
+def num_steps(rows: list[dict], flags: str) -> str:
+    """Format the steps of each replica."""
+    args = cli.apply_defaults(cli.build_parser("", "").parse_args(flags.split()[1:]), None)
+    return f"{rows[0]['num_rounds'] * args.sync_every:,}" if rows else "not run"
 
 
 def finished() -> dict[str, dict]:
@@ -61,16 +67,22 @@ def finished() -> dict[str, dict]:
     return {row["command"]: row for row in results.read_rows(NAME)}
 
 
+def rows_of(flags: str) -> list[dict]:
+    """Return the rows of a command, by seed."""
+    rows = finished()
+    return [rows[command] for seed in SEEDS if (command := command_line(flags, seed)) in rows]
+
+
 def table() -> str:
-    rows, lines = finished(), []
+    lines = []
     for experiment, flags in EXPERIMENTS.items():
-        if own := [rows[command] for seed in SEEDS if (command := command_line(flags, seed)) in rows]:
+        if own := rows_of(flags):
             seconds = [row["train_seconds"] for row in own]
             lines.append(
                 [
                     experiment,
                     own[0]["num_replicas"],
-                    f"{own[0]['num_rounds'] * steps_per_round(flags):,}",
+                    num_steps(own, flags),
                     results.mean_std([row["error"] for row in own]),
                     f"{min(seconds):.0f} to {max(seconds):.0f}",
                     f"`python {flags}`",
@@ -79,6 +91,39 @@ def table() -> str:
             )
     header = ["network, data", "replicas", "steps per replica", "test error, %", "training, s", "command", "seeds"]
     return results.markdown_table(header, lines)
+
+
+def headline() -> str:
+    """Return the table of README.md: Parle against SGD and local SGD, and below it the commands of its rows."""
+    task, length = "cifar-5000", 4
+    panels = "python benchmarks/compare_methods.py --data DIR methods long longest"
+    commands = [f"python {DIGITS}", f"python {MNIST}", panels]
+
+    def cell(errors: list[float]) -> str:
+        return compare_methods.format_errors(errors) if errors else "not run"
+
+    def compared(name: str, length: int = length) -> str:
+        return cell(compare_methods.test_errors(task, compare_methods.METHODS[name] | dict(length=length)))
+
+    lines = []
+    for name, flags, sgd, note in (
+        ("LeNet, digits", DIGITS, None, 1),
+        ("LeNet, MNIST, one epoch", MNIST, MNIST_SGD, 2),
+    ):
+        errors, sgd_errors = ([row["error"] for row in rows_of(each)] if each else [] for each in (flags, sgd))
+        steps = num_steps(rows_of(flags), flags)
+        lines.append([f"{name} <sup>{note}</sup>", steps, cell(errors), cell(sgd_errors), "not run", "not run"])
+    for name, method in (
+        ("narrow All-CNN, 5,000 CIFAR-10 images, ρ = 0.1", compare_methods.SELECTED),
+        ("the same with the default ρ = 0.01", "Parle"),
+    ):
+        columns = [compared(method), compared("SGD"), compared("SGD", 3 * length), compared(compare_methods.LOCAL_SGD)]
+        steps = f"{length * compare_methods.TASKS[task].steps:,}"
+        lines.append([f"{name} <sup>3</sup>", steps, *columns])
+    header = [f"test error, % (seeds {', '.join(map(str, SEEDS))})", "steps per replica", "Parle, 3 replicas"]
+    header += ["SGD, same steps", "SGD, same compute", "local SGD, 3 replicas"]
+    notes = ", ".join(f"<sup>{number}</sup> `{command}`" for number, command in enumerate(commands, 1))
+    return f"{results.markdown_table(header, lines)}\n\n{notes}"
 
 
 def main() -> None:

@@ -3,8 +3,8 @@
     python benchmarks/update_tables.py
 
 A table stands between <!-- MODULE.FUNCTION --> and <!-- end -->: the Markdown that FUNCTION of benchmarks/MODULE.py
-returns, followed by a line that names its source. A figure is redrawn by draw() of its module, and only if the rows
-have changed since it was drawn.
+returns, followed by a line that names its source, unless the table has notes of its own. A figure is redrawn by draw()
+of its module, and only if the rows have changed since it was drawn.
 """
 
 import importlib
@@ -25,6 +25,7 @@ FIGURES = {  # figure → module that draws it
     "flatness": "flatness",
 }
 MARKER = r"<!-- (\w+)\.(\w+) -->\n"
+WITH_NOTES = {("readme_results", "headline")}  # tables that name their sources
 
 
 def pages() -> list[Path]:
@@ -39,7 +40,8 @@ def fill(text: str) -> str:
     def replace(match: re.Match[str]) -> str:
         marker, name, function = match[1], match[2], match[3]
         table = getattr(importlib.import_module(f"benchmarks.{name}"), function)()
-        return f"{marker}\n{table}\n\n{results.source_note(name)}\n\n"
+        note = "" if (name, function) in WITH_NOTES else f"{results.source_note(name)}\n\n"
+        return f"{marker}\n{table}\n\n{note}"
 
     text, count = re.subn(rf"({MARKER})(?:(?!<!--).)*(?=<!-- end -->)", replace, text, flags=re.DOTALL)
     if count != len(re.findall(MARKER, text)):
