@@ -197,7 +197,7 @@ def test_every_flag_reaches_what_it_controls(program, monkeypatch, proc, tmp_pat
 
 @pytest.fixture
 def main(monkeypatch, tmp_path):
-    """main() with these arguments, in an empty folder."""
+    """main() with these arguments, in an empty folder, with one thread: other processes may need the other cores."""
 
     def main(*arguments):
         monkeypatch.setattr(sys, "argv", ["parle_gpu.py", *map(str, arguments)])
@@ -205,6 +205,7 @@ def main(monkeypatch, tmp_path):
 
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     return main
 
 
