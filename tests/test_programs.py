@@ -267,15 +267,16 @@ def test_replicas_draw_in_different_orders(train):
 @pytest.mark.parametrize(
     ("arguments", "replicas", "sync_every"),
     [
-        ("--method elastic-sgd -n 2 -B 6", 2, 1),
+        ("--method elastic-sgd -n 2 -B 3", 2, 1),
         ("--method entropy-sgd -B 0.2", 1, 25),
-        ("--method sgd -B 6", 1, 1),
+        ("--method sgd -B 3", 1, 1),
     ],
 )
 def test_presets_train(arguments, replicas, sync_every, train):
     log = train(*arguments.split())
     assert (log[0]["replicas"], log[0]["sync_every"]) == (replicas, sync_every)
-    assert of(log, "round")[-1]["loss"] < 1.5
+    losses = [line["loss"] for line in of(log, "round")]
+    assert losses[-1] < min(1.8, losses[0]), losses
 
 
 def test_auto_shortens_its_rounds_as_lr_falls(train):
