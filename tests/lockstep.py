@@ -151,7 +151,7 @@ def check(comm, replicas, dtype, tolerance, **settings):
 
 
 def random_images(count, seed):
-    """Images of 8 x 8 whose brightness tells their class, and the classes."""
+    """Images of 8 x 8 whose brightness depends on their class, and the classes."""
     random = np.random.default_rng(seed)
     labels = random.integers(10, size=count)
     images = random.integers(100, size=(count, 8, 8, 1)) + 15 * labels[:, None, None, None]

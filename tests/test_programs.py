@@ -607,9 +607,8 @@ def test_replica_is_data_parallel_over_its_devices(train, pretend):
     assert told.sources == [(0, "cuda:0"), (1, "cuda:2")]
     assert told.models == ["cuda:0", "cuda:2", "cuda:0"]  # the last is evaluated, at home
     assert [place.index for place, _ in told.seeds[:4]] == [0, 1, 2, 3]
-    assert (
-        len({number for _, number in told.seeds}) == len(told.seeds) == 2 * 2 * 2 * 2
-    )  # rounds, mini-batches, replicas, devices
+    rounds = mini_batches = replicas = devices = 2
+    assert len({number for _, number in told.seeds}) == len(told.seeds) == rounds * mini_batches * replicas * devices
     assert of(log, "round")[-1]["loss"] > 0
     models.build("lenet", 1, 8, 10).load_state_dict(torch.load("run/master.pt", weights_only=True))
 
