@@ -287,6 +287,26 @@ def check_mismatched_lr(comm):
         assert comm.size == 1
 
 
+def check_nonfinite(comm, sync_every):
+    """Every rank lists the replica with NaN, which restarts from the mean of the others without momentum."""
+    failed = comm.size - 1
+    parameter = nn.Parameter(torch.zeros(5))
+    optimizer = Parle([parameter], comm, lr=0.1, sync_every=sync_every, batches_per_epoch=10)
+    for number in range(3):
+        if number == 1 and comm.rank == failed:
+            with torch.no_grad():
+                parameter.fill_(torch.nan)
+        for _ in range(sync_every):
+            parameter.grad = torch.full((5,), comm.rank + 1.0)
+            optimizer.step()
+        assert optimizer.nonfinite_replicas == ([failed] if number == 1 else [])
+        assert optimizer.master.isfinite().all() and parameter.isfinite().all()
+        assert len(set(comm.allgather(optimizer.master.numpy().tobytes()))) == 1
+        if number == 1 and comm.rank == failed:
+            assert torch.equal(parameter, optimizer.master)
+            assert not optimizer.state[parameter]["inner_momentum_buffer"].any()
+
+
 def main():
     from mpi4py import MPI
 
@@ -302,6 +322,8 @@ def main():
                     print(f"{name}: n={replicas} on {size} ranks, {dtype}", flush=True)
         MPIGroup(comm).all_gather(None)  # a plain barrier would spin on a core
     check_data_parallel(comm, MPI.COMM_SELF)
+    for sync_every in (1, 2):
+        check_nonfinite(comm, sync_every)
     check_identical_ranks(comm)
     check_piggyback(comm)
     check_mismatched_settings(comm)

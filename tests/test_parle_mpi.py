@@ -1,4 +1,4 @@
-"""The program and its class as real MPI processes, each run with a time limit; more of it in test_programs.py."""
+"""parle_mpi.py and its class as real MPI processes, each run with a time limit. See also test_programs.py."""
 
 import json
 import os
@@ -28,15 +28,16 @@ def of(log, event):
     return [line for line in log if line["event"] == event]
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(3, marks=pytest.mark.slow), 4])  # which try 1 and 2 too
-def test_every_rank_in_lockstep_with_the_reference(python, ranks):
-    done = python(ROOT / "tests" / "lockstep.py", ranks=ranks)
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("ranks", [pytest.param(3, marks=pytest.mark.slow), 4])
+def test_every_rank_in_lockstep_with_reference(python, ranks):
+    done = python(ROOT / "tests" / "lockstep.py", ranks=ranks, timeout=240, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("all equal\n")
 
 
 @pytest.mark.slow
-def test_the_ranks_of_a_launcher_are_as_many_replicas(train):
+def test_one_replica_per_rank_by_default(train):
     log, _ = train("-B", 0.08, "-L", 2, ranks=3)
     assert log[0]["replicas"] == log[0]["ranks"] == len(of(log, "eval")[0]["replica_errors"]) == 3
     assert log[0]["threads"] == max(1, len(os.sched_getaffinity(0)) // 3)
@@ -61,65 +62,93 @@ def test_sgd_is_data_parallel_over_the_ranks(train):
     assert len(of(log, "eval")) == 2
 
 
-def test_ranks_with_different_settings_stop_with_one_line(python, proc):
+def test_settings_that_differ_between_ranks_exit_with_code_2(python, proc):
     command = [ROOT / "parle_mpi.py", "-d", "digits", "--proc", proc, "--lr"]
-    done = python(*command, 0.1, ":", "-n", 1, sys.executable, *command, 0.2, ranks=1)
+    done = python(*command, 0.1, ":", "-n", 1, sys.executable, *command, 0.2, ranks=1, timeout=100)
     assert done.returncode == 2
-    assert done.stderr == (
-        "parle_mpi.py: error: lr is 0.1 on rank 0 and 0.2 on rank 1: start every rank with the same\n"
-    )
+    assert_one_line(done.stderr, "lr", "0.1", "rank 0", "0.2", "rank 1")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "ranks", "words"),
-    [
-        (["-n", 3, "-d", "digits"], 2, "use -n with one of 1, 2"),
-        (["-b", 2000, "-d", "digits"], 2, "-b 1437 or less"),
-        pytest.param(["-d", "mnist", "-n", 2], None, "give --data DIR", marks=pytest.mark.slow),
-        pytest.param(
-            ["-d", "digits", "--out", "/proc/none", "-n", 2], None, "name a new folder", marks=pytest.mark.slow
-        ),
-    ],
-)
-def test_a_mistake_is_one_line_and_exit_code_2_for_all_ranks(python, proc, tmp_path, arguments, ranks, words):
-    done = python(ROOT / "parle_mpi.py", "--proc", proc, *arguments, ranks=ranks, cwd=tmp_path, **OFFLINE)
-    assert done.returncode == 2
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("parle_mpi.py: error: ")
-    assert words in line
-    assert not (tmp_path / "runs").exists()
-
-
-def test_an_exception_in_the_program_ends_every_rank(python, proc, tmp_path):
-    script = tmp_path / "broken.py"
-    script.write_text(f"""
-import os, runpy, sys
+MISTAKES = [
+    # arguments of both ranks, those of rank 1 alone, key words of the message
+    ("-n 3 -d digits", "", ["-n", "1, 2"]),
+    ("-b 2000 -d digits", "", ["-b", "1437"]),
+    ("-d mnist", "", ["mnist", "--data"]),
+    ("-d digits --out /proc/none", "", ["--out", "/proc/none"]),
+    ("-d digits", "-s 1", ["seed", "42", "rank 0", "1 on rank 1"]),
+    ("-d digits", "--device nonsense", ["--device", "nonsense"]),
+]
+TWO_RANKS = f"""
+import contextlib, io, json, os, runpy, sys
 sys.path.insert(0, {str(ROOT)!r})
-import loader
+import loader, parle_mpi, ranks
+from mpi4py import MPI
+
+rank, finalize = MPI.COMM_WORLD.rank, MPI.Finalize
+common, mistakes = sys.argv[1:-1], json.loads(sys.argv[-1])
+MPI.Finalize = lambda: None  # so that main() can be called again
+told = []
+for both, second, _ in mistakes:
+    sys.argv = ["parle_mpi.py", *common, *both.split(), *(second.split() if rank == 1 else [])]
+    with contextlib.redirect_stderr(io.StringIO()) as stderr, contextlib.redirect_stdout(io.StringIO()) as stdout:
+        try:
+            parle_mpi.main()
+            code = 0
+        except SystemExit as exit:
+            code = exit.code
+    told.append([code, stdout.getvalue(), stderr.getvalue()])
+with open(f"told-{{rank}}.json", "w") as file:
+    json.dump(told, file)
 
 def fail(self):
     raise RuntimeError("no more batches")
 
-if os.environ["PMI_RANK"] == "1":
-    loader.Batches.__next__ = fail
+MPI.Finalize = finalize
+if rank == 1:
+    loader.BatchLoader.__next__ = fail
+sys.argv = ["parle_mpi.py", *common, "-d", "digits", "--out", "run"]
 runpy.run_path({str(ROOT / "parle_mpi.py")!r}, run_name="__main__")
-""")
-    done = python(script, "-d", "digits", "--proc", proc, "--out", tmp_path / "run", ranks=3)
-    assert done.returncode != 0
-    assert done.stderr.splitlines()[-1] == "rank 1: RuntimeError: no more batches; in round 1"
+"""
 
 
-def test_a_mistake_of_one_rank_alone_is_told_once_and_ends_all(python, proc):
-    command = [ROOT / "parle_mpi.py", "-d", "digits", "--proc", proc, "--device"]
-    done = python(*command, "cpu", ":", "-n", 1, sys.executable, *command, "nonsense", ranks=1)
-    assert done.returncode == 2
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("parle_mpi.py: error: --device nonsense is not to be had here")
+@pytest.fixture(scope="module")
+def two_ranks(python, proc, tmp_path_factory):
+    """Two ranks that make each of MISTAKES, and then train until rank 1 raises an exception."""
+    folder = tmp_path_factory.mktemp("two_ranks")
+    (folder / "script.py").write_text(TWO_RANKS)
+    arguments = ("script.py", "--proc", proc, json.dumps(MISTAKES))
+    done = python(*arguments, ranks=2, cwd=folder, timeout=100, OMP_NUM_THREADS="1", **OFFLINE)
+    assert (folder / "told-0.json").exists(), done.stderr
+    return folder, [json.loads((folder / f"told-{rank}.json").read_text()) for rank in range(2)], done
+
+
+def assert_one_line(stderr, *words):
+    (line,) = stderr.splitlines()
+    assert line.startswith("parle_mpi.py: error: ")
+    assert all(word in line for word in words), line
+
+
+@pytest.mark.parametrize("number", range(len(MISTAKES)), ids=[" ".join(given[:2]) for given in MISTAKES])
+def test_mistake_prints_one_line_and_ends_every_rank(number, two_ranks):
+    folder, told, _ = two_ranks
+    (code, printed, error), other = (rank[number] for rank in told)
+    assert (code, printed) == (2, "")
+    assert_one_line(error, *MISTAKES[number][2])
+    assert other == [2, "", ""]
+    assert not (folder / "runs").exists()
+
+
+def test_exception_on_one_rank_names_rank_and_round(two_ranks):
+    _, _, done = two_ranks
+    assert done.returncode not in (0, 2, 75)
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("rank 1: RuntimeError: no more batches")
+    assert "round 1" in last
 
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_ranks_on_gpus_train_as_ranks_on_the_cpu_do(train, tmp_path):
+def test_training_on_gpus_matches_the_cpu(train, tmp_path):
     losses = []
     for device in ("cpu", "cuda"):
         log, _ = train("-n", 2, "-B", 0.16, "-L", 5, "--dropout", 0, "--device", device)
@@ -130,7 +159,7 @@ def test_ranks_on_gpus_train_as_ranks_on_the_cpu_do(train, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1000)
-def test_mnist_reaches_the_error_that_the_readme_names(python, raw, tmp_path):
+def test_mnist_reaches_the_error_in_the_readme(python, raw, tmp_path):
     command = ("-n", 3, "-B", 0.25, "--data", raw, "--proc", tmp_path / "proc", "--out", tmp_path / "run")
     done = python(ROOT / "parle_mpi.py", *command, timeout=900)
     assert done.returncode == 0, done.stderr
