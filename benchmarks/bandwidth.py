@@ -11,6 +11,7 @@ WRN-28-10 only messages and updates are real: a sleep of STEP_SECONDS stands for
 
 import argparse
 import contextlib
+import functools
 import math
 import os
 import signal
@@ -60,6 +61,7 @@ LATENCY = 50e-6  # seconds per message; assumed, typical of TCP within a data ce
 # Prediction
 
 
+@functools.cache
 def num_parameters(network: str) -> int:
     spec = loader.DATASETS[models.RECIPES[network]["dataset"]]
     with torch.device("meta"):

@@ -73,8 +73,24 @@ def test_a_marker_without_an_end_raises(end):
 
 def test_a_log_is_read_up_to_its_last_complete_line(tmp_path):
     assert results.read_log(tmp_path) == []
-    events = [dict(event="start"), dict(event="round", round=1)]
+    events = [dict(event="start", log_version=2), dict(event="round", round=1)]
     text = "".join(json.dumps(event) + "\n" for event in events)
     for rest in ("", '{"event": "rou'):
         tmp_path.joinpath("log.jsonl").write_text(text + rest)
         assert results.read_log(tmp_path) == events
+
+
+def test_a_log_of_version_1_is_read_under_the_names_of_today(tmp_path):
+    old = [dict(event="start", replicas=3, rounds=1), dict(event="round", round=1), dict(event="end", wait_seconds=2.0)]
+    tmp_path.joinpath("log.jsonl").write_text("".join(json.dumps(event) + "\n" for event in old))
+    start, round_event, finished = results.read_log(tmp_path)
+    assert start == dict(event="start", num_replicas=3, num_rounds=1)
+    assert round_event == old[1] and finished == dict(event="finished", straggler_seconds=2.0)
+
+
+def test_nested_keys_and_values_of_old_rows_are_translated(empty):
+    row = dict(setting=dict(outer_step=0.5), of="SGD")
+    results.append_row("compare_methods", row)
+    results.append_row("flatness", row)
+    assert results.read_rows("compare_methods") == [dict(config=dict(outer_lr=0.5), of="SGD")]
+    assert results.read_rows("flatness") == [dict(setting=row["setting"], subject="SGD, matched steps")]
