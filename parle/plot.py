@@ -82,7 +82,7 @@ def read(folder: Path) -> Run:
         )
     except OSError as error:
         raise cli.UsageError(f"{error}: give the output directory of a run") from error
-    except (ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError) as error:
         raise cli.UsageError(f"{path} is not the log of a run ({type(error).__name__}: {error})") from error
 
 

@@ -1,6 +1,7 @@
-"""What --doctor reports about this machine and about one with parts missing."""
+"""What --doctor reports about this machine and about one where something is missing."""
 
 import importlib.metadata
+import platform
 import re
 import subprocess
 import sys
@@ -14,22 +15,23 @@ from torch import nn
 import loader
 import parle_gpu
 import parle_mpi
-from parle import cli, distributed, doctor, experiment, launcher
+from parle import cli, doctor, experiment, launcher
+from parle.distributed import Group
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.usefixtures("no_launcher")
 
 
-def typed(*words):
-    return cli.build_parser("parle_gpu.py", "Parle.").parse_args([*map(str, words)])
+ENVIRONMENT = ["python", "torch", "torchvision", "numpy", "mpi4py", "MPI", "mpiexec", "launcher", "data"]
 
 
-def resolved(*words):
-    return cli.apply_defaults(typed(*words), None)
+def arguments(*words):
+    """Return the complete arguments of a command line."""
+    return cli.complete(cli.build_parser("parle_gpu.py", "Parle.").parse_args([*map(str, words)]), None)
 
 
 def labels(out):
-    """The left column. Every line has both."""
+    """Return the left column. Every line has both."""
     rows = [re.fullmatch(r"(.{11}) (\S.*)", line) for line in out.splitlines()]
     return [row[1].strip() for row in rows]
 
@@ -44,21 +46,21 @@ def value(out, label):
 
 @pytest.mark.parametrize("name", loader.DATASETS)
 def test_synthetic_data_have_the_shape_of_the_data_set(name):
-    args = resolved("-d", name, "-b", 6, "--frac", 0.1, "--augment")
+    args, spec = arguments("-d", name, "-b", 6, "--frac", 0.1, "--augment"), loader.DATASETS[name]
     data = doctor.synthetic_data(args)
-    assert (data.channels, data.size, data.classes) == loader.DATASETS[name][4:7]
-    inputs, targets = next(experiment.build_batches(args, data, 2))
+    assert (data.channels, data.size, data.classes) == (spec.channels, spec.size, spec.classes)
+    inputs, targets = next(experiment.build_replica(args, data, 2).batches)
     assert inputs.shape == (6, data.channels, data.size, data.size) and len(targets) == 6
     assert inputs.isfinite().all() and 0.5 < inputs.std() < 2
 
 
 @pytest.fixture
 def data_row(tmp_path, capsys):
-    """What is printed about the data of a command line, and whether a run can use it."""
+    """A function that returns what is printed about the data of a command line, and whether a run can use it."""
 
     def row(*words):
-        well = doctor.check_environment(typed("--proc", tmp_path / "proc", *words), mpi=False)
-        return value(capsys.readouterr().out, "data"), well
+        can_start = doctor.check_environment(arguments("--proc", tmp_path / "proc", *words), mpi=False)
+        return value(capsys.readouterr().out, "data"), can_start
 
     return row
 
@@ -66,8 +68,8 @@ def data_row(tmp_path, capsys):
 def test_data_row_follows_the_files(data_row, tmp_path):
     proc, raw = tmp_path / "proc", tmp_path / "raw"
 
-    def is_row(row, well, *words):
-        return row[1] is well and all(str(word) in row[0] for word in words)
+    def is_row(row, can_start, *words):
+        return row[1] is can_start and all(str(word) in row[0] for word in words)
 
     assert is_row(data_row("-d", "mnist"), True, "mnist", proc / "raw/MNIST/raw")
     raw.mkdir()
@@ -89,22 +91,22 @@ def test_data_row_follows_the_files(data_row, tmp_path):
     assert is_row(data_row("-d", "digits"), False, "digits")
 
 
-# What it takes
+# Measured costs
 
 
-@pytest.mark.parametrize(("batch", "sync"), [(1.0, 0.0), (1.0, 0.005), (0.02, 0.01), (1.0, 0.0101), (1e-3, 5.0)])
-def test_smallest_length_keeps_the_share_below_the_limit(batch, sync):
-    least = doctor.min_sync_every(batch, sync)
+@pytest.mark.parametrize(("step", "sync"), [(1.0, 0.0), (1.0, 0.005), (0.02, 0.01), (1.0, 0.0101), (1e-3, 5.0)])
+def test_smallest_length_keeps_sync_below_its_limit(step, sync):
+    smallest = doctor.min_sync_every(step, sync)
 
-    def share(length):
-        return sync / (length * batch + sync)
+    def fraction(length):
+        return sync / (length * step + sync)
 
-    assert least >= 1 and share(least) < doctor.MAX_SYNC_FRACTION
-    assert least == 1 or share(least - 1) >= doctor.MAX_SYNC_FRACTION - 1e-12
+    assert smallest >= 1 and fraction(smallest) < doctor.MAX_SYNC_FRACTION
+    assert smallest == 1 or fraction(smallest - 1) >= doctor.MAX_SYNC_FRACTION - 1e-12
 
 
 class Network(nn.Sequential):
-    """Takes so many milliseconds, once those of the first pass are over."""
+    """A network whose forward pass takes the given time, after a slower first one."""
 
     def __init__(self, milliseconds):
         super().__init__(nn.Flatten(), nn.Linear(64, 10))
@@ -115,34 +117,38 @@ class Network(nn.Sequential):
         return super().forward(inputs)
 
 
-def of(networks, **settings):
-    return parle_gpu.Parle(
-        [network.parameters() for network in networks], **dict(lr=0.0, sync_every=2, batches_per_epoch=3) | settings
-    )
+def build(args, networks, parle=parle_gpu.Parle):
+    """Return the optimizer and the replicas of these networks."""
+    optimizer = parle([network.parameters() for network in networks], **doctor.SETTINGS, batches_per_epoch=3)
+    data = doctor.synthetic_data(args)
+    replicas = [
+        experiment.build_replica(args, data, number)._replace(network=network)
+        for number, network in enumerate(networks)
+    ]
+    return optimizer, replicas
 
 
 class SlowToSync(parle_gpu.Parle):
-    """Reports 7 ms more for each synchronization, and for the fifth half a second."""
+    """Reports 7 ms more for each synchronization, and half a second for the fifth."""
 
-    extra, spent = 0.0, 0
+    extra, syncs = 0.0, 0
 
     @property
     def sync_seconds(self):
         return super().sync_seconds + self.extra
 
     def sync(self):
-        self.spent += 1
-        self.extra += 0.5 if self.spent == 5 else 0.007
+        self.syncs += 1
+        self.extra += 0.5 if self.syncs == 5 else 0.007
         super().sync()
 
 
 def test_measures_medians_and_changes_no_weights(monkeypatch):
-    monkeypatch.setattr(doctor, "SECONDS", 0.2)
-    networks, args = [Network(20), Network(40)], resolved("-d", "digits", "-b", 4)
-    optimizer = SlowToSync([network.parameters() for network in networks], **doctor.SETTINGS, batches_per_epoch=3)
+    monkeypatch.setattr(doctor, "MEASURE_SECONDS", 0.2)
+    args = arguments("-d", "digits", "-b", 4)
+    optimizer, replicas = build(args, [Network(20), Network(40)], SlowToSync)
     master = optimizer.master.clone()
-    sources = [experiment.build_batches(args, doctor.synthetic_data(args), replica) for replica in range(2)]
-    measured = doctor.measure(optimizer, list(zip(networks, sources, strict=True)), distributed.Group(), False)
+    measured = doctor.measure(optimizer, replicas, Group(), amp=False)
     assert measured == (pytest.approx(0.06, rel=0.5), pytest.approx(0.007, rel=0.2), 0)
     assert torch.equal(optimizer.master, master) and optimizer.rounds_done == doctor.NUM_SYNCS
     assert all(torch.equal(vectors["weights"], master) for vectors in optimizer.vectors)
@@ -150,13 +156,12 @@ def test_measures_medians_and_changes_no_weights(monkeypatch):
 
 @pytest.mark.parametrize("amp", [False, True])
 def test_amp_is_used_while_measuring(amp, monkeypatch):
-    monkeypatch.setattr(doctor, "SECONDS", 0.0)
-    network, args, kinds = Network(0), resolved("-d", "digits", "-b", 4), set()
-    network.register_forward_hook(lambda layer, given, output: kinds.add(output.dtype))
-    source = experiment.build_batches(args, doctor.synthetic_data(args), 0)
-    optimizer = parle_gpu.Parle([network.parameters()], lr=0.0, sync_every=2, batches_per_epoch=3)
-    doctor.measure(optimizer, [(network, source)], distributed.Group(), amp)
-    assert kinds == {torch.bfloat16 if amp else torch.float32}
+    monkeypatch.setattr(doctor, "MEASURE_SECONDS", 0.0)
+    network, dtypes = Network(0), set()
+    network.register_forward_hook(lambda layer, inputs, output: dtypes.add(output.dtype))
+    optimizer, replicas = build(arguments("-d", "digits", "-b", 4), [network])
+    doctor.measure(optimizer, replicas, Group(), amp)
+    assert dtypes == {torch.bfloat16 if amp else torch.float32}
 
 
 # parle_gpu.py
@@ -164,9 +169,9 @@ def test_amp_is_used_while_measuring(amp, monkeypatch):
 
 @pytest.fixture
 def main(monkeypatch, tmp_path, capsys):
-    """parle_gpu.py --doctor in an empty folder; gives the exit status and what it told. It leaves nothing."""
+    """parle_gpu.py --doctor in an empty directory, where it leaves nothing; returns its exit status and output."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(doctor, "SECONDS", 0.0)
+    monkeypatch.setattr(doctor, "MEASURE_SECONDS", 0.0)
 
     def main(*arguments):
         monkeypatch.setattr(sys, "argv", ["parle_gpu.py", "--doctor", *map(str, arguments)])
@@ -184,31 +189,30 @@ def main(monkeypatch, tmp_path, capsys):
 
 def test_one_process_prints_what_is_here_and_its_cost(main):
     status, out = main("-d", "digits", "-n", 2, "-b", 8, "--device", "cpu")
-    parts = ["python", "torch", "torchvision", "numpy", "data", "threads", "replica 0", "replica 1"]
-    assert (status, labels(out)) == (0, [*parts, "model", "mini-batch", "messages", "L"])
+    environment = ["python", "torch", "torchvision", "numpy", "data", "threads", "replica 0", "replica 1"]
+    assert (status, labels(out)) == (0, [*environment, "model", "step", "messages", "L"])
     assert value(out, "torch") == torch.__version__.partition("+")[0]
     assert value(out, "replica 1") == "cpu"
     assert re.search(r"lenet\b.*\b132,220\b.*\b0\.529 MB", value(out, "model"))
-    assert re.search(r"^[\d.,]+ ms\b.*\b8\b.*\b2 replicas", value(out, "mini-batch"))
+    assert re.search(r"^[\d.,]+ ms\b.*\b8\b.*\b2 replicas", value(out, "step"))
     assert re.search(r"^[\d.,]+ ms\b.*\b132,220\b", value(out, "messages"))
     assert re.search(r"^\d+\b.*\b25\b.* \d+\.\d\d %", value(out, "L"))
 
 
 @pytest.mark.parametrize(
-    ("arguments", "times", "batch", "sync", "length"),
+    ("words", "seconds", "step", "sync", "length", "percent"),
     [
-        (("-L", 1), (0.0284, 2.07e-5), "28.4 ms", "0.0207 ms", "1 takes 0.07 %"),
-        (("-L", "auto"), (41.3, 0.3162), "41,300 ms", "316 ms", "10 takes 0.08 %"),
-        (("--method", "elastic-sgd"), (0.1, 0.1), "100 ms", "100 ms", "1 takes 50.00 %"),
+        (("-L", 1), (0.0284, 2.07e-5), "28.4 ms", "0.0207 ms", 1, "0.07"),
+        (("-L", "auto"), (41.3, 0.3162), "41,300 ms", "316 ms", 10, "0.08"),
+        (("--method", "elastic-sgd"), (0.1, 0.1), "100 ms", "100 ms", 1, "50.00"),
     ],
 )
-def test_cost_of_the_given_length_is_printed(arguments, times, batch, sync, length, main, monkeypatch):
-    monkeypatch.setattr(doctor, "measure", lambda *_: (*times, 0.0))
-    status, out = main("-d", "digits", "-b", 8, *arguments)
+def test_cost_of_the_given_length_is_printed(words, seconds, step, sync, length, percent, main, monkeypatch):
+    monkeypatch.setattr(doctor, "measure", lambda *_: (*seconds, 0.0))
+    status, out = main("-d", "digits", "-b", 8, *words)
     assert status == 0
-    assert value(out, "mini-batch").startswith(batch) and value(out, "messages").startswith(sync)
-    numbers = r"\b{}\D+{} %".format(*length.removesuffix(" %").split(" takes "))
-    assert re.search(numbers, value(out, "L"))
+    assert value(out, "step").startswith(step) and value(out, "messages").startswith(sync)
+    assert re.search(rf"\b{length}\D+\b{re.escape(percent)} %", value(out, "L"))
 
 
 def test_missing_package_is_reported_and_nothing_measured(main, monkeypatch):
@@ -231,31 +235,53 @@ def test_missing_data_are_reported(main, tmp_path_factory):
     assert status == 1 and "mnist" in value(out, "data") and str(empty) in value(out, "data")
 
 
+# python -m parle.doctor
+
+
+def test_module_prints_the_environment_alone(python, tmp_path):
+    done = python("-m", "parle.doctor", "-d", "digits", "--proc", tmp_path / "proc", cwd=ROOT)
+    assert (done.returncode, done.stderr, labels(done.stdout)) == (0, "", ENVIRONMENT)
+    assert value(done.stdout, "python").startswith(platform.python_version())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("data", "status"), [("empty", 1), ("nowhere", 2)])
+def test_module_exits_with_an_error_if_no_run_can_start(data, status, tmp_path, monkeypatch, capsys):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setattr(sys, "argv", ["parle.doctor", "--data", str(tmp_path / data)])
+    monkeypatch.setattr(subprocess, "run", finishes(out="MPICH 5.0.2\n"))
+    with pytest.raises(SystemExit) as exit:
+        doctor.main()
+    out, err = capsys.readouterr()
+    assert exit.value.code == status and str(tmp_path / data) in (err if status == 2 else value(out, "data"))
+    assert (labels(out), err.count("\n")) == (([], 1) if status == 2 else (ENVIRONMENT, 0))
+
+
 # parle_mpi.py
 
 
 def finishes(status=0, out="", err=""):
-    """A process, started for MPI's version, that ends so."""
+    """Return a replacement of subprocess.run, which loads the MPI library in another process."""
     return lambda *_, **__: subprocess.CompletedProcess((), status, out, err)
 
 
 @pytest.mark.parametrize(
-    ("mpiexec", "launcher", "well"), [(None, None, False), (None, "Slurm", True), ("/m", None, True)]
+    ("mpiexec", "name", "can_start"), [(None, None, False), (None, "Slurm", True), ("/m", None, True)]
 )
-def test_ranks_need_an_mpiexec_or_a_launcher(mpiexec, launcher, well, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(launch, "mpiexec", lambda: mpiexec)
-    monkeypatch.setattr(launch, "launcher", lambda: launcher)
+def test_ranks_need_an_mpiexec_or_a_launcher(mpiexec, name, can_start, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(launcher, "find_mpiexec", lambda: mpiexec)
+    monkeypatch.setattr(launcher, "launcher_name", lambda: name)
     monkeypatch.setattr(subprocess, "run", finishes(out="MPICH 5.0.2\n"))
-    assert doctor.check_environment(typed("-d", "digits", "--proc", tmp_path), mpi=True) is well
+    assert doctor.check_environment(arguments("-d", "digits", "--proc", tmp_path), mpi=True) is can_start
     out = capsys.readouterr().out
-    assert labels(out) == ["python", "torch", "torchvision", "numpy", "mpi4py", "MPI", "mpiexec", "launcher", "data"]
+    assert labels(out) == ENVIRONMENT
     assert value(out, "MPI") == "MPICH 5.0.2"
-    assert launcher is None or value(out, "launcher").startswith(launcher)
+    assert name is None or value(out, "launcher").startswith(name)
     assert value(out, "mpiexec") == mpiexec if mpiexec else "pip install mpich" in value(out, "mpiexec")
 
 
 def test_broken_mpi_is_reported_and_no_rank_started(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(launch, "start", lambda count: pytest.fail("started ranks"))
+    monkeypatch.setattr(launcher, "spawn_ranks", lambda count: pytest.fail("started ranks"))
 
     def mpi_of_doctor():
         monkeypatch.setattr(sys, "argv", f"parle_mpi.py --doctor -n 2 -d digits --proc {tmp_path}".split())
@@ -270,10 +296,10 @@ def test_broken_mpi_is_reported_and_no_rank_started(monkeypatch, tmp_path, capsy
         (tmp_path / "mpi4py" / "__init__.py").write_text("class rc: initialize = True\n")
         (tmp_path / "mpi4py" / "MPI.py").write_text("raise ImportError('no libmpi')\n")
         patched.setenv("PYTHONPATH", str(tmp_path))
-        told = mpi_of_doctor()
-        assert "ImportError: no libmpi" in told and told.endswith("pip install mpich")
+        printed = mpi_of_doctor()
+        assert "ImportError: no libmpi" in printed and printed.endswith("pip install mpich")
     with monkeypatch.context() as patched:
-        patched.setattr(doctor, "PATIENCE", 0.01)
+        patched.setattr(doctor, "MPI_TIMEOUT", 0.01)
         assert "0.01 s" in mpi_of_doctor()
     monkeypatch.setattr(subprocess, "run", finishes(-11))
     assert "-11" in mpi_of_doctor()
@@ -295,11 +321,10 @@ def test_launcher_is_recognized_from_the_environment(environment, name):
 
 @pytest.mark.slow
 def test_program_starts_its_ranks_and_the_first_prints(python, tmp_path):
-    done = python(ROOT / "parle_mpi.py", "--doctor", "-n", 2, "-d", "digits", "-b", 4, cwd=tmp_path)
+    done = python(ROOT / "parle_mpi.py", "--doctor", "-n", 2, "-d", "digits", "-b", 4, cwd=tmp_path, timeout=110)
     assert (done.returncode, done.stderr) == (0, "")
-    parts = ["python", "torch", "torchvision", "numpy", "mpi4py", "MPI", "mpiexec", "launcher", "data"]
-    places = ["ranks", "replica 0", "replica 1", "model", "mini-batch", "allreduce", "L"]
-    assert labels(done.stdout) == parts + places
+    costs = ["ranks", "replica 0", "replica 1", "model", "step", "allreduce", "L"]
+    assert labels(done.stdout) == ENVIRONMENT + costs
     assert "rank 1" in value(done.stdout, "replica 1")
     assert re.search(r"^[\d.,]+ ms\b.*\b132,220\b.*\b2 ranks", value(done.stdout, "allreduce"))
     assert not list(tmp_path.iterdir())
@@ -307,11 +332,13 @@ def test_program_starts_its_ranks_and_the_first_prints(python, tmp_path):
 
 @pytest.mark.slow
 def test_under_a_launcher_its_ranks_are_used(python, tmp_path):
-    done = python(ROOT / "parle_mpi.py", "--doctor", "-n", 1, "-d", "digits", "-b", 4, ranks=2, cwd=tmp_path)
+    done = python(
+        ROOT / "parle_mpi.py", "--doctor", "-n", 1, "-d", "digits", "-b", 4, ranks=2, cwd=tmp_path, timeout=110
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert "MPICH" in value(done.stdout, "launcher")
     assert value(done.stdout, "ranks").startswith("2 ")
     assert re.search(r"rank 0\b.*\brank 1\b", value(done.stdout, "replica 0"))
     assert re.search(r"^[\d.,]+ ms\b.* [\d.]+ %", value(done.stdout, "gradient"))
     assert len(set(labels(done.stdout))) == len(labels(done.stdout))
-    assert not {"allreduce", "L"} & set(labels(done.stdout))  # one replica has none to synchronize with
+    assert not {"allreduce", "L"} & set(labels(done.stdout))  # a single replica has none to synchronize with

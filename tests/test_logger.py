@@ -12,74 +12,75 @@ import pytest
 import torch
 from torch import nn
 
-from parle import launcher, logger
+from parle import launcher
+from parle.logger import LOG_VERSION, RunLogger, environment_info, revision
 
-LABEL = "lenet on mnist"
 START = {
     "event": "start",
-    "arguments": {"method": "parle", "batch_size": 128, "epochs": 0.5, "out": "runs/x", "lr_drops": []},
+    "log_version": LOG_VERSION,
+    "arguments": {"model": "lenet", "method": "parle", "batch_size": 128, "epochs": 0.5, "lr_drops": []},
     "dataset": "mnist",
-    "origin": None,
-    "replicas": 3,
+    "source_dir": None,
+    "num_replicas": 3,
     "sync_every": 25,
-    "parameters": 132220,
-    "images": 60000,
+    "num_parameters": 132220,
+    "num_train_images": 60000,
     "batches_per_epoch": 24,
-    "rounds": 12,
-    "ranks": 6,
-    "threads": 2,
+    "num_rounds": 12,
+    "num_ranks": 6,
+    "threads_per_rank": 2,
     "devices": ["cuda:1", "cuda:0", "cuda:1"] * 2,
 }
-HERE = {name: value for name, value in START.items() if name != "ranks"} | {"devices": START["devices"][:3]}
+ONE_PROCESS = {name: value for name, value in START.items() if name != "num_ranks"} | {"devices": START["devices"][:3]}
 RESUME = START | {"event": "resume", "round": 7, "checkpoint": "runs/x/checkpoints/00000007-0000", "changes": {}}
-STOP = {"event": "stop", "round": 7, "command": "python parle_gpu.py --resume runs/x"}
+INTERRUPTED = {"event": "interrupted", "round": 7, "resume_command": "python parle_gpu.py --resume runs/x"}
 EVAL = {
     "event": "eval",
     "round": 12,
     "epoch": 0.5,
-    "seconds": 60.0,
+    "train_seconds": 60.0,
     "master_loss": 0.01234567,
     "master_error": 0.4567,
     "replica_errors": [0.5, 0.555, 10.0 / 16],
     "ensemble_error": 0.4449,
-    "distances": [0.12345, 0.25, 0.5],
+    "replica_distances": [0.12345, 0.25, 0.5],
 }
-AVERAGED = {
+RUNNING_STATS = {
     "running_stats_master_error": 0.5678,
     "running_stats_replica_errors": [0.625, float("nan"), 10.0],
     "running_stats_ensemble_error": 98.7654,
 }
-END = {
-    "event": "end",
-    "seconds": 60.0,
+FINISHED = {
+    "event": "finished",
+    "train_seconds": 60.0,
     "wall_seconds": 66.0,
     "master_error": 0.4567,
     "best_master_error": 0.4321,
     "sync_seconds": 4.5,
     "straggler_seconds": 3.0,
-    "images": 60000,
+    "images_seen": 60000,
 }
 
 
 def round_event(number, seconds, **other):
-    event = {"event": "round", "round": number, "epoch": number / 24, "seconds": seconds}
-    figures = {"loss": 0.25, "error": 7.125, "lr": 0.1, "gamma": 0.01, "rho": 0.01, "spread": 0.5}
-    return event | figures | {"sync_seconds": 0.01, "images_per_second": 1234.5} | other
+    event = {"event": "round", "round": number, "epoch": number / 24, "train_seconds": seconds}
+    event |= {"train_loss": 0.25, "train_error": 7.125, "lr": 0.1, "gamma_k": 0.01, "coupling_k": 0.01}
+    return event | {"replica_distance_rms": 0.5, "sync_seconds": 0.01, "images_per_second": 1234.5} | other
 
 
 def mentions(text, *patterns):
-    """Whether these occur in this order."""
+    """Return whether these patterns occur in this order."""
     return re.search(".*".join(patterns), text, re.DOTALL) is not None
 
 
 def events():
-    return [START, *(round_event(k, float(k)) for k in range(1, 13)), EVAL, END]
+    return [START, *(round_event(k, float(k)) for k in range(1, 13)), EVAL, FINISHED]
 
 
 @pytest.fixture
 def logger(tmp_path, monkeypatch):
     monkeypatch.delenv(launcher.TERMINAL_WIDTH, raising=False)
-    return logger.RunLogger(tmp_path / "runs" / "one", LABEL)
+    return RunLogger(tmp_path / "runs" / "one")
 
 
 def test_each_event_is_logged_at_once(logger):
@@ -90,7 +91,7 @@ def test_each_event_is_logged_at_once(logger):
         lines = logger.log.read_text().splitlines()
         assert [json.loads(line) for line in lines] == fed
     assert logger.log.name == "log.jsonl"
-    assert {event["event"] for event in fed} == {"start", "round", "eval", "end"}
+    assert {event["event"] for event in fed} == {"start", "round", "eval", "finished"}
 
 
 def test_the_log_of_a_diverged_run_is_valid_json(logger):
@@ -98,7 +99,7 @@ def test_the_log_of_a_diverged_run_is_valid_json(logger):
         raise ValueError(f"{constant} is not JSON")
 
     logger(START)
-    logger(round_event(1, 1.0, loss=float("nan"), spread=float("inf")))
+    logger(round_event(1, 1.0, train_loss=float("nan"), replica_distance_rms=float("inf")))
     assert json.loads(logger.log.read_text().splitlines()[1], parse_constant=refuse)["event"] == "round"
 
 
@@ -106,7 +107,7 @@ def test_everything_is_printed_to_stdout(logger, capsys):
     for event in events():
         logger(event)
     out, err = capsys.readouterr()
-    assert len(out.splitlines()) > 10 and LABEL in out
+    assert len(out.splitlines()) > 10 and "lenet on mnist" in out
     assert err == ""
 
 
@@ -114,18 +115,21 @@ def test_everything_is_printed_to_stdout(logger, capsys):
     ("changed", "patterns"),
     [
         ({}, ["parle", "3 replicas", "6 ranks", r"2 threads\b", "2 on cuda:0, 4 on cuda:1"]),
-        ({}, ["132,220", "60,000", "12 rounds", r"\b25\b", r"\b128\b", r"\b24\b"]),
-        (dict(rounds=1, sync_every=1), ["60,000", r"\b1 round\b", r"\b1\b", r"\b128\b"]),
-        (dict(sync_every="auto"), ["12 rounds", "auto", "128"]),
-        (dict(origin="/data"), ["60,000", "/data", "12 rounds"]),
+        ({}, ["132,220", "60,000", r"\b128\b", "12 rounds", r"\b25 steps\b", r"\b24\b"]),
+        (dict(num_rounds=1, sync_every=1), ["60,000", r"\b128\b", r"\b1 round\b", r"\b1 step\b"]),
+        (dict(sync_every="auto"), ["128", "12 rounds", "auto"]),
+        (dict(source_dir="/data"), ["60,000", "/data", "12 rounds"]),
         (dict(devices=["cuda:0"] * 6), ["6 ranks", "cuda:0"]),
-        (dict(replicas=1, ranks=1, threads=1, devices=["cpu"]), [r"1 replica\b", r"1 rank\b", r"1 thread\b", "cpu"]),
+        (
+            dict(num_replicas=1, num_ranks=1, threads_per_rank=1, devices=["cpu"]),
+            [r"1 replica\b", r"1 rank\b", r"1 thread\b", "cpu"],
+        ),
     ],
 )
 def test_start_is_printed_with_counts_and_devices(changed, patterns, logger, capsys):
     logger(START | changed)
     out = capsys.readouterr().out
-    assert mentions(out, LABEL, *patterns)
+    assert mentions(out, "lenet on mnist", *patterns)
     assert str(logger.folder) in out
 
 
@@ -133,14 +137,14 @@ def test_start_is_printed_with_counts_and_devices(changed, patterns, logger, cap
     ("changed", "patterns", "idle"),
     [
         ({}, ["3 replicas", "2 threads", "1 on cuda:0, 2 on cuda:1"], ""),
-        (dict(replicas=1, threads=1, devices=["cpu"]), [r"1 replica\b", r"1 thread\b", "cpu"], ""),
+        (dict(num_replicas=1, threads_per_rank=1, devices=["cpu"]), [r"1 replica\b", r"1 thread\b", "cpu"], ""),
         (dict(devices=["cuda:0 + cuda:1"] * 3), [r"cuda:0 \+ cuda:1"], ""),
-        (dict(devices=["cpu"] * 3, idle=[]), ["cpu"], ""),
-        (dict(idle=["cuda:2", "cuda:3"]), ["2 on cuda:1"], "cuda:2, cuda:3"),
+        (dict(devices=["cpu"] * 3, idle_devices=[]), ["cpu"], ""),
+        (dict(idle_devices=["cuda:2", "cuda:3"]), ["2 on cuda:1"], "cuda:2, cuda:3"),
     ],
 )
 def test_start_in_one_process_prints_idle_devices(changed, patterns, idle, logger, capsys):
-    logger(HERE | changed)
+    logger(ONE_PROCESS | changed)
     line = capsys.readouterr().out.splitlines()[0]
     assert mentions(line, "parle", *patterns, idle)
     assert "rank" not in line and ("idle" in line) == bool(idle)
@@ -156,7 +160,7 @@ def test_start_in_one_process_prints_idle_devices(changed, patterns, idle, logge
     ],
 )
 def test_rounds_are_printed_every_5_seconds_and_at_the_end(seconds, printed, logger, capsys):
-    logger(START | {"rounds": len(seconds)})
+    logger(START | {"num_rounds": len(seconds)})
     for number, second in enumerate(seconds, 1):
         logger(round_event(number, second))
     rounds = re.findall(r"round +(\d+)/(\d+)", capsys.readouterr().out)
@@ -167,24 +171,40 @@ def test_rounds_are_printed_every_5_seconds_and_at_the_end(seconds, printed, log
     ("seconds", "left"),
     [(9.4, "0:09"), (59.6, "1:00"), (61, "1:01"), (3599, "59:59"), (3599.6, "1:00:00"), (3661, "1:01:01")],
 )
-def test_round_line_has_the_figures_and_the_time_left(seconds, left, logger, capsys):
-    logger(START | {"rounds": 12})
+def test_round_line_has_numbers_and_the_time_left(seconds, left, logger, capsys):
+    logger(START)
     capsys.readouterr()
     logger(round_event(6, seconds))
     (line,) = capsys.readouterr().out.splitlines()
-    assert mentions(line, r"round +6/12\b", r"epoch 0\.25\b", r"0\.2500\b", r"\b7\.12 %", r"\b1,234\b", rf"\b{left}\b")
+    numbers = [r"epoch 0\.25 \(6\.2 passes\)", r"0\.2500\b", r"\b7\.12 %", r"\b1,234\b", rf"\b{left}\b"]
+    assert mentions(line, r"round +6/12\b", *numbers)
 
 
 def test_evaluation_line_has_all_errors(logger, capsys):
+    logger(START)
+    capsys.readouterr()
     logger(EVAL)
     (line,) = capsys.readouterr().out.splitlines()
     errors = [r"master 0\.46", r"0\.50 0\.56 0\.62", r"ensemble 0\.44"]
     assert mentions(line, r"epoch 0\.50\b", *errors)
 
 
+@pytest.mark.parametrize(
+    ("length", "passes"), [(25, "epoch 0.50 (12.5 passes)"), (1, "epoch 0.50 (0.5 passes)"), ("auto", "epoch 0.50 ")]
+)
+def test_epoch_is_printed_with_its_passes_over_the_data(length, passes, logger, capsys):
+    logger(START | dict(sync_every=length))
+    capsys.readouterr()
+    logger(round_event(12, 60.0))
+    logger(EVAL)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and all(passes in line for line in lines)
+    assert length != "auto" or "pass" not in "".join(lines)  # the number of passes per epoch varies
+
+
 def rows(out):
-    """The table of errors: each row's name, its percentages and the numbers behind them."""
-    found = re.findall(r"^ *(?:.* )?(master|replica \d|ensemble)((?: +[\d.na]+ %)+)(.*)$", out, re.MULTILINE)
+    """Return the table of errors: the name of each row, its percentages and the numbers after them."""
+    found = re.findall(r"^ *(?:.* )?(master|replica \d+|ensemble)((?: +[\d.na]+ %)+)(.*)$", out, re.MULTILINE)
     number = r"\d+\.\d+|nan"
     return {name: (re.findall(number, errors), re.findall(number, note)) for name, errors, note in found}
 
@@ -193,7 +213,7 @@ def test_end_prints_a_table_of_errors(logger, capsys):
     logger(START)
     logger(EVAL)
     capsys.readouterr()
-    logger(END)
+    logger(FINISHED)
     out = capsys.readouterr().out
     assert rows(out) == {
         "master": (["0.46"], ["0.0123", "0.43"]),
@@ -207,9 +227,9 @@ def test_end_prints_a_table_of_errors(logger, capsys):
 
 def test_end_table_has_both_kinds_of_batch_norm_statistics(logger, capsys):
     logger(START)
-    logger(EVAL | AVERAGED)
+    logger(EVAL | RUNNING_STATS)
     capsys.readouterr()
-    logger(END)
+    logger(FINISHED)
     assert {name: errors for name, (errors, _) in rows(capsys.readouterr().out).items()} == {
         "master": ["0.46", "0.57"],
         "replica 0": ["0.50", "0.62"],
@@ -221,20 +241,40 @@ def test_end_table_has_both_kinds_of_batch_norm_statistics(logger, capsys):
     assert logged["running_stats_replica_errors"] == [0.625, None, 10.0]
 
 
-def test_end_in_one_process_prints_no_waiting_time(logger, capsys):
-    for event in (HERE, EVAL, END | dict(straggler_seconds=0.0)):
+def test_end_table_of_12_replicas_is_80_columns_wide(logger, capsys):
+    errors, others = [100.0] * 12, {f"running_stats_{name}_error": 100.0 for name in ("master", "ensemble")}
+    distances = [1234.5678] * 12
+    evaluation = EVAL | others | dict(master_error=100.0, replica_errors=errors, replica_distances=distances)
+    for event in (START | dict(num_replicas=12), evaluation | dict(running_stats_replica_errors=errors)):
         logger(event)
-    (line,) = (line for line in capsys.readouterr().out.splitlines() if "images/s" in line)
+    capsys.readouterr()
+    logger(FINISHED)
+    out = capsys.readouterr().out
+    table = [line for line in out.splitlines() if str(logger.folder) not in line]
+    assert rows(out).keys() == {"master", *(f"replica {number}" for number in range(12)), "ensemble"}
+    assert max(map(len, table)) <= 80
+
+
+def test_end_in_one_process_prints_no_waiting_time(logger, capsys):
+    for event in (ONE_PROCESS, EVAL, FINISHED | dict(straggler_seconds=0.0)):
+        logger(event)
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "synchroniz" in line)
     assert mentions(line, r"\b7\.50 %") and line.count("%") == 1
 
 
 @pytest.mark.parametrize(
     ("event", "patterns"),
     [
-        ({"event": "lost", "round": 7, "replicas": [1]}, ["(?i)warning", r"replica.* 1\b", r"round 7\b"]),
-        ({"event": "lost", "round": 7, "replicas": [0, 2]}, ["(?i)warning", r"replica.* 0\b", r"\b2\b", r"round 7\b"]),
-        ({"event": "checkpoint", "round": 7, "error": "disk full"}, ["(?i)warning", r"round 7\b", "disk full"]),
-        (STOP, [r"round 8\b", r"python parle_gpu\.py --resume runs/x$"]),
+        ({"event": "nonfinite", "round": 7, "replicas": [1]}, ["(?i)warning", r"replica.* 1\b", r"round 7\b"]),
+        (
+            {"event": "nonfinite", "round": 7, "replicas": [0, 2]},
+            ["(?i)warning", r"replica.* 0\b", r"\b2\b", r"round 7\b"],
+        ),
+        (
+            {"event": "checkpoint_failed", "round": 7, "message": "disk full"},
+            ["(?i)warning", r"round 7\b", "disk full"],
+        ),
+        (INTERRUPTED, [r"round 8\b", r"python parle_gpu\.py --resume runs/x$"]),
     ],
 )
 def test_incidents_are_printed_in_one_line_and_logged(event, patterns, logger, capsys):
@@ -269,19 +309,19 @@ def test_resume_prints_where_and_what_has_changed(changes, patterns, logger, cap
 
 @pytest.mark.parametrize(("lines", "more"), [(0, 0), (2, 0), (4, 0), (4, 1000)])
 def test_resume_truncates_the_log_at_the_checkpoint(lines, more, tmp_path):
-    stopped = logger.RunLogger(tmp_path, LABEL)
+    stopped = RunLogger(tmp_path)
     for event in events()[:4]:
         stopped(event)
     written = stopped.log.read_text().splitlines(keepends=True)
     del stopped
-    again = logger.RunLogger(tmp_path, LABEL, len("".join(written[:lines])) + more)
+    again = RunLogger(tmp_path, len("".join(written[:lines])) + more)
     assert again.log.read_text().splitlines(keepends=True) == written[:lines]
     again(RESUME)
     assert [json.loads(line)["event"] for line in again.log.read_text().splitlines()[lines:]] == ["resume"]
 
 
 def test_resume_without_a_log_starts_a_new_one(tmp_path):
-    again = logger.RunLogger(tmp_path, LABEL, 1000)
+    again = RunLogger(tmp_path, 1000)
     again(RESUME)
     assert json.loads(again.log.read_text()) == RESUME
 
@@ -301,30 +341,30 @@ def test_unwritten_log_line_is_reported_and_leaves_whole_lines(logger, capsys):
     assert mentions(warning, "(?i)warning", re.escape(str(logger.log)), "File too large")
     assert "master 0.46" in line and err == ""
     assert logger.log.read_bytes() == before
-    logger(END)
-    assert [json.loads(line) for line in logger.log.read_text().splitlines()] == [START, END]
+    logger(FINISHED)
+    assert [json.loads(line) for line in logger.log.read_text().splitlines()] == [START, FINISHED]
 
 
-def test_new_run_in_a_used_folder_is_refused(logger):
+def test_new_run_in_a_used_directory_is_refused(logger):
     logger(START)
     before = logger.log.read_bytes()
     with pytest.raises(FileExistsError, match=re.escape(str(logger.log))):
-        logger.RunLogger(logger.folder, LABEL)
+        RunLogger(logger.folder)
     assert logger.log.read_bytes() == before
 
 
 def test_resume_is_refused_while_the_run_is_alive(tmp_path):
-    first = logger.RunLogger(tmp_path, LABEL)
+    first = RunLogger(tmp_path)
     first(START)
     before = first.log.read_bytes()
     for log_bytes in (0, len(before)):
         with pytest.raises(FileExistsError, match=re.escape(str(first.log))):
-            logger.RunLogger(tmp_path, LABEL, log_bytes)
+            RunLogger(tmp_path, log_bytes)
         assert first.log.read_bytes() == before
     first(EVAL)
     before = first.log.read_bytes()
     del first
-    second = logger.RunLogger(tmp_path, LABEL, len(before))
+    second = RunLogger(tmp_path, len(before))
     second(RESUME)
     assert second.log.read_bytes().startswith(before)
 
@@ -354,16 +394,16 @@ def test_run_continues_when_stdout_is_unusable(output, terminal, logger, monkeyp
     assert [json.loads(line) for line in logger.log.read_text().splitlines()] == events()
 
 
-def test_existing_folder_without_a_log_is_used(tmp_path):
+def test_existing_directory_without_a_log_is_used(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    logger.RunLogger(tmp_path, LABEL)
+    RunLogger(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"notes.txt", "log.jsonl"}
 
 
-def test_folder_that_cannot_be_created_is_an_os_error(tmp_path):
+def test_directory_that_cannot_be_created_is_an_os_error(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"):
-        logger.RunLogger(tmp_path / "file" / "run", LABEL)
+        RunLogger(tmp_path / "file" / "run")
 
 
 @pytest.fixture
@@ -417,10 +457,12 @@ def test_nonfinite_master_is_not_saved(logger, model, name, value, capsys):
     assert {path.name for path in logger.folder.iterdir()} == {"log.jsonl", "master.pt"}
 
 
-def test_surroundings_contain_time_versions_and_machine(monkeypatch):
+def test_environment_info_has_time_versions_and_machine(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["parle_mpi.py", "-n", "3"])
-    found = logger.environment_info()
-    assert found.keys() == {*("time", "command", "python", "torch", "torchvision", "numpy", "machine", "revision")}
+    found = environment_info()
+    assert found.keys() == {
+        *("log_version", "time", "command", "python", "torch", "torchvision", "numpy", "machine", "revision")
+    }
     assert abs(datetime.strptime(found["time"], "%Y-%m-%dT%H:%M:%S%z") - datetime.now(UTC)) < timedelta(minutes=1)
     assert found["command"] == ["parle_mpi.py", "-n", "3"]
     assert (found["python"], found["torch"]) == (platform.python_version(), torch.__version__)
@@ -448,8 +490,8 @@ def test_revision_is_the_commit_and_whether_code_differs(changed, expected, tmp_
     git("commit", "-qm", "all")
     if changed:
         (tmp_path / changed).write_text("after")
-    monkeypatch.setattr(report, "__file__", str(tmp_path / "report.py"))
-    assert logger.revision() == expected.format(commit=git("rev-parse", "HEAD").stdout.strip())
+    monkeypatch.setattr("parle.logger.__file__", str(tmp_path / "parle" / "logger.py"))
+    assert revision() == expected.format(commit=git("rev-parse", "HEAD").stdout.strip())
 
 
 @pytest.mark.parametrize(
@@ -470,7 +512,7 @@ def test_revision_is_none_without_git(git, monkeypatch):
         return git(command)
 
     monkeypatch.setattr(subprocess, "run", run)
-    assert logger.revision() is None
+    assert revision() is None
 
 
 @pytest.mark.parametrize("columns", ["100", None])
@@ -494,7 +536,7 @@ def test_terminal_shows_a_bar_instead_of_round_lines(columns, logger, monkeypatc
 
 def test_bar_of_a_resumed_run_starts_where_it_stopped(logger, monkeypatch, capsys):
     monkeypatch.setenv(launcher.TERMINAL_WIDTH, "100")
-    for event in (RESUME, STOP):
+    for event in (RESUME, INTERRUPTED):
         logger(event)
     out = capsys.readouterr().out
     bars = [line for line in re.split(r"[\r\n]", out) if "|" in line]
@@ -512,16 +554,16 @@ def test_bar_estimates_time_left_from_this_process(begin, logger, monkeypatch, c
     for number in range(first, first + 3):
         now[0] += 70.0
         logger(round_event(number, 1.0))
-    logger(STOP)
+    logger(INTERRUPTED)
     *_, bar = (line for line in re.split(r"[\r\n]+", capsys.readouterr().out) if "|" in line)
     minutes, seconds = divmod(70 * (12 - first - 2), 60)
     assert mentions(bar, f"{first + 2}/12", f"{minutes:02}:{seconds:02}", r"0\.2500", r"7\.12 %")
 
 
-@pytest.mark.parametrize("last", [STOP, "the end"])
+@pytest.mark.parametrize("last", ["interrupted", "finished"])
 def test_finished_run_can_be_resumed_in_the_same_process(tmp_path, last):
-    first = logger.RunLogger(tmp_path, LABEL)
-    for event in events() if last == "the end" else [START, last]:
+    first = RunLogger(tmp_path)
+    for event in events() if last == "finished" else [START, INTERRUPTED]:
         first(event)
-    logger.RunLogger(tmp_path, LABEL, 0)
+    RunLogger(tmp_path, 0)
     assert first.log.exists()

@@ -1,4 +1,4 @@
-"""plot.py: reading logs, drawing curves and writing files."""
+"""Plots of runs: reading logs, drawing curves and writing files."""
 
 import json
 import sys
@@ -9,6 +9,7 @@ import pytest
 
 import parle_gpu
 from parle import cli, plot
+from parle.logger import LOG_VERSION
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.usefixtures("no_launcher")
@@ -18,28 +19,29 @@ NAN = float("nan")
 
 
 def start(**changed):
-    return {"event": "start", "arguments": ARGUMENTS | changed}
+    return {"event": "start", "log_version": LOG_VERSION, "arguments": ARGUMENTS | changed}
 
 
 def round_event(number, **changed):
-    event = dict(event="round", round=number, epoch=number / 10, seconds=2.0 * number, loss=1 / number)
-    return event | dict(gamma=0.01 * number, rho=0.5 * number, spread=0.1 * (number - 1)) | changed
+    event = dict(event="round", round=number, epoch=number / 10, train_seconds=2.0 * number, train_loss=1 / number)
+    event |= dict(gamma_k=0.01 * number, coupling_k=0.5 * number, replica_distance_rms=0.1 * (number - 1))
+    return event | changed
 
 
 def eval_event(number, replicas=2, **changed):
-    event = dict(event="eval", round=number, epoch=number / 10, seconds=2.0 * number, master_error=5 / number)
+    event = dict(event="eval", round=number, epoch=number / 10, train_seconds=2.0 * number, master_error=5 / number)
     errors = [6.0 / number + replica for replica in range(replicas)]
-    return event | dict(replica_errors=errors, ensemble_error=4 / number, distances=[0.5] * replicas) | changed
+    return event | dict(replica_errors=errors, ensemble_error=4 / number, replica_distances=[0.5] * replicas) | changed
 
 
 def events(rounds=4, **changed):
     body = [event for k in range(1, rounds + 1) for event in (round_event(k), eval_event(k))]
-    return [start(**changed), *body, {"event": "end", "seconds": 8.0}]
+    return [start(**changed), *body, {"event": "finished", "train_seconds": 8.0}]
 
 
 @pytest.fixture
 def write(tmp_path):
-    """A run's folder with this log in it."""
+    """A function that writes events to the log of a new run and returns its directory."""
 
     def write(events, name="run", end="\n"):
         (tmp_path / name).mkdir()
@@ -51,12 +53,12 @@ def write(tmp_path):
 
 @pytest.fixture
 def main(monkeypatch, tmp_path, capsys):
-    """main() with these arguments, in an empty folder; returns its exit status, stdout and stderr."""
+    """main() with arguments, in an empty directory; returns its exit status, stdout and stderr."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
 
     def main(*arguments):
-        monkeypatch.setattr(sys, "argv", ["plot.py", *map(str, arguments)])
+        monkeypatch.setattr(sys, "argv", ["parle.plot", *map(str, arguments)])
         try:
             plot.main()
             status = 0
@@ -71,26 +73,47 @@ def main(monkeypatch, tmp_path, capsys):
 
 
 def test_log_is_read_into_columns(write):
-    folder = write([*events(), {"event": "lost", "round": 3, "replicas": [1]}])
+    folder = write([*events(), {"event": "nonfinite", "round": 3, "replicas": [1]}])
     run = plot.read(folder)
     assert (run.folder, run.arguments) == (folder, ARGUMENTS)
-    assert run.rounds["loss"] == pytest.approx([1, 1 / 2, 1 / 3, 1 / 4])
-    assert run.rounds["seconds"].tolist() == [2, 4, 6, 8]
+    assert run.rounds["train_loss"] == pytest.approx([1, 1 / 2, 1 / 3, 1 / 4])
+    assert run.rounds["train_seconds"].tolist() == [2, 4, 6, 8]
     assert run.evals["replica_errors"].tolist() == [[6, 7], [3, 4], [2, 3], [1.5, 2.5]]
-    assert run.lost.tolist() == [3]
+    assert run.nonfinite.tolist() == [3]
 
 
-@pytest.mark.parametrize("rest", ['{"event": "round", "rou', "{", '{"event": "end"}'])
+def test_log_of_version_1_is_plotted_like_version_2(write):
+    old_names = {
+        **dict(train_seconds="seconds", train_loss="loss", gamma_k="gamma", coupling_k="rho"),
+        **dict(replica_distance_rms="spread", replica_distances="distances"),
+        **dict(nonfinite="lost", finished="end"),  # events
+    }
+    new = [*events(), {"event": "nonfinite", "round": 3, "replicas": [1]}]
+    old = [{old_names.get(key, key): value for key, value in event.items()} for event in new]
+    old = [event | {"event": old_names.get(event["event"], event["event"])} for event in old]
+    del old[0]["log_version"]
+    assert "log_version" not in json.dumps(old) and "train_" not in json.dumps(old)
+    upgraded, expected = plot.read(write(old, "old")), plot.read(write(new, "new"))
+    np.testing.assert_equal(upgraded._replace(folder=expected.folder)._asdict(), expected._asdict())
+    assert len(expected.nonfinite) == 1 and len(drawn(upgraded.folder)[1]["distance"].lines) == 4
+
+
+@pytest.mark.parametrize("rest", ['{"event": "round", "rou', "{", '{"event": "finished"}'])
 def test_unfinished_last_line_is_ignored(rest, write):
     run = plot.read(write(events()[:4], end="\n" + rest))
     assert run.rounds["round"].tolist() == [1, 2]
 
 
 def test_null_becomes_nan(write):
-    log = [start(), round_event(1), round_event(2, loss=None, spread=None), eval_event(2, master_error=None)]
+    log = [
+        start(),
+        round_event(1),
+        round_event(2, train_loss=None, replica_distance_rms=None),
+        eval_event(2, master_error=None),
+    ]
     log[-1]["replica_errors"][1] = None
     run = plot.read(write(log))
-    np.testing.assert_equal(run.rounds["loss"], [1, NAN])
+    np.testing.assert_equal(run.rounds["train_loss"], [1, NAN])
     np.testing.assert_equal(run.evals["master_error"], [NAN])
     np.testing.assert_equal(run.evals["replica_errors"], [[3, NAN]])
 
@@ -99,7 +122,7 @@ def test_null_becomes_nan(write):
 def test_number_of_replicas_may_change_in_a_log(before, after, write):
     resume = {"event": "resume", "arguments": ARGUMENTS | dict(replicas=after), "round": 1}
     first, second = [round_event(1), eval_event(1, before)], [round_event(2), eval_event(2, after)]
-    run = plot.read(write([start(replicas=before), *first, {"event": "stop"}, resume, *second]))
+    run = plot.read(write([start(replicas=before), *first, {"event": "interrupted"}, resume, *second]))
     assert run.arguments["replicas"] == after
     expected = [[6, 7, 8][:before] + [NAN] * (3 - before), [3, 4, 5][:after] + [NAN] * (3 - after)]
     np.testing.assert_equal(run.evals["replica_errors"], expected)
@@ -112,17 +135,17 @@ def test_number_of_replicas_may_change_in_a_log(before, after, write):
         json.dumps(start()) + "\n",
         "no json\n",
         "[1]\n",
-        '{"loss": 1}\n',
+        '{"train_loss": 1}\n',
         "[" * 100_000 + "\n",
         json.dumps(round_event(1)) + "\n",
-        "\n".join(map(json.dumps, [start(), round_event(1, loss="high")])) + "\n",
-        "\n".join(map(json.dumps, [start(), round_event(1, seconds=10**400)])) + "\n",
+        "\n".join(map(json.dumps, [start(), round_event(1, train_loss="high")])) + "\n",
+        "\n".join(map(json.dumps, [start(), round_event(1, train_seconds=10**400)])) + "\n",
         "\n".join(map(json.dumps, [start(), {"event": "round", "round": 1}])) + "\n",
         b"\xff\xfe\n",
         None,
     ],
 )
-def test_invalid_log_is_a_mistake_that_names_the_file(text, tmp_path):
+def test_invalid_log_is_a_usage_error_that_names_the_file(text, tmp_path):
     if text is not None:
         (tmp_path / "log.jsonl").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(cli.UsageError, match=r"log\.jsonl"):
@@ -159,7 +182,7 @@ def test_labels_contain_only_what_differs(changes, expected):
 
 
 def drawn(*folders):
-    """The panels by what they show: test error, loss, error and loss by the clock, distance, coefficient."""
+    """Return the figure and its panels by name: errors and losses over epochs and time, distance, coefficient."""
     figure = plot.plot_runs([plot.read(folder) for folder in folders])
     error, error_time, loss, loss_time, distance, coefficient = figure.axes
     assert "error" in error.get_ylabel() and "loss" in loss.get_ylabel()
@@ -176,21 +199,21 @@ def test_curves_have_the_values_of_the_log(write):
     _, panels = drawn(write(events()))
     epochs, seconds = [0.1, 0.2, 0.3, 0.4], [2.0, 4.0, 6.0, 8.0]
     errors = [[6, 3, 2, 1.5], [7, 4, 3, 2.5], [4, 2, 4 / 3, 1], [5, 2.5, 5 / 3, 1.25]]
-    for name, when in (("error", epochs), ("error_time", seconds)):
-        np.testing.assert_allclose(curves(panels[name]), [[when, values] for values in errors])
+    for name, xs in (("error", epochs), ("error_time", seconds)):
+        np.testing.assert_allclose(curves(panels[name]), [[xs, values] for values in errors])
         widths = [line.get_linewidth() for line in panels[name].lines]
         assert widths[0] == widths[1] < widths[2] < widths[3]
-    for name, when in (("loss", epochs), ("loss_time", seconds)):
-        np.testing.assert_allclose(curves(panels[name]), [[when, [1, 1 / 2, 1 / 3, 1 / 4]]])
-    gamma, rho = curves(panels["coefficient"])
-    np.testing.assert_allclose([gamma, rho], [[epochs, [0.01, 0.02, 0.03, 0.04]], [epochs, [0.5, 1, 1.5, 2]]])
+    for name, xs in (("loss", epochs), ("loss_time", seconds)):
+        np.testing.assert_allclose(curves(panels[name]), [[xs, [1, 1 / 2, 1 / 3, 1 / 4]]])
+    gamma_k, coupling_k = curves(panels["coefficient"])
+    np.testing.assert_allclose([gamma_k, coupling_k], [[epochs, [0.01, 0.02, 0.03, 0.04]], [epochs, [0.5, 1, 1.5, 2]]])
     assert {axes.get_yscale() for axes in panels.values()} == {"log"}
 
 
-def test_distance_is_drawn_where_it_was_measured(write):
+def test_distance_is_plotted_at_the_round_it_was_measured(write):
     _, panels = drawn(write(events()))
-    *replicas, spread = curves(panels["distance"])
-    np.testing.assert_allclose(spread, [[0.1, 0.2, 0.3], [0.1, 0.2, 0.3]])
+    *replicas, rms = curves(panels["distance"])
+    np.testing.assert_allclose(rms, [[0.1, 0.2, 0.3], [0.1, 0.2, 0.3]])
     np.testing.assert_allclose(replicas, [[[0.1, 0.2, 0.3, 0.4], [0.5] * 4]] * 2)
 
 
@@ -216,7 +239,8 @@ def test_zero_error_makes_the_scale_linear(lowest, scale, write):
 
 
 def test_panels_without_data_are_marked(write):
-    figure, panels = drawn(write([start(), *(round_event(k, gamma=0.0, rho=0.0, spread=0.0) for k in (1, 2))]))
+    zeros = dict(gamma_k=0.0, coupling_k=0.0, replica_distance_rms=0.0)
+    figure, panels = drawn(write([start(), *(round_event(k, **zeros) for k in (1, 2))]))
     assert {name for name, axes in panels.items() if axes.texts} == {"error", "error_time", "distance", "coefficient"}
     assert np.isfinite(panels["loss"].lines[0].get_ydata()).all()
     figure.set_layout_engine("none")
@@ -224,13 +248,14 @@ def test_panels_without_data_are_marked(write):
 
 
 def test_fully_diverged_run_can_be_drawn(write):
-    figure, _ = drawn(write([start(), round_event(1, loss=None, spread=None), eval_event(1, master_error=None)]))
+    diverged = [round_event(1, train_loss=None, replica_distance_rms=None), eval_event(1, master_error=None)]
+    figure, _ = drawn(write([start(), *diverged]))
     figure.set_layout_engine("none")
     figure.draw_without_rendering()
 
 
 def test_restarted_replica_is_marked(write):
-    log = [start(), round_event(2), {"event": "lost", "round": 3, "replicas": [0]}, round_event(4)]
+    log = [start(), round_event(2), {"event": "nonfinite", "round": 3, "replicas": [0]}, round_event(4)]
     _, panels = drawn(write(log))
     marks = {
         name: float(line.get_xdata()[0])
@@ -304,7 +329,7 @@ def test_figure_is_written_beside_the_first_log_or_to_out(write, main, monkeypat
         (("RUN", "--ouput", "figure.png"), ["--ouput", "--out"]),
     ],
 )
-def test_mistake_is_one_line_and_exit_code_2(arguments, words, write, main, tmp_path):
+def test_usage_error_is_one_line_and_exit_status_2(arguments, words, write, main, tmp_path):
     folder = write(events())
     status, out, err = main(*(folder if argument == "RUN" else argument for argument in arguments))
     assert (status, out, err.count("\n")) == (2, "", 1)
@@ -317,7 +342,8 @@ def test_log_of_a_real_run_can_be_drawn(main, proc, monkeypatch, python):
     settings = ("-d", "digits", "-n", 2, "-L", 2, "-B", 0.5, "-b", 64, "--proc", proc, "--out", "run")
     monkeypatch.setattr(sys, "argv", ["parle_gpu.py", *map(str, settings)])
     parle_gpu.main()
-    done = python(ROOT / "plot.py", "run", cwd=Path.cwd())
-    assert (done.returncode, done.stdout, done.stderr) == (0, "run/plot.png\n", "")
-    _, panels = drawn(Path("run"))
+    run = Path("run").resolve()
+    done = python("-m", "parle.plot", run, cwd=ROOT)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{run}/plot.png\n", "")
+    _, panels = drawn(run)
     assert all(len(axes.lines) > 0 for axes in panels.values())
