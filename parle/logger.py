@@ -88,13 +88,15 @@ class RunLogger:
             f"{pluralize(event['num_replicas'], 'replica')} {processes} ({threads}), {devices}{idle}"
         )
         source = f" from {event['source_dir']}" if event["source_dir"] else ""
-        length = f"{pluralize(event['num_rounds'], 'round')} of {pluralize(event['sync_every'], 'step')}"
+        automatic = "lr / gamma_k steps (-L auto)"
+        length = automatic if event["sync_every"] == "auto" else pluralize(event["sync_every"], "step")
         self.print_line(
             f"{event['num_parameters']:,} parameters; {event['num_train_images']:,} training images{source}; "
             f"batch size {arguments['batch_size']}"
         )
         self.print_line(
-            f"{length}, {pluralize(event['batches_per_epoch'], 'round')} per epoch; output directory {self.folder}"
+            f"{pluralize(event['num_rounds'], 'round')} of {length}, "
+            f"{pluralize(event['batches_per_epoch'], 'round')} per epoch; output directory {self.folder}"
         )
         columns = os.environ.get(launcher.TERMINAL_WIDTH)
         if sys.stdout and (columns or sys.stdout.isatty()):
