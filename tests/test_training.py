@@ -119,6 +119,24 @@ def test_stop_request_saves_before_the_evaluation(comm, stop_at, calls):
     assert [event["event"] for event in events[-1:]] == {4: [], 5: ["eval"]}.get(stop_at, ["finished"])
 
 
+def test_save_request_within_a_round_does_not_shift_the_schedule(comm, monkeypatch):
+    monkeypatch.setattr(training, "LOG_EVERY", 1)
+    model, batches, optimizer = start(comm, sync_every=4)
+    request, saved = training.StopRequest(), []
+
+    def position():
+        return optimizer.rounds_done, optimizer.step_in_round
+
+    def save(*_):
+        request.save = position() == (0, 2)
+
+    optimizer.register_step_post_hook(save)
+    settings = dict(schedule=dict(lr_drops=[1]), stop_request=request, save=lambda state: saved.append(position()))
+    events = of_kind("round", train(model, batches, optimizer, **settings))
+    assert saved == [(0, 2), (5, 0), (10, 0)]
+    assert [event["lr"] for event in events] == pytest.approx([0.1] * 5 + [0.02] * 5)
+
+
 def test_evaluation_time_is_not_training_time(comm):
     def evaluate():
         time.sleep(0.1)
