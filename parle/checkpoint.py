@@ -145,7 +145,7 @@ def read_manifest(path: Path, verify_files: bool = True) -> dict[str, Any]:
             manifest["num_replicas"] < 1
             or manifest["log_bytes"] < 0
             or not (0 <= counters["step_in_round"] < max(1, counters["steps_per_round"]))
-            or counters["rounds_done"] < 0
+            or not (counters["rounds_done"] >= 0)  # refuses NaN as well
         ):
             raise ValueError(f"the counters in {MANIFEST} are invalid")
         for name, expected in manifest["files"].items() if verify_files else ():

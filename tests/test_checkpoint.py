@@ -1,4 +1,4 @@
-"""Checkpoints in one process: what is kept, what is refused, and that a resumed run is the run that never stopped."""
+"""Checkpoints in one process: what is kept, what is refused, and that a resumed run equals an uninterrupted one."""
 
 import errno
 import hashlib
@@ -11,9 +11,7 @@ import shlex
 import shutil
 import signal
 import sys
-import threading
 import weakref
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,9 +24,11 @@ from torch import nn
 import loader
 import models
 import parle_gpu
-from parle import checkpoint, cli, distributed, experiment, launcher, training
+from parle import checkpoint, cli, distributed, evaluation, experiment, fault_injection, launcher, logger, training
 from parle.checkpoint import CheckpointError
+from parle.distributed import Group, Groups
 from parle_gpu import Parle
+from tests.toy import run_ranks
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
@@ -37,7 +37,7 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
 
 
 def build(replicas=3, size=4, **settings):
-    """Parle over replicas of one vector, (size,)."""
+    """Return Parle over replicas of one vector, (size,)."""
     weights = [nn.Parameter(torch.linspace(-1, 1, size)) for _ in range(replicas)]
     return Parle([[w] for w in weights], **(dict(lr=0.1, sync_every=3, batches_per_epoch=4) | settings))
 
@@ -46,7 +46,7 @@ def gradient(replica, step, size=4):
     return torch.randn(size, generator=torch.Generator().manual_seed(100 * step + replica))
 
 
-def move(optimizer, steps):
+def run_steps(optimizer, steps):
     for step in steps:
         for replica, group in enumerate(optimizer.param_groups):
             group["params"][0].grad = gradient(replica, step, len(group["params"][0])).to(group["params"][0].dtype)
@@ -54,19 +54,27 @@ def move(optimizer, steps):
     return optimizer
 
 
-def save(folder, optimizer, **facts):
-    replicas = list(range(optimizer.num_replicas))
-    facts = dict(arguments={}, progress={}, log_bytes=0) | facts
-    return checkpoint.save(folder, optimizer, replicas, facts, distributed.Group(), distributed.Group())
+METADATA = dict(arguments={}, train_state={}, log_bytes=0)
 
 
-def load(path, optimizer):
-    checkpoint.restore(path, checkpoint.read_manifest(path), optimizer, list(range(optimizer.num_replicas)))
+def build_networks(numbers):
+    """Return networks that only have buffers: batch norm without parameters, by replica number."""
+    return {number: nn.BatchNorm1d(2, affine=False) for number in numbers}
+
+
+def save(folder, optimizer, networks=None, **metadata):
+    networks = networks or build_networks(range(optimizer.num_replicas))
+    return checkpoint.save(folder, optimizer, networks, METADATA | metadata, Groups())
+
+
+def load(path, optimizer, networks=None):
+    networks = networks or build_networks(range(optimizer.num_replicas))
+    checkpoint.restore(path, checkpoint.read_manifest(path), optimizer, networks)
     return optimizer
 
 
 def state(optimizer):
-    """Every vector and counter, to compare bit for bit."""
+    """Return every vector and counter, for bitwise comparison."""
     vectors = [*optimizer.vectors, optimizer.shared]
     return [{name: vector.tolist() for name, vector in some.items()} for some in vectors], optimizer.counters
 
@@ -78,54 +86,55 @@ def names(folder):
 @pytest.mark.parametrize("sync_every", [3, 1, "auto"])
 @pytest.mark.parametrize("done", [0, 3, 7])
 def test_saved_state_loads_and_continues_identically(tmp_path, sync_every, done):
-    first = move(build(sync_every=sync_every), range(done))
+    first = run_steps(build(sync_every=sync_every), range(done))
     path = save(tmp_path, first)
     second = load(path, build(sync_every=sync_every))
     assert state(second) == state(first)
-    assert state(move(second, range(done, done + 8))) == state(move(first, range(done, done + 8)))
+    assert state(run_steps(second, range(done, done + 8))) == state(run_steps(first, range(done, done + 8)))
 
 
 def test_checkpoint_is_a_copy_of_the_state(tmp_path):
-    optimizer = move(build(), range(4))
+    optimizer = run_steps(build(), range(4))
     then = state(optimizer)
     path = save(tmp_path, optimizer)
-    move(optimizer, range(4, 9))
+    run_steps(optimizer, range(4, 9))
     assert state(load(path, build())) == then
 
 
 def test_only_the_last_two_checkpoints_are_kept(tmp_path):
     optimizer = build()
     for step in range(8):
-        save(tmp_path, move(optimizer, [step]))
+        save(tmp_path, run_steps(optimizer, [step]))
     assert names(tmp_path) == ["00000002-0001", "00000002-0002"]
     assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["00000002-0002", "00000002-0001"]
     for path in checkpoint.list_checkpoints(tmp_path):
-        files = ["manifest.json", *(f"replica-{number}.pt" for number in range(3)), "shared.pt"]
-        assert names(path) == files
+        files = [f"{kind}.pt" for number in range(3) for kind in (f"replica-{number}", f"buffers-{number}-0")]
+        assert names(path) == sorted(["manifest.json", "shared.pt", *files])
         checkpoint.read_manifest(path)
 
 
 def test_checkpoints_are_ordered_by_number(tmp_path):
     optimizer = build(sync_every=20_000)
-    for rounds, batches in ((9, 11), (10, 0), (99999, 9_999), (99999, 10_000), (100000, 0)):
-        optimizer.counters = optimizer.counters | dict(rounds=rounds, batches=batches, steps_per_round=20_000)
+    for rounds, steps in ((9, 11), (10, 0), (99999, 9_999), (99999, 10_000), (100000, 0)):
+        counters = dict(rounds_done=rounds, step_in_round=steps, steps_per_round=20_000)
+        optimizer.counters = optimizer.counters | counters
         path = save(tmp_path, optimizer)
         assert checkpoint.list_checkpoints(tmp_path)[0] == path
-        assert checkpoint.latest_valid(checkpoint.list_checkpoints(tmp_path))[1]["counters"]["batches"] == batches
+        assert checkpoint.latest_valid(checkpoint.list_checkpoints(tmp_path))[1]["counters"]["step_in_round"] == steps
 
 
 @pytest.mark.parametrize("name", ["backup", "00000001", "1-2-3", "00000002-0000.bak", "2x-0", "²-0"])
-def test_folders_with_other_names_are_ignored_and_kept(tmp_path, name):
-    path = save(tmp_path, move(build(), range(3)))
+def test_directories_with_other_names_are_ignored_and_kept(tmp_path, name):
+    path = save(tmp_path, run_steps(build(), range(3)))
     shutil.copytree(path, tmp_path / name)
     assert checkpoint.list_checkpoints(tmp_path) == [path]
-    save(tmp_path, move(build(), range(6)))
-    save(tmp_path, move(build(), range(9)))
+    save(tmp_path, run_steps(build(), range(6)))
+    save(tmp_path, run_steps(build(), range(9)))
     assert names(tmp_path) == sorted(["00000002-0000", "00000003-0000", name])
 
 
 def test_saving_the_same_step_again_replaces_it(tmp_path):
-    optimizer = move(build(), range(4))
+    optimizer = run_steps(build(), range(4))
     save(tmp_path, optimizer, note="first")
     path = save(tmp_path, optimizer, note="second")
     assert checkpoint.read_manifest(path)["note"] == "second"
@@ -133,13 +142,15 @@ def test_saving_the_same_step_again_replaces_it(tmp_path):
 
 
 def test_manifest_contains_counters_and_arguments(tmp_path):
-    manifest = checkpoint.read_manifest(save(tmp_path, move(build(), range(4)), arguments=dict(lr=0.1), log_bytes=7))
-    assert (manifest["replicas"], manifest["arguments"], manifest["log_bytes"]) == (3, {"lr": 0.1}, 7)
-    assert (manifest["counters"]["rounds"], manifest["counters"]["batches"]) == (1, 1)
+    manifest = checkpoint.read_manifest(
+        save(tmp_path, run_steps(build(), range(4)), arguments=dict(lr=0.1), log_bytes=7)
+    )
+    assert (manifest["num_replicas"], manifest["arguments"], manifest["log_bytes"]) == (3, {"lr": 0.1}, 7)
+    assert (manifest["counters"]["rounds_done"], manifest["counters"]["step_in_round"]) == (1, 1)
 
 
 def test_unfinished_checkpoints_are_not_found(tmp_path):
-    path = save(tmp_path, move(build(), range(3)))
+    path = save(tmp_path, run_steps(build(), range(3)))
     shutil.copytree(path, tmp_path / ".00000002-0000")
     (tmp_path / "00000003-0000").mkdir()
     (tmp_path / "notes").write_text("mine")
@@ -150,9 +161,9 @@ def test_unfinished_checkpoints_are_not_found(tmp_path):
 def rewrite(path, change):
     """Change the manifest and make its checksum match again."""
     manifest = json.loads((path / "manifest.json").read_text())
-    manifest.pop("sum")
+    manifest.pop("sha256")
     change(manifest)
-    manifest["sum"] = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    manifest["sha256"] = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     (path / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -166,18 +177,18 @@ def flip(path, name, place):
     (path / name).write_bytes(content)
 
 
-def replace_by_folder(path, name):
+def replace_by_directory(path, name):
     (path / name).unlink()
     (path / name).mkdir()
 
 
-def other_sums(path):
+def other_checksums(path):
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["files"]["shared.pt"] = "0" * 64
     (path / "manifest.json").write_text(json.dumps(manifest))
 
 
-def swap(path):
+def swap_replicas(path):
     (path / "replica-0.pt").rename(path / "x")
     (path / "replica-1.pt").rename(path / "replica-0.pt")
     (path / "x").rename(path / "replica-1.pt")
@@ -185,37 +196,38 @@ def swap(path):
 
 DAMAGE = {
     "a truncated replica": lambda path: truncate(path, "replica-1.pt", 700),
-    "a bit in a replica": lambda path: flip(path, "replica-0.pt", 500),
-    "a bit at the end": lambda path: flip(path, "shared.pt", -1),
-    "a byte more": lambda path: (path / "shared.pt").write_bytes((path / "shared.pt").read_bytes() + b"\0"),
-    "no replica": lambda path: (path / "replica-1.pt").unlink(),
-    "a folder for a file": lambda path: replace_by_folder(path, "replica-1.pt"),
-    "two replicas exchanged": swap,
-    "a cut manifest": lambda path: truncate(path, "manifest.json", 100),
+    "a flipped bit in a replica": lambda path: flip(path, "replica-0.pt", 500),
+    "a flipped bit at the end": lambda path: flip(path, "shared.pt", -1),
+    "an additional byte": lambda path: (path / "shared.pt").write_bytes((path / "shared.pt").read_bytes() + b"\0"),
+    "a missing replica": lambda path: (path / "replica-1.pt").unlink(),
+    "no buffers": lambda path: (path / "buffers-1-0.pt").unlink(),
+    "a directory instead of a file": lambda path: replace_by_directory(path, "replica-1.pt"),
+    "two replicas swapped": swap_replicas,
+    "a truncated manifest": lambda path: truncate(path, "manifest.json", 100),
     "an empty manifest": lambda path: truncate(path, "manifest.json", 0),
-    "a folder for the manifest": lambda path: replace_by_folder(path, "manifest.json"),
-    "a manifest that is no JSON": lambda path: (path / "manifest.json").write_text("{'format': 1}"),
-    "a manifest that is no text": lambda path: (path / "manifest.json").write_bytes(b"\xff\xfe\0"),
+    "a directory instead of the manifest": lambda path: replace_by_directory(path, "manifest.json"),
+    "a manifest that is not JSON": lambda path: (path / "manifest.json").write_text("{'format': 1}"),
+    "a manifest that is not text": lambda path: (path / "manifest.json").write_bytes(b"\xff\xfe\0"),
     "a manifest that is a list": lambda path: (path / "manifest.json").write_text("[1, 2]"),
-    "a manifest of nothing": lambda path: (path / "manifest.json").write_text("{}"),
-    "a manifest without end": lambda path: (path / "manifest.json").write_text("[" * 100_000),
-    "other sums": other_sums,
+    "a manifest without keys": lambda path: (path / "manifest.json").write_text("{}"),
+    "a deeply nested manifest": lambda path: (path / "manifest.json").write_text("[" * 100_000),
+    "other checksums": other_checksums,
     "another format": lambda path: rewrite(path, lambda manifest: manifest.update(format=99)),
     "no format": lambda path: rewrite(path, lambda manifest: manifest.pop("format")),
     "no files": lambda path: rewrite(path, lambda manifest: manifest.pop("files")),
-    "files that are a list": lambda path: rewrite(path, lambda manifest: manifest.update(files=["shared.pt"])),
+    "a list of files": lambda path: rewrite(path, lambda manifest: manifest.update(files=["shared.pt"])),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damage_is_detected_and_the_previous_one_is_used(tmp_path, damage):
     optimizer = build()
-    before, last = [save(tmp_path, move(optimizer, steps)) for steps in (range(3), range(3, 6))]
+    before, last = [save(tmp_path, run_steps(optimizer, steps)) for steps in (range(3), range(3, 6))]
     DAMAGE[damage](last)
     with pytest.raises(CheckpointError, match="00000002-0000"):
         checkpoint.read_manifest(last)
     path, manifest, (complaint,) = checkpoint.latest_valid([last, before])
-    assert (path, manifest["counters"]["rounds"]) == (before, 1)
+    assert (path, manifest["counters"]["rounds_done"]) == (before, 1)
     assert str(last) in complaint
     assert "\n" not in complaint
     with pytest.raises(CheckpointError, match="00000002-0000"):
@@ -225,15 +237,15 @@ def test_damage_is_detected_and_the_previous_one_is_used(tmp_path, damage):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *(("replicas", value) for value in (0, "3")),
-        *(("rounds", value) for value in (-5, float("nan"), None)),
-        *(("batches", value) for value in (-1, 3, 10**9, float("nan"), "1")),
+        *(("num_replicas", value) for value in (0, "3")),
+        *(("rounds_done", value) for value in (-5, float("nan"), None)),
+        *(("step_in_round", value) for value in (-1, 3, 10**9, float("nan"), "1")),
         *(("steps_per_round", value) for value in (None, [1])),
         *(("log_bytes", value) for value in (-1, None)),
     ],
 )
 def test_invalid_counters_are_refused(tmp_path, name, value):
-    path = save(tmp_path, move(build(), range(4)))
+    path = save(tmp_path, run_steps(build(), range(4)))
     rewrite(path, lambda manifest: manifest.update(note="unchanged otherwise"))
     checkpoint.read_manifest(path)
 
@@ -251,7 +263,7 @@ def test_no_checkpoint_at_all_is_an_error():
 
 
 class Trap:
-    """Unpickled carelessly, it makes a file."""
+    """Creates a file when it is unpickled carelessly."""
 
     def __init__(self, path):
         self.path = path
@@ -261,7 +273,7 @@ class Trap:
 
 
 def forge(path, name, content):
-    """Put a file into a checkpoint, under a manifest made to match."""
+    """Replace a file of a checkpoint and its checksum in the manifest."""
     if isinstance(content, bytes):
         (path / name).write_bytes(content)
     else:
@@ -272,26 +284,26 @@ def forge(path, name, content):
 
 
 @pytest.mark.parametrize("kind", ["torch.save", "pickle"])
-@pytest.mark.parametrize("name", ["shared.pt", "replica-1.pt"])
+@pytest.mark.parametrize("name", ["shared.pt", "replica-1.pt", "buffers-1-0.pt"])
 def test_loading_a_checkpoint_executes_no_code(tmp_path, kind, name):
-    sprung = tmp_path / "sprung"
-    path = save(tmp_path / "checkpoints", move(build(), range(3)))
-    forge(path, name, {"master": Trap(sprung)} if kind == "torch.save" else pickle.dumps(Trap(sprung), 2))
+    created = tmp_path / "created"
+    path = save(tmp_path / "checkpoints", run_steps(build(), range(3)))
+    forge(path, name, {"master": Trap(created)} if kind == "torch.save" else pickle.dumps(Trap(created), 2))
     with pytest.raises(CheckpointError, match=name):
         load(path, build())
-    assert not sprung.exists()
-    pickle.loads(pickle.dumps(Trap(sprung)))
-    assert sprung.exists(), "the trap is none"
+    assert not created.exists()
+    pickle.loads(pickle.dumps(Trap(created)))
+    assert created.exists(), "the trap does not work"
 
 
-@pytest.mark.parametrize("name", ["shared.pt", "replica-1.pt"])
+@pytest.mark.parametrize("name", ["shared.pt", "replica-1.pt", "buffers-1-0.pt"])
 @pytest.mark.parametrize(
     "content",
     [[torch.zeros(4)], {}, {"master": 7, "weights": 7}, b"", b"PK\3\4"],
-    ids=["list", "nothing in it", "numbers", "empty", "half a zip"],
+    ids=["list", "empty dict", "numbers", "empty file", "half a zip"],
 )
 def test_file_with_other_content_is_refused(tmp_path, name, content):
-    path = save(tmp_path, move(build(), range(3)))
+    path = save(tmp_path, run_steps(build(), range(3)))
     forge(path, name, content)
     with pytest.raises(CheckpointError):
         load(path, build())
@@ -309,7 +321,7 @@ def test_file_with_other_content_is_refused(tmp_path, name, content):
     ids=["larger", "smaller", "fewer and larger", "more and larger", "inner loop"],
 )
 def test_checkpoint_of_another_network_is_refused(tmp_path, saved, settings):
-    path = save(tmp_path, move(build(**saved), range(3)))
+    path = save(tmp_path, run_steps(build(**saved), range(3)))
     with pytest.raises(CheckpointError, match=path.name):
         load(path, build(**settings))
 
@@ -317,60 +329,93 @@ def test_checkpoint_of_another_network_is_refused(tmp_path, saved, settings):
 # Several ranks
 
 
-def at_once(size, work):
-    """What `work(world)` gives on each of so many ranks, which are threads, or the OSError that it raises there."""
-    barrier, values = threading.Barrier(size, timeout=20), [None] * size
+def save_from_ranks(optimizer, folders):
+    """Save from one rank per replica, each with its own output directory. Return each rank's path or OSError."""
+    every = optimizer.vectors
 
-    def answer(index):
-        def gather(value):
-            values[index] = value
-            barrier.wait()
-            every = list(values)
-            barrier.wait()
-            return every
-
+    def save(world):
+        local = SimpleNamespace(vectors=[every[world.rank]], shared=optimizer.shared, num_replicas=len(folders))
+        local.rounds_done, local.step_in_round = optimizer.rounds_done, optimizer.step_in_round
+        local.counters = optimizer.counters
+        networks = build_networks([world.rank])
+        metadata = METADATA if world.rank == 0 else {}
         try:
-            return work(distributed.Group(index, size, gather=gather))
+            return checkpoint.save(folders[world.rank], local, networks, metadata, Groups(Group(), world))
         except OSError as error:
             return error
 
-    with ThreadPoolExecutor(size) as pool:
-        return list(pool.map(answer, range(size)))
-
-
-def save_at_once(optimizer, folders):
-    """As ranks that have one replica each, and for `--out` these folders."""
-    every = optimizer.vectors
-
-    def work(world):
-        own = SimpleNamespace(vectors=[every[world.index]], shared=optimizer.shared, num_replicas=len(folders))
-        own.rounds, own.batches, own.counters = optimizer.rounds_done, optimizer.step_in_round, optimizer.counters
-        facts = dict(arguments={}, progress={}, log_bytes=0) if world.index == 0 else {}
-        return checkpoint.save(folders[world.index], own, [world.index], facts, distributed.Group(), world)
-
-    return at_once(len(folders), work)
+    return run_ranks(len(folders), save)
 
 
 def test_ranks_save_what_one_process_saves(tmp_path):
-    optimizer = move(build(), range(4))
-    (path,) = set(save_at_once(optimizer, [tmp_path] * 3))
+    optimizer = run_steps(build(), range(4))
+    (path,) = set(save_from_ranks(optimizer, [tmp_path] * 3))
     assert state(load(path, build())) == state(optimizer)
     assert names(tmp_path) == [path.name]
+    assert names(path) == names(save(tmp_path / "one process", optimizer))
 
 
-def test_unshared_output_folder_is_an_error_on_every_rank(tmp_path):
+def test_unshared_output_directory_is_an_error_on_every_rank(tmp_path):
     folders = [tmp_path / "one", tmp_path / "one", tmp_path / "two"]
-    before = save(folders[0], move(build(), range(3)))
-    for error in save_at_once(move(build(), range(6)), folders):
+    before = save(folders[0], run_steps(build(), range(3)))
+    for error in save_from_ranks(run_steps(build(), range(6)), folders):
         assert isinstance(error, OSError)
         assert "replica-2.pt" in str(error) and "--out" in str(error)
     assert (names(folders[0]), names(folders[2])) == ([before.name], [])
-    assert state(load(before, build())) == state(move(build(), range(3)))
+    assert state(load(before, build())) == state(run_steps(build(), range(3)))
+
+
+# Batch-norm statistics
+
+
+def statistics(networks):
+    return [[buffer.tolist() for buffer in network.buffers()] for network in networks]
+
+
+def trained_networks(count):
+    networks = build_networks(range(count))
+    for number, network in networks.items():
+        network(torch.randn(5, 2) + number)
+    return networks
+
+
+@pytest.mark.parametrize("now", [2, 3, 5])
+def test_buffers_are_restored_and_fresh_in_new_replicas(tmp_path, now):
+    optimizer, saved = run_steps(build(), range(4)), trained_networks(3)
+    path = save(tmp_path, optimizer, saved)
+    restored = build_networks(range(now))
+    load(path, build(now), restored)
+    expected = [*saved.values(), *build_networks(range(2)).values()][:now]
+    assert statistics(restored.values()) == statistics(expected)
+    assert len({str(values) for values in statistics(saved.values())}) == 3
+
+
+def test_every_rank_of_a_replica_restores_its_own_buffers(tmp_path):
+    optimizer, saved = run_steps(build(1), range(4)), trained_networks(3)
+
+    def save(world):
+        metadata = METADATA if world.rank == 0 else {}
+        return checkpoint.save(tmp_path, optimizer, {0: saved[world.rank]}, metadata, Groups(world, world))
+
+    (path,) = set(run_ranks(3, save))
+    manifest, restored = checkpoint.read_manifest(path), build_networks(range(3))
+    for rank, network in restored.items():
+        checkpoint.restore(path, manifest, build(1), {0: network}, rank)
+    assert statistics(restored.values()) == statistics(saved.values())
+
+
+def test_buffers_of_another_shape_are_refused(tmp_path):
+    path = save(tmp_path, run_steps(build(), range(3)))
+    with pytest.raises(CheckpointError, match=path.name):
+        load(path, build(), {number: nn.BatchNorm1d(3, affine=False) for number in range(3)})
+
+
+# Failed writes
 
 
 @contextmanager
 def failing(monkeypatch, module, name, applies, error=FULL):
-    """Within, what `module` calls by `name` fails where that applies."""
+    """Make the function `name` of `module` raise within the context if `applies` is true of its arguments."""
     real = getattr(module, name, open)
 
     def fail(*arguments, **named):
@@ -383,19 +428,21 @@ def failing(monkeypatch, module, name, applies, error=FULL):
         yield
 
 
-@pytest.mark.parametrize("refused", ["manifest.json", "shared.pt", "replica-0.pt", "replica-2.pt", "the final name"])
+@pytest.mark.parametrize(
+    "refused", ["manifest.json", "shared.pt", "replica-0.pt", "replica-2.pt", "buffers-1-0.pt", "rename"]
+)
 def test_failed_write_of_one_rank_fails_on_every_rank(tmp_path, monkeypatch, refused):
-    before = save(tmp_path, move(build(), range(3)))
+    before = save(tmp_path, run_steps(build(), range(3)))
     module, name, applies = checkpoint, "open", lambda path, mode: path.name == refused and mode != "rb"
-    if refused == "the final name":
+    if refused == "rename":
         module, name, applies = os, "rename", lambda *_: True
     with failing(monkeypatch, module, name, applies):
-        assert save_at_once(move(build(), range(6)), [tmp_path] * 3) == [FULL] * 3
+        assert save_from_ranks(run_steps(build(), range(6)), [tmp_path] * 3) == [FULL] * 3
     assert names(tmp_path) == [before.name]
-    assert state(load(before, build())) == state(move(build(), range(3)))
+    assert state(load(before, build())) == state(run_steps(build(), range(3)))
 
 
-def is_of_a_checkpoint(file):
+def is_in_checkpoint(file):
     return re.search(r"\d{8}-\d{4}", os.readlink(f"/proc/self/fd/{file}"))
 
 
@@ -408,16 +455,16 @@ TORCH_FULL = RuntimeError("[enforce fail at inline_container.cc:664] . unexpecte
     [
         pytest.param(torch, "save", lambda *_: True, FULL, id="torch.save"),
         pytest.param(torch, "save", lambda *_: True, TORCH_FULL, id="torch.save, RuntimeError"),
-        pytest.param(os, "fsync", is_of_a_checkpoint, FULL, id="fsync"),
+        pytest.param(os, "fsync", is_in_checkpoint, FULL, id="fsync"),
         pytest.param(os, "mkdir", lambda *_: True, FULL, id="mkdir"),
     ],
 )
 def test_full_disk_leaves_previous_checkpoints_intact(tmp_path, monkeypatch, module, name, applies, error):
-    before = save(tmp_path, move(build(), range(3)))
+    before = save(tmp_path, run_steps(build(), range(3)))
     with failing(monkeypatch, module, name, applies, error), pytest.raises(OSError):
-        save(tmp_path, move(build(), range(6)))
+        save(tmp_path, run_steps(build(), range(6)))
     assert names(tmp_path) == [before.name]
-    assert state(load(before, build())) == state(move(build(), range(3)))
+    assert state(load(before, build())) == state(run_steps(build(), range(3)))
 
 
 def test_files_are_synced_before_the_rename(tmp_path, monkeypatch):
@@ -433,31 +480,31 @@ def test_files_are_synced_before_the_rename(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", record)
     monkeypatch.setattr(os, "rename", check)
-    path = save(tmp_path, move(build(), range(3)))
+    path = save(tmp_path, run_steps(build(), range(3)))
     assert synced[-1] == path.parent.resolve()
 
 
 # Another number of replicas
 
 
-def of_all(optimizer, name):
+def stacked(optimizer, name):
     return torch.stack([vectors[name] for vectors in optimizer.vectors])
 
 
-def between(optimizer):
-    """Where the master is the mean of them."""
-    return of_all(optimizer, "anchor" if optimizer.step_in_round else "weights")
+def anchors(optimizer):
+    """Return the vectors whose mean is the master."""
+    return stacked(optimizer, "anchor" if optimizer.step_in_round else "weights")
 
 
-def stays_the_mean(optimizer, steps):
+def check_master_stays_the_mean(optimizer, steps):
     for step in steps:
-        move(optimizer, [step])
-        assert torch.allclose(optimizer.master, between(optimizer).mean(0), atol=1e-6), step
+        run_steps(optimizer, [step])
+        assert torch.allclose(optimizer.master, anchors(optimizer).mean(0), atol=1e-6), step
 
 
 @pytest.mark.parametrize("done", [6, 8])
 def test_new_replicas_start_at_the_master(tmp_path, done):
-    three = move(build(3), range(done))
+    three = run_steps(build(3), range(done))
     five = load(save(tmp_path, three), build(5))
     assert five.counters == three.counters
     assert torch.equal(five.master, three.master)
@@ -469,32 +516,33 @@ def test_new_replicas_start_at_the_master(tmp_path, done):
             assert torch.equal(vectors[name], three.master), name
         for name in ("inner_momentum_buffer", "outer_momentum_buffer"):
             assert not vectors[name].any(), name
-    stays_the_mean(five, range(done, done + 9))
+    check_master_stays_the_mean(five, range(done, done + 9))
 
 
 @pytest.mark.parametrize("done", [6, 8])
 @pytest.mark.parametrize("remain", [1, 2])
 def test_with_fewer_replicas_master_is_their_mean(tmp_path, done, remain):
-    three = move(build(3), range(done))
+    three = run_steps(build(3), range(done))
     fewer = load(save(tmp_path, three), build(remain))
     assert fewer.counters == three.counters
-    assert torch.allclose(fewer.master, between(three)[:remain].mean(0))
+    assert torch.allclose(fewer.master, anchors(three)[:remain].mean(0))
     for number in range(remain):
         for name, vector in three.vectors[number].items():
             assert torch.equal(fewer.vectors[number][name], vector), name
-    stays_the_mean(fewer, range(done, done + 9))
+    check_master_stays_the_mean(fewer, range(done, done + 9))
 
 
 def test_replica_files_are_read_one_at_a_time(tmp_path, monkeypatch):
-    """Twelve of WRN-28-10 at once would not fit where two of them do."""
-    path = save(tmp_path, move(build(7), range(6)))
+    """Memory that holds two replicas of WRN-28-10 need not hold twelve."""
+    path = save(tmp_path, run_steps(build(7), range(6)))
     vectors, most, torch_load = [], 0, torch.load
 
     def count(*given, **named):
         nonlocal most
         assert named["mmap"] and named["weights_only"]
         content = torch_load(*given, **named)
-        vectors.append(weakref.ref(content.get("weights", content.get("master"))))
+        if not Path(given[0]).name.startswith("buffers"):
+            vectors.append(weakref.ref(content.get("weights", content.get("master"))))
         most = max(most, sum(vector() is not None for vector in vectors))
         return content
 
@@ -507,12 +555,12 @@ def test_replica_files_are_read_one_at_a_time(tmp_path, monkeypatch):
 @pytest.mark.parametrize("now", [2, 5])
 @pytest.mark.parametrize("sync_every", [1, "auto"])
 def test_other_number_of_replicas_with_short_rounds(tmp_path, now, sync_every):
-    path = save(tmp_path, move(build(3, sync_every=sync_every), range(7)))
-    stays_the_mean(load(path, build(now, sync_every=sync_every)), range(7, 12))
+    path = save(tmp_path, run_steps(build(3, sync_every=sync_every), range(7)))
+    check_master_stays_the_mean(load(path, build(now, sync_every=sync_every)), range(7, 12))
 
 
 def test_three_to_five_to_three_replicas_is_lossless(tmp_path):
-    three = move(build(3), range(6))
+    three = run_steps(build(3), range(6))
     five = load(save(tmp_path / "3", three), build(5))
     back = load(save(tmp_path / "5", five), build(3))
     assert state(back)[0][:3] == state(three)[0][:3]
@@ -520,20 +568,20 @@ def test_three_to_five_to_three_replicas_is_lossless(tmp_path):
 
 
 @pytest.mark.parametrize("now", [2, 5])
-def test_riders_stay_a_mean_with_other_replicas(tmp_path, now):
-    """Such as a line's loss: those who join in the middle of it have none."""
-    three = move(build(3), range(4))
-    for riders in three.riders:
-        riders[0] = 6.0
-    other = move(load(save(tmp_path, three), build(now)), range(4, 6))
-    assert [riders[0].item() for riders in other.riders] == [6.0] * now
+def test_piggyback_stays_a_mean_with_other_replicas(tmp_path, now):
+    """The training loss since the last log line, for example, which new replicas do not have."""
+    three = run_steps(build(3), range(4))
+    for piggyback in three.piggyback:
+        piggyback[0] = 6.0
+    other = run_steps(load(save(tmp_path, three), build(now)), range(4, 6))
+    assert [piggyback[0].item() for piggyback in other.piggyback] == [6.0] * now
 
 
-# Lost replicas
+# Non-finite replicas
 
 
 class Expected:
-    """n replicas of Parle in float64 numpy, of which those in `lost` are left out of a round's mean and restarted."""
+    """n replicas of Parle in float64 numpy; `nonfinite` ones are left out of a round's mean and restarted."""
 
     def __init__(self, start, n, L, nb, lr, momentum, gamma, rho, alpha, outer_lr_scale, outer_momentum):
         self.n, self.L, self.nb, self.lr, self.mu = n, L, nb, lr, momentum
@@ -543,11 +591,11 @@ class Expected:
         self.xa, self.u, self.v = np.tile(start, (n, 1)), np.zeros((n, len(start))), np.zeros((n, len(start)))
         self.k = 0
 
-    def round(self, gradients, lost=()):
+    def round(self, gradients, nonfinite=()):
         """gradients: (L, n, P)"""
         growth = (1 + 1 / (2 * self.nb)) ** self.k
         gamma, c = min(self.gamma * growth, 1), min(self.rho * self.L * self.n * growth, 10)
-        healthy = [a for a in range(self.n) if a not in lost]
+        finite = [a for a in range(self.n) if a not in nonfinite]
         y, z = self.xa.copy(), self.xa.copy()
         for g in gradients:
             d = g + (c * (y - self.x) if self.L == 1 else gamma * (y - self.xa))
@@ -555,37 +603,37 @@ class Expected:
             y = y - self.lr * (d + self.mu * self.u)
             z = self.alpha * z + (1 - self.alpha) * y
         if self.L == 1:
-            self.xa, self.x = y, y[healthy].mean(0)
+            self.xa, self.x = y, y[finite].mean(0)
         else:
-            mean = z[healthy].mean(0)
+            mean = z[finite].mean(0)
             d = (self.xa - z) + c * (self.xa - mean)
             self.v = self.outer_mu * self.v + d
             self.xa = self.xa - self.eta * (d + self.outer_mu * self.v)
             d = (1 + c) * (self.x - mean)
             self.vx = self.outer_mu * self.vx + d
             self.x = self.x - self.eta * (d + self.outer_mu * self.vx)
-        for a in lost:
+        for a in nonfinite:
             self.xa[a], self.u[a], self.v[a] = self.x, 0, 0
         self.k += 1
 
 
-def agrees(optimizer, expected):
-    def same(vector, value):
+def check_equal(optimizer, expected):
+    def check(vector, value):
         assert vector.isfinite().all()
         np.testing.assert_allclose(vector.numpy(), value, rtol=1e-9, atol=1e-12)
 
-    same(optimizer.master, expected.x)
-    same(of_all(optimizer, "weights"), expected.xa)
-    same(of_all(optimizer, "inner_momentum_buffer"), expected.u)
+    check(optimizer.master, expected.x)
+    check(stacked(optimizer, "weights"), expected.xa)
+    check(stacked(optimizer, "inner_momentum_buffer"), expected.u)
     if expected.L > 1:
-        same(of_all(optimizer, "outer_momentum_buffer"), expected.v)
-        same(of_all(optimizer, "anchor"), expected.xa)
-        same(optimizer.shared["master_momentum_buffer"], expected.vx)
+        check(stacked(optimizer, "outer_momentum_buffer"), expected.v)
+        check(stacked(optimizer, "anchor"), expected.xa)
+        check(optimizer.shared["master_momentum_buffer"], expected.vx)
 
 
 @pytest.mark.parametrize("length", [5, 1])
-@pytest.mark.parametrize(("lost", "value"), [((1,), float("nan")), ((0,), float("inf")), ((0, 2), -float("inf"))])
-def test_nonfinite_replica_is_excluded_and_restarted(length, lost, value):
+@pytest.mark.parametrize(("nonfinite", "value"), [((1,), float("nan")), ((0,), float("inf")), ((0, 2), -float("inf"))])
+def test_nonfinite_replica_is_excluded_and_restarted(length, nonfinite, value):
     settings = dict(lr=0.1, momentum=0.9, gamma=0.3, rho=0.1, alpha=0.75, outer_lr_scale=2, outer_momentum=0.4)
     start = torch.linspace(-1, 1, 6, dtype=torch.float64)
     weights = [nn.Parameter(start.clone()) for _ in range(3)]
@@ -598,19 +646,19 @@ def test_nonfinite_replica_is_excluded_and_restarted(length, lost, value):
             for w, row in zip(weights, rows, strict=True):
                 w.grad = row.clone()
             if round == 2 and step == length // 2:
-                for a in lost:
+                for a in nonfinite:
                     weights[a].data[a + 1] = value
             optimizer.step()
-        expected.round(gradients.numpy(), lost if round == 2 else ())
-        assert optimizer.nonfinite_replicas == (list(lost) if round == 2 else [])
-        agrees(optimizer, expected)
+        expected.round(gradients.numpy(), nonfinite if round == 2 else ())
+        assert optimizer.nonfinite_replicas == (list(nonfinite) if round == 2 else [])
+        check_equal(optimizer, expected)
         if round == 2:
-            for a in lost:
+            for a in nonfinite:
                 assert torch.equal(optimizer.vectors[a]["weights"], optimizer.master)
 
 
 @pytest.mark.parametrize("length", [5, 1])
-def test_nan_gradients_restart_the_replica_and_its_riders(length):
+def test_nan_gradients_restart_replica_and_piggyback(length):
     optimizer = build(sync_every=length)
     for _ in range(length):
         for replica, group in enumerate(optimizer.param_groups):
@@ -618,21 +666,21 @@ def test_nan_gradients_restart_the_replica_and_its_riders(length):
             optimizer.piggyback[replica][0] = float("nan") if replica == 2 else replica
         optimizer.step()
     assert optimizer.nonfinite_replicas == [2]
-    assert [riders[0].item() for riders in optimizer.piggyback] == [0.5] * 3
+    assert [piggyback[0].item() for piggyback in optimizer.piggyback] == [0.5] * 3
     assert all(vector.isfinite().all() for some in optimizer.vectors for vector in some.values())
-    move(optimizer, range(length))
+    run_steps(optimizer, range(length))
     assert optimizer.nonfinite_replicas == []
 
 
 @pytest.mark.parametrize("length", [5, 1])
 @pytest.mark.parametrize("value", [float("nan"), -float("inf")])
 def test_nonfinite_loss_restarts_the_replica(length, value):
-    optimizer = move(build(sync_every=length), range(length))
-    for replica, riders in enumerate(optimizer.piggyback):
-        riders[training.LOSS] = value if replica == 2 else replica
-    move(optimizer, range(length))
+    optimizer = run_steps(build(sync_every=length), range(length))
+    for replica, piggyback in enumerate(optimizer.piggyback):
+        piggyback[training.LOSS] = value if replica == 2 else replica
+    run_steps(optimizer, range(length))
     assert optimizer.nonfinite_replicas == [2]
-    assert [riders.tolist() for riders in optimizer.piggyback] == [[0.5, 0, 0, 0, 0]] * 3
+    assert [piggyback.tolist() for piggyback in optimizer.piggyback] == [[0.5, 0, 0, 0, 0]] * 3
     assert torch.equal(optimizer.vectors[2]["weights"], optimizer.master)
     assert optimizer.master.isfinite().all()
     assert not torch.equal(optimizer.vectors[1]["weights"], optimizer.master)
@@ -641,12 +689,12 @@ def test_nonfinite_loss_restarts_the_replica(length, value):
 @pytest.mark.parametrize("length", [5, 1])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_overflow_of_the_mean_is_an_error(length, sign):
-    optimizer = move(build(sync_every=length, gamma=0, rho=0, momentum=0), range(length))
+    optimizer = run_steps(build(sync_every=length, gamma=0, rho=0, momentum=0), range(length))
     for vectors in optimizer.vectors:
         vectors["weights"][1] = sign * 2e38
         vectors["inner_momentum_buffer"].zero_()
     with pytest.raises(FloatingPointError, match=r"round 2\b.*\blr\b"):
-        move(optimizer, range(length))
+        run_steps(optimizer, range(length))
     assert all(vectors["weights"][0].isfinite() for vectors in optimizer.vectors)
 
 
@@ -654,30 +702,30 @@ def test_overflow_of_the_mean_is_an_error(length, sign):
 @pytest.mark.parametrize("replicas", [1, 3])
 def test_all_replicas_nonfinite_is_an_error(length, replicas):
     optimizer = build(replicas, sync_every=length)
-    move(optimizer, range(length))
+    run_steps(optimizer, range(length))
     master = optimizer.master.clone()
     for vectors in optimizer.vectors:
         vectors["weights"][1] = float("nan")
     with pytest.raises(FloatingPointError, match=r"round 2\b"):
-        move(optimizer, range(length))
+        run_steps(optimizer, range(length))
     assert torch.equal(optimizer.master, master)
 
 
 def test_master_returns_to_the_mean_after_a_restart():
-    optimizer = move(build(sync_every=5), range(13))
+    optimizer = run_steps(build(sync_every=5), range(13))
     optimizer.vectors[1]["weights"].fill_(float("nan"))
-    away = []
+    distances = []
     for round in range(2, 40):
-        move(optimizer, range(5 * round + (3 if round == 2 else 0), 5 * round + 5))
-        away.append(float((optimizer.master - of_all(optimizer, "weights").mean(0)).norm()))
-    assert max(away[-5:]) < 0.1 * max(away), away
+        run_steps(optimizer, range(5 * round + (3 if round == 2 else 0), 5 * round + 5))
+        distances.append(float((optimizer.master - stacked(optimizer, "weights").mean(0)).norm()))
+    assert max(distances[-5:]) < 0.1 * max(distances), distances
 
 
 # Runs
 
 
 def tiny(name, channels, size, classes, dropout):
-    """In place of any model: parameters, batch-norm statistics and dropout, at a tenth of LeNet's time."""
+    """Replace models.build by a network with batch norm and dropout that takes a tenth of LeNet's time."""
     side = (size - 3) // 2 + 1
     return nn.Sequential(
         *(nn.Conv2d(channels, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(dropout)),
@@ -686,16 +734,16 @@ def tiny(name, channels, size, classes, dropout):
 
 
 class Run:
-    """parle_gpu.py in this process, on digits."""
+    """Runs parle_gpu.py on digits in this process."""
 
     SETTINGS = "-d digits --device cpu -n 3 -L 5 -b 24 --frac 0.075 --weight-decay 0.001 -B 1.4 --lr-drops 0.6"
 
     def __init__(self, monkeypatch, capsys, proc):
         self.monkeypatch, self.capsys, self.proc = monkeypatch, capsys, proc
-        self.at = {}
+        self.actions = {}
         monkeypatch.setattr(models, "build", tiny)
-        monkeypatch.setattr(engine, "RECALIBRATION_BATCHES", 3)
-        monkeypatch.setattr(faults, "inject", self._hook)
+        monkeypatch.setattr(evaluation, "RECALIBRATION_BATCHES", 3)
+        monkeypatch.setattr(fault_injection, "inject_fault", self._hook)
         monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
     def _hook(self, optimizer, replicas):
@@ -704,14 +752,14 @@ class Run:
         def count(*_):
             nonlocal steps
             steps += 1
-            if steps in self.at:
-                self.at[steps]()
+            if steps in self.actions:
+                self.actions[steps]()
 
         optimizer.register_step_post_hook(count)
 
     def __call__(self, *arguments, at=None):
-        """Run, and call what `at` has for a number of mini-batches after so many. Return the exit status."""
-        self.at = at or {}
+        """Run, and call each action in `at` after its number of steps. Return the exit status."""
+        self.actions = at or {}
         self.monkeypatch.setattr(sys, "argv", ["parle_gpu.py", *map(str, arguments)])
         self.capsys.readouterr()
         status = 0
@@ -719,14 +767,14 @@ class Run:
             parle_gpu.main()
         except SystemExit as exit:
             status = exit.code
-        self.printed, self.erred = self.capsys.readouterr()
+        self.stdout, self.stderr = self.capsys.readouterr()
         return status
 
     def new(self, out, *arguments, settings=SETTINGS, at=None):
         return self(*settings.split(), "--proc", self.proc, "--out", out, *arguments, at=at)
 
     def warnings(self):
-        return [line for line in self.printed.splitlines() if "warning" in line.lower()]
+        return [line for line in self.stdout.splitlines() if "warning" in line.lower()]
 
 
 @pytest.fixture
@@ -734,15 +782,15 @@ def run(monkeypatch, capsys, proc, no_launcher):
     return Run(monkeypatch, capsys, proc)
 
 
-def ask(number):
+def send(number):
     return lambda: os.kill(os.getpid(), number)
 
 
 def fail():
-    raise RuntimeError("a power cut")
+    raise RuntimeError("power failure")
 
 
-STOP, SAVE = ask(signal.SIGTERM), ask(signal.SIGUSR1)
+STOP, SAVE = send(signal.SIGTERM), send(signal.SIGUSR1)
 
 
 def log_of(out, *events):
@@ -751,8 +799,8 @@ def log_of(out, *events):
 
 
 def result(out):
-    """What must not depend on stops: the log except timings and the stops themselves, and the master."""
-    lines = log_of(out, "round", "lost", "eval", "end")
+    """Return what must not depend on interruptions: the log without its timings, and the master."""
+    lines = log_of(out, "round", "nonfinite", "eval", "finished")
     log = [{name: line[name] for name in line if not name.endswith(("seconds", "per_second"))} for line in lines]
     master = torch.load(out / "master.pt", weights_only=True)
     return log, {name: value.tolist() for name, value in master.items()}
@@ -775,8 +823,8 @@ def uninterrupted(run, results, tmp_path):
     return uninterrupted
 
 
-PARLE = Run.SETTINGS  # 7 rounds of 5 mini-batches; 5 rounds an epoch; lr drops after 3, log lines after 5
-ONE = PARLE.replace("-L 5", "-L 1").replace("-B 1.4", "-B 6").replace("0.6", "4")  # lr drops after 20, lines after 25
+PARLE = Run.SETTINGS  # 7 rounds of 5 steps; 5 rounds per epoch; lr drops after round 3, `round` events every 5 rounds
+ONE = PARLE.replace("-L 5", "-L 1").replace("-B 1.4", "-B 6").replace("0.6", "4")  # lr drops after round 20
 AUTO = PARLE.replace("-L 5", "-L auto --gamma 0.02")
 AUGMENTED = PARLE.replace("-b 24 --frac 0.075", "-b 150 --frac 0.5") + " --augment"
 ELASTIC = ONE.replace("-L 1", "--method elastic-sgd --eval-every 7")
@@ -786,7 +834,7 @@ ENTROPY = PARLE.replace("-n 3", "--method entropy-sgd --outer-momentum 0.5")
 @pytest.mark.parametrize(
     ("settings", "stops"),
     [
-        pytest.param(PARLE, [1], id="after the first mini-batch"),
+        pytest.param(PARLE, [1], id="after the first step"),
         pytest.param(PARLE, [10], id="at the end of a round, between log lines"),
         pytest.param(PARLE, [14], id="just before lr drops"),
         pytest.param(PARLE, [15], id="as lr drops"),
@@ -808,10 +856,10 @@ def test_resume_is_bitwise_identical(run, uninterrupted, tmp_path, settings, sto
     status = run.new(out, settings=settings, at={stops[0]: STOP})
     for count in [*stops[1:], 0]:
         assert status == 75
-        assert run.printed.splitlines()[-1].endswith(f"{launcher.python_command()} parle_gpu.py --resume {out}")
-        assert log_of(out)[-1]["event"] == "stop"
+        assert run.stdout.splitlines()[-1].endswith(f"{launcher.python_command()} parle_gpu.py --resume {out}")
+        assert log_of(out)[-1]["event"] == "interrupted"
         status = run("--resume", out, at={count: STOP})
-    assert (status, run.erred) == (0, "")
+    assert (status, run.stderr) == (0, "")
     assert result(out) == expected
     assert len(log_of(out, "resume")) == len(stops)
 
@@ -829,8 +877,8 @@ def test_crash_in_the_evaluation_before_a_stop_loses_nothing(run, uninterrupted,
     expected = uninterrupted(PARLE)
     out = tmp_path / "run"
     with monkeypatch.context() as patched:
-        patched.setattr(engine, "evaluate", lambda *_, **__: fail())
-        with pytest.raises(RuntimeError, match="a power cut"):
+        patched.setattr(evaluation, "evaluate", lambda *_, **__: fail())
+        with pytest.raises(RuntimeError, match="power failure"):
             run.new(out, at={25: STOP})
     assert names(out / "checkpoints") == ["00000005-0000"]
     assert run("--resume", out) == 0
@@ -840,11 +888,11 @@ def test_crash_in_the_evaluation_before_a_stop_loses_nothing(run, uninterrupted,
 def test_steps_since_the_last_checkpoint_are_repeated(run, uninterrupted, tmp_path):
     expected = uninterrupted(PARLE)
     out = tmp_path / "run"
-    with pytest.raises(RuntimeError, match="a power cut") as failed:
+    with pytest.raises(RuntimeError, match="power failure") as failed:
         run.new(out, "--checkpoint-every", 2, at={33: fail})
     notes = "\n".join(failed.value.__notes__)
     assert "round 7" in notes and notes.endswith(f"{launcher.python_command()} parle_gpu.py --resume {out}")
-    del failed, notes  # and with it, as when the process ends, the lock on the log
+    del failed, notes  # releases the lock on the log, as the end of a process does
     assert run("--resume", out) == 0
     assert log_of(out, "resume")[0]["round"] == 6
     assert result(out) == expected
@@ -855,7 +903,7 @@ def test_sigusr1_saves_and_continues(run, uninterrupted, tmp_path):
     out, cut = tmp_path / "run", tmp_path / "cut"
     assert run.new(out, at={7: SAVE}) == 0
     assert result(out) == expected
-    with pytest.raises(RuntimeError, match="a power cut"):
+    with pytest.raises(RuntimeError, match="power failure"):
         run.new(cut, at={7: SAVE, 9: fail})
     assert names(cut / "checkpoints") == ["00000001-0002"]
     assert run("--resume", cut) == 0
@@ -876,7 +924,7 @@ def test_second_sigint_stops_at_once(run, tmp_path):
 
 @pytest.fixture
 def stopped(run, results, tmp_path, tmp_path_factory):
-    """The folder of a run that was stopped in the middle of its second round."""
+    """Return the output directory of a run that was stopped in the middle of its second round."""
     if "stopped" not in results:
         results["stopped"] = tmp_path_factory.mktemp("stopped") / "run"
         assert run.new(results["stopped"], "--checkpoint-every", 1, at={7: STOP}) == 75
@@ -889,14 +937,14 @@ def stopped(run, results, tmp_path, tmp_path_factory):
 @pytest.mark.parametrize("n", [2, 5])
 def test_resume_with_another_number_of_replicas(run, stopped, n):
     assert run("--resume", stopped, "-n", n) == 0
-    (line,) = [line for line in run.printed.splitlines() if "00000001-0002" in line]
+    (line,) = [line for line in run.stdout.splitlines() if "00000001-0002" in line]
     assert re.search(rf"round 2\b.*\breplicas\b.*\b{n}\b.*\b3\b", line)
     (resume,) = log_of(stopped, "resume")
-    assert (resume["replicas"], resume["changes"]) == (n, {"replicas": [3, n]})
+    assert (resume["num_replicas"], resume["changes"]) == (n, {"replicas": [3, n]})
     (*_, last) = log_of(stopped, "eval")
     assert len(last["replica_errors"]) == n
     assert last["master_error"] < 80
-    assert log_of(stopped)[-1]["images"] == 24 * (7 * 3 + 28 * n)
+    assert log_of(stopped)[-1]["images_seen"] == 24 * (7 * 3 + 28 * n)
     checkpoint.read_manifest(checkpoint.list_checkpoints(stopped / "checkpoints")[0])
 
 
@@ -904,7 +952,7 @@ def test_elastic_sgd_keeps_rho_n_at_one_with_another_n(run, tmp_path):
     out = tmp_path / "run"
     assert run.new(out, settings=ELASTIC, at={3: STOP}) == 75
     assert run("--resume", out, "-n", 5) == 0
-    assert log_of(out, "round")[0]["rho"] == pytest.approx(1.1**4)
+    assert log_of(out, "round")[0]["coupling_k"] == pytest.approx(1.1**4)
 
 
 def test_resume_with_more_epochs_equals_a_longer_run(run, uninterrupted, tmp_path):
@@ -936,12 +984,12 @@ def test_resume_with_more_epochs_equals_a_longer_run(run, uninterrupted, tmp_pat
     ],
 )
 def test_lr_follows_the_drops_when_arguments_change(tmp_path, changes, per_epoch, lr):
-    path = save(tmp_path, move(build(lr=0.07), range(15)))
-    resumed = experiment.ResumePoint(path, checkpoint.read_manifest(path), dict.fromkeys(changes.split(), (1, 2)))
-    args = SimpleNamespace(lr=0.1, lr_drops=[0.8, 1.6], lr_decay=0.4, epochs=9)
-    optimizer = build()
-    batches = SimpleNamespace(per_epoch=per_epoch)
-    experiment.restore(args, resumed, optimizer, {number: (nn.Module(), batches) for number in range(3)})
+    path = save(tmp_path, run_steps(build(lr=0.07), range(15)))
+    resume = experiment.ResumePoint(path, checkpoint.read_manifest(path), dict.fromkeys(changes.split(), (1, 2)))
+    args = SimpleNamespace(lr=0.1, lr_drops=[0.8, 1.6], lr_decay=0.4, epochs=9, eval_every=None, checkpoint_every=None)
+    optimizer, batches = build(), SimpleNamespace(per_epoch=per_epoch)
+    replicas = [training.LocalReplica(number, network, batches) for number, network in build_networks(range(3)).items()]
+    experiment.Experiment(args, None, optimizer, replicas).restore(resume)
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([lr] * 3)
 
 
@@ -956,7 +1004,7 @@ def test_resume_reports_another_program(run, stopped):
     for path in checkpoint.list_checkpoints(stopped / "checkpoints"):
         rewrite(path, lambda manifest: manifest["arguments"].update(program="parle_mpi.py"))
     assert run("--resume", stopped, at={1: STOP}) == 75
-    assert re.search(r"parle_gpu\.py.*parle_mpi\.py", run.printed)
+    assert re.search(r"parle_gpu\.py.*parle_mpi\.py", run.stdout)
     assert log_of(stopped, "resume")[0]["changes"] == {"program": ["parle_mpi.py", "parle_gpu.py"]}
 
 
@@ -974,38 +1022,38 @@ def parsed(monkeypatch, *arguments):
         ("--resume {run} -m allcnn", ["allcnn", "lenet"]),
         ("--resume {run} -d mnist", ["mnist", "digits"]),
         ("--resume {run} --method elastic-sgd", ["elastic-sgd", "parle"]),
-        ("--resume {run} --zca", ["whiten"]),
+        ("--resume {run} --zca", ["zca"]),
         ("--resume {run}/nowhere", ["nowhere"]),
         ("--resume {run}/empty", ["empty"]),
         ("--resume {run}/log.jsonl", ["log.jsonl"]),
         ("--resume", ["DIR"]),
     ],
 )
-def test_unusable_resume_argument_is_a_mistake(stopped, monkeypatch, arguments, words):
+def test_unusable_resume_argument_is_a_usage_error(stopped, monkeypatch, arguments, words):
     (stopped / "empty").mkdir()
-    with pytest.raises(cli.UsageError) as mistake:
+    with pytest.raises(cli.UsageError) as caught:
         parsed(monkeypatch, *arguments.format(run=stopped).split())
-    message = str(mistake.value)
+    message = str(caught.value)
     assert all(word in message for word in ["--resume", *words]) and "\n" not in message
 
 
 @pytest.mark.parametrize(
-    ("arguments", "spoil"),
+    ("arguments", "damage"),
     [
         ("-L 1", lambda path: None),
         ("-m allcnn", lambda path: None),
         ("", DAMAGE["a truncated replica"]),
-        ("", DAMAGE["a manifest that is no JSON"]),
-        ("", lambda path: forge(path, "shared.pt", {"master": Trap("sprung")})),
+        ("", DAMAGE["a manifest that is not JSON"]),
+        ("", lambda path: forge(path, "shared.pt", {"master": Trap("created")})),
     ],
     ids=["another method", "another model", "truncated", "no manifest", "forged"],
 )
-def test_failed_resume_is_one_line_and_changes_nothing(run, stopped, arguments, spoil):
+def test_failed_resume_is_one_line_and_changes_nothing(run, stopped, arguments, damage):
     for path in checkpoint.list_checkpoints(stopped / "checkpoints"):
-        spoil(path)
+        damage(path)
     before = content(stopped)
     assert run("--resume", stopped, *arguments.split()) == 2
-    (line,) = run.erred.splitlines()
+    (line,) = run.stderr.splitlines()
     assert line.startswith("parle_gpu.py: ") and "--resume" in line
     assert content(stopped) == before
 
@@ -1029,7 +1077,7 @@ def content(folder):
 
 @pytest.fixture
 def elsewhere(stopped, tmp_path, monkeypatch):
-    """A copy of a checkpoint in a folder with a log, checkpoints and a master that are another run's."""
+    """Return the directory of another run, which has a copy of a checkpoint in copies/."""
     folder = tmp_path / "another"
     shutil.copytree(stopped / "checkpoints" / "00000001-0002", folder / "copies" / "00000001-0002")
     shutil.copytree(stopped / "checkpoints", folder / "checkpoints")
@@ -1056,9 +1104,9 @@ def link(path, target):
         lambda another: link(another / "link", "copies") / "00000001-0002",
         lambda another: os.chdir(another / "copies") or Path("00000001-0002"),
     ],
-    ids=["absolute", "relative", "dots", "link to it", "link in checkpoints", "link above it", "from its folder"],
+    ids=["absolute", "relative", "dots", "link to it", "link in checkpoints", "link above it", "from its directory"],
 )
-def test_checkpoint_outside_a_run_needs_a_new_folder(elsewhere, monkeypatch, named):
+def test_checkpoint_outside_a_run_gets_a_new_directory(elsewhere, monkeypatch, named):
     path = named(elsewhere)
     assert parsed(monkeypatch, "--resume", path).out is None
     assert parsed(monkeypatch, "--resume", path, "--out", "new").out == Path("new")
@@ -1073,25 +1121,25 @@ def test_checkpoint_outside_a_run_needs_a_new_folder(elsewhere, monkeypatch, nam
         lambda run: link(run.parent / "link", run / "checkpoints" / "00000001-0002"),
         lambda run: shutil.copytree(run / "checkpoints" / "00000001-0002", run / "checkpoints" / "backup"),
     ],
-    ids=["absolute", "from its folder", "from the run's", "a link", "a copy beside it"],
+    ids=["absolute", "from its directory", "from the run's directory", "a link", "a copy beside it"],
 )
-def test_checkpoint_of_a_run_continues_in_its_folder(elsewhere, stopped, monkeypatch, named):
+def test_checkpoint_of_a_run_resumes_in_its_directory(elsewhere, stopped, monkeypatch, named):
     path = named(stopped)
     args = parsed(monkeypatch, "--resume", path)
     assert args.out.samefile(stopped)
     assert Path(args.resume).samefile(path)
 
 
-def test_resume_by_a_link_continues_in_the_run(run, stopped, tmp_path, monkeypatch):
+def test_resume_by_a_link_writes_to_the_run(run, stopped, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run("--resume", link(tmp_path / "link", stopped / "checkpoints" / "00000001-0002"), at={1: STOP}) == 75
     assert names(stopped / "checkpoints") == ["00000001-0002", "00000001-0003"]
-    assert [line["event"] for line in log_of(stopped)[-2:]] == ["resume", "stop"]
+    assert [line["event"] for line in log_of(stopped)[-2:]] == ["resume", "interrupted"]
     assert not Path("runs").exists()
 
 
 @pytest.mark.parametrize("arguments", [(), ("--out", "new")])
-def test_resume_from_elsewhere_leaves_that_folder_alone(run, elsewhere, arguments):
+def test_resume_from_a_copy_does_not_change_its_directory(run, elsewhere, arguments):
     path = link(elsewhere / "checkpoints" / "00000009-0000", "../copies/00000001-0002")
     before = content(elsewhere)
     assert run("--resume", path, *arguments, at={1: STOP}) == 75
@@ -1099,10 +1147,10 @@ def test_resume_from_elsewhere_leaves_that_folder_alone(run, elsewhere, argument
     (out,) = [Path("new")] if arguments else Path("runs").iterdir()
     assert (log_of(out)[0]["event"], log_of(out)[0]["round"]) == ("resume", 1)
     assert names(out / "checkpoints") == ["00000001-0003"]
-    assert run.printed.splitlines()[-1].endswith(f" --resume {out}")
+    assert run.stdout.splitlines()[-1].endswith(f" --resume {out}")
 
 
-def test_resume_into_another_run_leaves_its_log_alone(run, stopped, tmp_path):
+def test_resume_into_another_run_does_not_change_its_log(run, stopped, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     (other / "log.jsonl").write_text("precious\n" * 1000)
@@ -1120,7 +1168,7 @@ def test_damaged_newest_checkpoint_falls_back_with_a_warning(run, uninterrupted,
     assert result(stopped) == expected
 
 
-def is_good(path):
+def is_valid(path):
     try:
         checkpoint.read_manifest(path)
     except CheckpointError:
@@ -1128,18 +1176,18 @@ def is_good(path):
     return True
 
 
-def test_the_last_two_kept_after_a_damaged_one_are_good(run, stopped):
+def test_the_last_two_kept_after_a_damaged_one_are_valid(run, stopped):
     path = stopped / "checkpoints" / "00000006-0000"
     shutil.copytree(stopped / "checkpoints" / "00000001-0002", path)
     flip(path, "replica-1.pt", 500)
-    with pytest.raises(RuntimeError, match="a power cut"):
+    with pytest.raises(RuntimeError, match="power failure"):
         run("--resume", stopped, at={14: fail})
-    good = [path for path in checkpoint.list_checkpoints(stopped / "checkpoints") if is_good(path)]
-    assert [path.name for path in good] == ["00000004-0000", "00000003-0000"]
+    valid = [path for path in checkpoint.list_checkpoints(stopped / "checkpoints") if is_valid(path)]
+    assert [path.name for path in valid] == ["00000004-0000", "00000003-0000"]
 
 
-def test_after_resuming_an_older_checkpoint_its_own_are_newest(run, stopped):
-    """Otherwise the next --resume would continue what the user has abandoned."""
+def test_checkpoints_after_an_older_one_become_the_newest(run, stopped):
+    """Otherwise the next --resume would continue from a checkpoint that the user discarded."""
     assert run("--resume", stopped, at={13: STOP}) == 75
     old = checkpoint.list_checkpoints(stopped / "checkpoints")[1]
     assert run("--resume", old, "--momentum", 0.5, at={1: STOP}) == 75
@@ -1151,7 +1199,7 @@ def test_resuming_an_older_checkpoint_archives_newer_ones(run, uninterrupted, st
     """Otherwise a run killed before its first checkpoint would resume from one that the log does not contain."""
     expected = uninterrupted(PARLE)
     older = stopped / "checkpoints" / "00000001-0000"
-    with pytest.raises(RuntimeError, match="a power cut"):
+    with pytest.raises(RuntimeError, match="power failure"):
         run("--resume", older, at={1: fail})
     assert checkpoint.list_checkpoints(stopped / "checkpoints") == [older]
     assert len(names(stopped / "checkpoints")) == 2
@@ -1167,7 +1215,7 @@ def test_resuming_an_older_checkpoint_archives_newer_ones(run, uninterrupted, st
 
 def test_next_save_removes_archived_checkpoints(run, stopped):
     flip(stopped / "checkpoints" / "00000001-0002", "replica-1.pt", 500)
-    with pytest.raises(RuntimeError, match="a power cut"):
+    with pytest.raises(RuntimeError, match="power failure"):
         run("--resume", stopped, at={1: SAVE, 2: fail})
     assert names(stopped / "checkpoints") == ["00000001-0000", "00000001-0001"]
 
@@ -1175,53 +1223,53 @@ def test_next_save_removes_archived_checkpoints(run, stopped):
 # The command that resumes
 
 
-def test_resume_command_quotes_the_folder(run, tmp_path):
+def test_resume_command_quotes_the_directory(run, tmp_path):
     out = tmp_path / "my run"
     assert run.new(out, at={3: STOP}) == 75
     command = [*shlex.split(launcher.python_command()), "parle_gpu.py", "--resume", str(out)]
-    assert shlex.split(run.printed.splitlines()[-1])[-len(command) :] == command
+    assert shlex.split(run.stdout.splitlines()[-1])[-len(command) :] == command
 
 
 @pytest.fixture
-def word(monkeypatch):
-    """What is left for the process that has started the ranks."""
-    left = []
-    monkeypatch.setattr(launch, "leave_word", left.append)
-    return left
+def commands(monkeypatch):
+    """Return the resume commands that the supervising process gets, filled in as they are written."""
+    written = []
+    monkeypatch.setattr(launcher, "write_resume_command", written.append)
+    return written
 
 
-def test_resume_command_is_given_once_a_checkpoint_exists(run, word, tmp_path):
+def test_resume_command_is_written_once_a_checkpoint_exists(run, commands, tmp_path):
     out = tmp_path / "run"
     command = f"{launcher.python_command()} parle_gpu.py --resume {out}"
     early = []
-    with pytest.raises(RuntimeError, match="a power cut") as failed:
-        run.new(out, at={2: lambda: early.extend(word), 3: SAVE, 4: fail})
-    assert early == [] and word == [command]
+    with pytest.raises(RuntimeError, match="power failure") as failed:
+        run.new(out, at={2: lambda: early.extend(commands), 3: SAVE, 4: fail})
+    assert early == [] and commands == [command]
     assert failed.value.__notes__[-1].endswith(command)
     del failed
-    with pytest.raises(RuntimeError, match="a power cut"):
+    with pytest.raises(RuntimeError, match="power failure"):
         run("--resume", out, at={1: fail})
-    assert word == [command] * 2
+    assert commands == [command] * 2
 
 
-def test_resume_command_never_names_another_folder(run, word, stopped, tmp_path):
-    with pytest.raises(RuntimeError, match="a power cut") as failed:
+def test_resume_command_never_names_another_directory(run, commands, stopped, tmp_path):
+    with pytest.raises(RuntimeError, match="power failure") as failed:
         run("--resume", stopped, "--out", tmp_path / "new", at={1: fail})
-    assert word == []
+    assert commands == []
     (note,) = failed.value.__notes__
     assert "round 2" in note and "--resume" not in note
 
 
 @pytest.mark.parametrize("older", [False, True])
 def test_stop_that_cannot_be_saved_is_an_error(run, stopped, tmp_path, monkeypatch, older):
-    with failing(monkeypatch, os, "fsync", is_of_a_checkpoint):
+    with failing(monkeypatch, os, "fsync", is_in_checkpoint):
         out = stopped if older else tmp_path / "new"
         status = run("--resume", out, at={1: STOP}) if older else run.new(out, at={1: STOP})
     assert status == 1
-    (line,) = run.erred.splitlines()
+    (line,) = run.stderr.splitlines()
     assert f"round {1 + older}" in line and str(FULL) in line
     assert (f"{launcher.python_command()} parle_gpu.py --resume {out}" in line) == older
-    assert [line["event"] for line in log_of(out)[-2:]] == ["resume" if older else "start", "checkpoint"]
+    assert [line["event"] for line in log_of(out)[-2:]] == ["resume" if older else "start", "checkpoint_failed"]
     assert names(out / "checkpoints") == ["00000001-0000", "00000001-0002"] * older
 
 
@@ -1229,7 +1277,7 @@ def test_stop_saved_after_an_earlier_failure_exits_normally(run, tmp_path, monke
     full = [FULL]
 
     def fsync(file):
-        if full and is_of_a_checkpoint(file):
+        if full and is_in_checkpoint(file):
             raise full[0]
 
     monkeypatch.setattr(os, "fsync", fsync)
@@ -1239,25 +1287,25 @@ def test_stop_saved_after_an_earlier_failure_exits_normally(run, tmp_path, monke
     assert names(tmp_path / "run" / "checkpoints") == ["00000001-0000"]
 
 
-# Hangs
+# Timeouts
 
 
 @pytest.mark.parametrize(
     ("module", "name", "round"),
-    [(engine, "evaluate", 2), (checkpoint, "save", 2), (Parle, "sync", 1)],
+    [(evaluation, "evaluate", 2), (checkpoint, "save", 2), (Parle, "sync", 1)],
     ids=["evaluation", "saving", "sync"],
 )
 def test_timeout_message_contains_the_round(run, tmp_path, monkeypatch, module, name, round):
-    def hang(*_, **__):
+    def time_out(*_, **__):
         raise distributed.CollectiveTimeout("waited 2 s for rank 1")
 
-    monkeypatch.setattr(module, name, hang)
-    with pytest.raises(distributed.CollectiveTimeout) as hung:
+    monkeypatch.setattr(module, name, time_out)
+    with pytest.raises(distributed.CollectiveTimeout) as caught:
         run.new(tmp_path / "run", "--eval-every", 1, at={7: SAVE})
-    assert re.fullmatch(rf"waited 2 s for rank 1\b.*\bround {round}\b.*", launcher.describe_error(hung.value))
+    assert re.fullmatch(rf"waited 2 s for rank 1\b.*\bround {round}\b.*", launcher.describe_error(caught.value))
 
 
-# The master as a product
+# master.pt
 
 
 def test_saved_master_has_the_error_in_the_log(run, tmp_path, monkeypatch):
@@ -1284,13 +1332,13 @@ def test_run_continues_when_checkpoints_cannot_be_written(run, uninterrupted, st
     before = content(stopped / "checkpoints")
     with failing(monkeypatch, torch, "save", lambda content, file: "checkpoints" in file.name, TORCH_FULL):
         assert run("--resume", stopped) == 0
-    assert len(run.warnings()) == len(log_of(stopped, "checkpoint")) == 6
+    assert len(run.warnings()) == len(log_of(stopped, "checkpoint_failed")) == 6
     assert result(stopped) == expected
     assert content(stopped / "checkpoints") == before
 
 
 def test_disk_full_in_the_middle_of_a_file(run, uninterrupted, stopped):
-    """The kernel refuses in the middle of a write, by a limit on the size of files."""
+    """A limit on file sizes makes the kernel fail in the middle of a write."""
     expected = uninterrupted(PARLE)
     sizes = [path.stat().st_size for path in (stopped / "checkpoints").glob("*/replica-*.pt")]
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -1323,7 +1371,7 @@ def test_full_disk_keeps_the_previous_master(run, stopped, monkeypatch, error):
 
 
 class Full:
-    """A file that takes half of what is written."""
+    """A file that accepts half of what is written."""
 
     def __init__(self, file):
         self.file = file
@@ -1340,7 +1388,7 @@ class Full:
         raise FULL
 
 
-def test_full_disk_leaves_only_whole_lines_in_the_log(run, tmp_path, monkeypatch):
+def test_full_disk_leaves_only_complete_lines_in_the_log(run, tmp_path, monkeypatch):
     out = tmp_path / "run"
 
     def half_open(path, mode):
@@ -1348,9 +1396,9 @@ def test_full_disk_leaves_only_whole_lines_in_the_log(run, tmp_path, monkeypatch
         return Full(file) if mode == "a" and os.path.getsize(path) > 1500 else file
 
     with monkeypatch.context() as patched:
-        patched.setattr(report, "open", half_open, raising=False)
+        patched.setattr(logger, "open", half_open, raising=False)
         assert run.new(out) == 0
     log = log_of(out)
     assert log[0]["event"] == "start"
-    assert log[-1]["event"] != "end"
+    assert log[-1]["event"] != "finished"
     assert any(f"{out}/log.jsonl" in line for line in run.warnings())

@@ -1,3 +1,5 @@
+"""One run, from arguments to events: data, replicas, output directory, log and checkpoints."""
+
 import inspect
 import json
 import os
@@ -14,47 +16,58 @@ import loader
 import models
 import parle_gpu
 import parle_mpi
-from parle import checkpoint, cli, distributed, evaluation, experiment, training
+from parle import checkpoint, cli, evaluation, experiment, training
+from parle.distributed import Groups
 from parle.optimizer import ParleBase
 from tests.test_checkpoint import tiny
+from tests.toy import Member
 
 pytestmark = pytest.mark.usefixtures("no_launcher")
 
 
 @pytest.fixture(autouse=True)
 def folder(monkeypatch, tmp_path):
-    """An empty folder where the test runs."""
+    """Run the test in an empty directory."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def typed(line=""):
+def parsed(line=""):
     return cli.build_parser("parle_gpu.py", "Parle.").parse_args(line.split())
 
 
 def resolved(line="-d digits"):
-    return cli.apply_defaults(typed(line), None)
+    return cli.apply_defaults(parsed(line), None)
 
 
 def dataset(train=64, test=20):
     random = torch.Generator().manual_seed(5)
     images = torch.randint(0, 256, (train + test, 8, 8, 1), generator=random, dtype=torch.uint8)
     labels = torch.arange(train + test) % 10
-    parts = (images[:train], labels[:train], images[train:], labels[train:])
-    return loader.Dataset("digits", *parts, torch.tensor([128.0]), torch.tensor([70.0]), 10, "/raw")
+    arrays = (images[:train], labels[:train], images[train:], labels[train:])
+    return loader.Dataset("digits", *arrays, torch.tensor([128.0]), torch.tensor([70.0]), 10, "/raw")
 
 
-class Reader:
-    """Gives the data sets that are here; fails with `error` for any other. Keeps what it was asked for."""
+class Loader:
+    """Loads the data sets that are available; fails with `error` for any other. Records its calls."""
 
-    def __init__(self, *here, error=None):
-        self.here, self.error, self.asked = here, error or loader.DownloadError("no network"), []
+    def __init__(self, *available, error=None):
+        self.available, self.error, self.calls = available, error or loader.DownloadError("no network"), []
 
     def __call__(self, args):
-        self.asked.append(args)
-        if args.dataset not in self.here:
+        self.calls.append(args)
+        if args.dataset not in self.available:
             raise self.error
         return f"the images of {args.dataset}"
+
+
+def load_data(line, load, num_ranks=None, is_first_rank=True):
+    given = parsed(line)
+    args, before = cli.complete(given, num_ranks), deepcopy(given)
+    try:
+        return experiment.load_data(given, args, num_ranks=num_ranks, load=load, is_first_rank=is_first_rank)
+    finally:
+        assert given == before
 
 
 # Data
@@ -62,23 +75,20 @@ class Reader:
 
 @pytest.mark.parametrize(("line", "name"), [("", "mnist"), ("-d svhn", "svhn"), ("-m allcnn", "cifar10")])
 def test_the_named_or_default_data_set_is_loaded(line, name, capsys):
-    read = Reader(name, "digits")
-    args, data = experiment.load_data(typed(line), size=6, read=read, first=True)
-    assert (args.dataset, data, len(read.asked)) == (name, f"the images of {name}", 1)
-    assert args == cli.apply_defaults(typed(line), 6)
+    load = Loader(name, "digits")
+    args, data = load_data(line, load, num_ranks=6)
+    assert (args.dataset, data, len(load.calls)) == (name, f"the images of {name}", 1)
+    assert args == cli.complete(parsed(line), 6)
     assert args.replicas == 6
     assert tuple(capsys.readouterr()) == ("", "")
 
 
 @pytest.mark.parametrize("first", [True, False])
 def test_default_data_fall_back_to_digits_without_network(first, capsys):
-    given = typed("-m allcnn")
-    before = deepcopy(given)
-    args, data = experiment.load_data(given, size=4, read=Reader("digits"), first=first)
+    args, data = load_data("-m allcnn", Loader("digits"), num_ranks=4, is_first_rank=first)
     assert data == "the images of digits"
-    assert args == cli.apply_defaults(typed("-m allcnn -d digits"), 4)
-    assert (args.replicas, args.augment) == (4, False)  # CIFAR's are augmented
-    assert given == before
+    assert args == cli.complete(parsed("-m allcnn -d digits"), 4)
+    assert (args.replicas, args.augment) == (4, False)  # augmentation is on for CIFAR
     out, err = capsys.readouterr()
     assert err == "" and out.count("\n") == int(first)
     assert not first or all(word in out for word in ("digits", "cifar10", "no network"))
@@ -94,11 +104,11 @@ def test_default_data_fall_back_to_digits_without_network(first, capsys):
     ],
 )
 def test_requested_or_damaged_data_are_never_replaced(line, error, capsys):
-    read = Reader("digits", error=error)
+    load = Loader("digits", error=error)
     with pytest.raises(type(error)) as caught:
-        experiment.load_data(typed(line), size=None, read=read, first=True)
+        load_data(line, load)
     assert caught.value is error
-    assert len(read.asked) == 1
+    assert len(load.calls) == 1
     assert tuple(capsys.readouterr()) == ("", "")
 
 
@@ -127,12 +137,15 @@ def test_the_network_is_on_the_device_of_the_data():
     assert {value.device.type for value in experiment.build_model(resolved(), elsewhere).parameters()} == {"meta"}
 
 
-@pytest.mark.parametrize(("part", "rows"), [(None, 6), ((0, 2), 3), ((1, 4), 1)])
-def test_batches_follow_the_arguments(part, rows):
+@pytest.mark.parametrize(("shard", "rows"), [(None, 6), ((0, 2), 3), ((1, 4), 1)])
+def test_replica_has_the_batches_of_the_arguments(shard, rows):
     args, data = resolved("-d digits -b 6 -s 5 -n 3 --frac 0.5 --augment"), dataset()
-    batches = experiment.build_batches(args, data, 2) if part is None else experiment.build_batches(args, data, 2, part)
+    number, network, batches = experiment.build_replica(args, data, 2, *([] if shard is None else [shard]))
+    initial = experiment.build_model(args, data)
+    assert number == 2
+    assert all(map(torch.equal, network.state_dict().values(), initial.state_dict().values()))
     expected = loader.BatchLoader(
-        data, batch_size=6, seed=5, replica=2, replicas=3, frac=0.5, augment=True, part=part or (0, 1)
+        data, batch_size=6, seed=5, replica=2, replicas=3, frac=0.5, augment=True, shard=shard or (0, 1)
     )
     for _ in range(8):
         inputs, targets = next(batches)
@@ -162,26 +175,25 @@ def test_both_classes_accept_every_preset(comm):
             assert {group[name] for group in (*here.param_groups, *there.param_groups)} == {value}
 
 
-# The report
+# The output directory
 
 
 def test_out_names_the_output_directory(folder):
-    report = experiment.open_logger(resolved("-d digits --out a/b"), None)
-    assert (logger.folder, logger.label) == (Path("a/b"), "lenet on digits")
+    assert experiment.open_logger(resolved("-d digits --out a/b"), None).folder == Path("a/b")
     assert [path.name for path in (folder / "a" / "b").iterdir()] == ["log.jsonl"]
     assert not Path("runs").exists()
 
 
 @pytest.mark.parametrize(
-    "spoil",
+    "prepare",
     [
         lambda: (Path("out").mkdir(), Path("out/log.jsonl").write_text("precious")),
         lambda: Path("out").write_text("a file"),
     ],
     ids=["another run", "a file"],
 )
-def test_unusable_out_is_a_mistake_and_changes_nothing(spoil, folder):
-    spoil()
+def test_unusable_out_is_an_error_and_changes_nothing(prepare, folder):
+    prepare()
     before = {path: path.read_text() for path in folder.rglob("*") if path.is_file()}
     with pytest.raises(cli.UsageError, match=r"--out\b.*out"):
         experiment.open_logger(resolved("--out out"), None)
@@ -200,7 +212,7 @@ def test_runs_started_in_the_same_second_do_not_collide(monkeypatch):
         experiment.open_logger(args, None)
 
 
-def test_unusable_runs_directory_is_a_mistake():
+def test_unusable_runs_directory_is_an_error():
     Path("runs").write_text("a file")
     with pytest.raises(cli.UsageError, match="--out"):
         experiment.open_logger(resolved(), None)
@@ -217,160 +229,149 @@ def small_network(monkeypatch):
     monkeypatch.setattr(models, "build", tiny)
 
 
-def parts(line="-d digits -n 2 -b 8 -L 2 -B 0.5 --eval-every 2"):
+def build_experiment(line="-d digits -n 2 -b 8 -L 2 -B 0.5 --eval-every 2"):
     args, data = resolved(line), dataset()
-    replicas = {
-        number: (experiment.build_model(args, data), experiment.build_batches(args, data, number))
-        for number in range(2)
-    }
-    settings = experiment.hyperparameters(args, replicas[0][1].per_epoch)
-    return args, data, parle_gpu.Parle([model.parameters() for model, _ in replicas.values()], **settings), replicas
+    replicas = [experiment.build_replica(args, data, number) for number in range(2)]
+    settings = experiment.hyperparameters(args, replicas[0].batches.per_epoch)
+    optimizer = parle_gpu.Parle([replica.network.parameters() for replica in replicas], **settings)
+    return experiment.Experiment(args, data, optimizer, replicas)
 
 
-class Report:
-    """Keeps the events, and the master as it was when it was saved. Calls `then` with each event."""
+class RecordingLogger:
+    """Records the events and the masters that are saved. Calls `then` with each event."""
 
     folder, log_bytes = Path("run"), 1234
 
     def __init__(self, then=lambda event: None):
-        self.told, self.then = [], then
+        self.record, self.then = [], then
 
     def __call__(self, event):
-        self.told.append(json.loads(json.dumps(event)))
+        self.record.append(json.loads(json.dumps(event)))
         self.then(event)
 
     def save_master(self, model):
-        self.told.append(deepcopy(model))
+        self.record.append(deepcopy(model))
+
+    @property
+    def kinds(self):
+        return ["master" if isinstance(item, torch.nn.Module) else item["event"] for item in self.record]
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run of four rounds: what went into it, what it reported and its last master."""
+    """Return a run of four rounds: what went into it, its logger and its last master."""
     with pytest.MonkeyPatch.context() as patched:
         patched.chdir(tmp_path_factory.mktemp("finished"))
         patched.setattr(models, "build", tiny)
         torch.manual_seed(0)
-        args, data, optimizer, replicas = parts()
-        report = Report()
-        ended = experiment.run(args, data, optimizer, replicas, report, None, COMMAND, devices=["a", "b"], mpi="none")
-        assert ended is True
-        averaged = evaluation.evaluate_running_stats(
-            optimizer,
-            [model for model, _ in replicas.values()],
-            experiment.build_model(args, data),
-            data,
-            replicas=[0, 1],
+        trial, logger = build_experiment(), RecordingLogger()
+        assert trial.run(logger, None, COMMAND, devices=["a", "b"], mpi="none") is True
+        running_stats = evaluation.evaluate_running_stats(
+            trial.optimizer, experiment.build_model(trial.args, trial.data), trial.data, networks=trial.networks
         )
-        last = experiment.build_model(args, data)
-    optimizer.copy_master_to(last)
-    return SimpleNamespace(args=args, data=data, optimizer=optimizer, told=logger.told, last=last, averaged=averaged)
-
-
-def kinds(told):
-    return ["master" if isinstance(item, torch.nn.Module) else item["event"] for item in told]
+        last = experiment.build_model(trial.args, trial.data)
+    trial.optimizer.copy_master_to(last)
+    return SimpleNamespace(trial=trial, logger=logger, last=last, running_stats=running_stats)
 
 
 def test_master_is_saved_before_each_evaluation(finished):
-    assert kinds(finished.told) == ["start", *["round", "master", "eval"] * 2, "end"]
-    data = finished.data
-    for master, evaluation in zip(finished.told[2:-1:3], finished.told[3:-1:3], strict=True):
+    record, data = finished.logger.record, finished.trial.data
+    assert finished.logger.kinds == ["start", *["round", "master", "eval"] * 2, "finished"]
+    for master, event in zip(record[2:-1:3], record[3:-1:3], strict=True):
         logits = evaluation.predict(master, data.test_images, data)
         error = 100 * (logits.argmax(1) != data.test_labels).double().mean()
-        assert evaluation["master_error"] == pytest.approx(float(error))
-        assert len(evaluation["replica_errors"]) == 2
-    assert all(map(torch.equal, finished.last.parameters(), finished.told[-3].parameters()))
+        assert event["master_error"] == pytest.approx(float(error))
+        assert len(event["replica_errors"]) == 2
+    assert all(map(torch.equal, finished.last.parameters(), record[-3].parameters()))
 
 
-def test_only_the_last_evaluation_uses_running_statistics(finished):
-    first, last = (told for told in finished.told if isinstance(told, dict) and told["event"] == "eval")
-    assert last.keys() - first.keys() == finished.averaged.keys()
-    assert len(finished.averaged) == 3 and finished.averaged.items() <= last.items()
+def test_only_the_last_evaluation_has_running_statistics(finished):
+    first, last = (finished.logger.record[index] for index in (3, 6))
+    assert last.keys() - first.keys() == finished.running_stats.keys()
+    assert len(finished.running_stats) == 3 and finished.running_stats.items() <= last.items()
 
 
 def test_the_first_event_describes_the_run(finished):
-    start, args = finished.told[0], finished.args
-    assert start["arguments"] == vars(args) | dict(proc="proc")
-    expected = dict(event="start", dataset="digits", origin="/raw", replicas=2, sync_every=2, images=64, rounds=4)
-    assert start.items() >= (expected | dict(batches_per_epoch=8, devices=["a", "b"], mpi="none")).items()
-    assert start["parameters"] == len(finished.optimizer.master)
-    assert start["threads"] == torch.get_num_threads()
+    start, trial = finished.logger.record[0], finished.trial
+    assert start["arguments"] == vars(trial.args) | dict(proc="proc")
+    expected = dict(event="start", log_version=2, dataset="digits", source_dir="/raw", num_replicas=2, sync_every=2)
+    expected |= dict(num_train_images=64, num_rounds=4, batches_per_epoch=8, devices=["a", "b"], mpi="none")
+    assert start.items() >= expected.items()
+    assert start["num_parameters"] == len(trial.optimizer.master)
+    assert start["threads_per_rank"] == torch.get_num_threads()
     assert {"time", "command", "python", "torch", "machine", "revision"} <= start.keys()
 
 
 @pytest.mark.usefixtures("small_network")
-def test_training_without_a_report_is_identical(finished, folder):
-    args, data, silent, replicas = parts()
+def test_training_without_a_logger_is_identical(finished, folder):
+    silent = build_experiment()
     torch.manual_seed(7)
-    assert experiment.run(args, data, silent, replicas, None, None, COMMAND, devices=[]) is True
-    assert silent.rounds == finished.optimizer.rounds == 4
-    assert torch.equal(silent.master, finished.optimizer.master)
+    assert silent.run(None, None, COMMAND, devices=[]) is True
+    assert silent.optimizer.rounds_done == finished.trial.optimizer.rounds_done == 4
+    assert torch.equal(silent.optimizer.master, finished.trial.optimizer.master)
     assert not list(folder.iterdir())
 
 
 @pytest.mark.usefixtures("small_network")
 @pytest.mark.parametrize(("every", "kept"), [("", [8, 12]), ("--checkpoint-every 3", [9, 12])])
 def test_checkpoints_are_in_the_output_directory(every, kept, folder):
-    args, data, optimizer, replicas = parts(f"-d digits -n 2 -b 8 -L 2 -B 1.5 {every}")
-    experiment.run(args, data, optimizer, replicas, Report(), None, COMMAND, devices=[])
+    trial = build_experiment(f"-d digits -n 2 -b 8 -L 2 -B 1.5 {every}")
+    trial.run(RecordingLogger(), None, COMMAND, devices=[])
     paths = sorted((folder / "run" / "checkpoints").iterdir())
     assert [path.name for path in paths] == [f"{rounds:08}-0000" for rounds in kept]
     manifest = checkpoint.read_manifest(paths[-1])
-    assert manifest["arguments"] == vars(args) | dict(proc="proc")
-    assert (manifest["log_bytes"], manifest["replicas"]) == (1234, 2)
-    assert manifest["progress"]["images"] == 12 * 2 * 8 * 2
+    assert manifest["arguments"] == vars(trial.args) | dict(proc="proc")
+    assert (manifest["log_bytes"], manifest["num_replicas"]) == (1234, 2)
+    assert manifest["train_state"]["images_seen"] == 12 * 2 * 8 * 2
 
 
 @pytest.mark.usefixtures("small_network")
-def test_failed_checkpoint_is_reported(folder):
+def test_failed_checkpoint_is_logged(folder):
     (folder / "run").mkdir()
     (folder / "run" / "checkpoints").write_text("a file")
-    args, data, optimizer, replicas = parts()
-    report = Report()
-    assert experiment.run(args, data, optimizer, replicas, report, None, COMMAND, devices=[]) is True
-    assert [told["event"] for told in logger.told if isinstance(told, dict)][-2:] == ["checkpoint", "end"]
-    assert logger.told[-2]["round"] == 4 and "checkpoints" in logger.told[-2]["error"]
+    logger = RecordingLogger()
+    assert build_experiment().run(logger, None, COMMAND, devices=[]) is True
+    assert logger.kinds[-2:] == ["checkpoint_failed", "finished"]
+    assert logger.record[-2]["round"] == 4 and "checkpoints" in logger.record[-2]["message"]
 
 
 @pytest.mark.usefixtures("small_network")
-def test_interrupted_run_reports_the_resume_command(folder):
-    args, data, optimizer, replicas = parts("-d digits -n 2 -b 8 -L 2 -B 5 --eval-every 2")
-    report = Report(lambda event: event["event"] == "round" and os.kill(os.getpid(), signal.SIGTERM))
-    assert experiment.run(args, data, optimizer, replicas, report, None, COMMAND, devices=[]) is False
-    told = kinds(logger.told)
-    assert told[:2] == ["start", "round"] and told[-1] == "stop" and "end" not in told
-    assert logger.told[-1] == {"event": "stop", "round": optimizer.rounds_done, "command": f"{COMMAND} --resume run"}
+def test_interrupted_run_logs_the_resume_command(folder):
+    trial = build_experiment("-d digits -n 2 -b 8 -L 2 -B 5 --eval-every 2")
+    logger = RecordingLogger(lambda event: event["event"] == "round" and os.kill(os.getpid(), signal.SIGTERM))
+    assert trial.run(logger, None, COMMAND, devices=[]) is False
+    assert logger.kinds[:2] == ["start", "round"] and "finished" not in logger.kinds
+    interrupted = {"event": "interrupted", "round": trial.optimizer.rounds_done}
+    assert logger.record[-1] == interrupted | {"resume_command": f"{COMMAND} --resume run"}
     assert len(checkpoint.list_checkpoints(folder / "run" / "checkpoints")) == 1
 
 
 @pytest.mark.usefixtures("small_network")
 def test_arguments_reach_training_and_evaluation(monkeypatch):
-    arrived = {}
-    args, data, optimizer, replicas = parts(
-        "-d digits -n 2 -b 8 -B 3 --lr-drops 1 2 --lr-decay 0.3 --amp bf16 --checkpoint-every 7"
-    )
-    team, world = distributed.Group(1, 2), distributed.Group(3, 4)
+    calls = {}
+    trial = build_experiment("-d digits -n 2 -b 8 -B 3 --lr-drops 1 2 --lr-decay 0.3 --amp bf16 --checkpoint-every 7")
+    trial.replicas = [replica._replace(number=replica.number + 4) for replica in trial.replicas]
+    trial.groups = Groups(replica=Member(1, 2), world=Member(3, 4))
 
-    def train(*given, **named):
-        arrived.update(train=(given, named))
+    def train(*positional, **named):
+        calls.update(train=(positional, named))
         return iter(())
 
-    def evaluate(*given, **named):
-        arrived.update(evaluate=(given, named))
+    def evaluate(*positional, **named):
+        calls.update(evaluate=(positional, named))
         return {}
 
-    monkeypatch.setattr(engine, "train", train)
-    monkeypatch.setattr(engine, "evaluate", evaluate)
-    there = {number + 4: pair for number, pair in replicas.items()}
-    experiment.run(args, data, optimizer, there, None, None, COMMAND, team=team, world=world)
-    (networks, sources, taken, test), named = arrived["train"]
-    assert [(network, source) for network, source in zip(networks, sources, strict=True)] == list(replicas.values())
-    assert taken is optimizer
-    asked, save = named.pop("asked"), named.pop("save")
-    assert (asked.save, asked.stop, callable(save)) == (False, False, True)
-    expected = dict(epochs=3, lr_drops=[1, 2], lr_decay=0.3, eval_every=None, checkpoint_every=7)
-    assert named == expected | dict(progress=training.TrainState(), amp=True, team=team, world=world)
+    monkeypatch.setattr(experiment, "train", train)
+    monkeypatch.setattr(evaluation, "evaluate", evaluate)
+    trial.run(None, None, COMMAND)
+    (replicas, optimizer, schedule), named = calls["train"]
+    assert replicas == trial.replicas and optimizer is trial.optimizer
+    assert schedule == training.Schedule(epochs=3, lr_drops=[1, 2], lr_decay=0.3, eval_every=None, checkpoint_every=7)
+    request, save, test = (named.pop(name) for name in ("stop_request", "save", "evaluate"))
+    assert (request.save, request.stop, callable(save)) == (False, False, True)
+    assert named == dict(state=training.TrainState(), amp=True, groups=trial.groups)
     test()
-    (taken, model, tested), named = arrived["evaluate"]
-    assert taken is optimizer and tested is data
-    assert model not in networks
-    assert named == dict(batch_size=8, replicas=[4, 5], team=team, world=world)
+    (optimizer, model, data), named = calls["evaluate"]
+    assert optimizer is trial.optimizer and data is trial.data
+    assert all(model is not network for network in trial.networks.values())
+    assert named == dict(batch_size=8, replicas=[4, 5], groups=trial.groups)

@@ -1,3 +1,5 @@
+"""Injected faults: PARLE_FAULT."""
+
 import pytest
 import torch
 from torch import nn
@@ -21,22 +23,24 @@ def arm(optimizer, monkeypatch):
     return arm
 
 
-@pytest.mark.parametrize(("kind", "replica"), [("explode", 0), ("", 7), ("Kill", 7), ("poison ", 0)])
+@pytest.mark.parametrize(("kind", "replica"), [("explode", 0), ("", 7), ("Kill", 7), ("nan ", 0)])
 def test_unknown_kind_is_refused_on_every_rank(kind, replica, arm):
-    """Otherwise a test whose fault is never injected would pass."""
+    """Otherwise a test would pass although its fault is never injected."""
     with pytest.raises(ValueError, match="PARLE_FAULT"):
         arm(f"{kind}:{replica}:1")
 
 
-@pytest.mark.parametrize(("replica", "round", "lost"), [(1, 2, [[], [1], []]), (0, 3, [[], [], [0]]), (7, 2, [[]] * 3)])
-def test_poison_affects_one_replica_in_one_round(replica, round, lost, arm, optimizer):
-    arm(f"poison:{replica}:{round}")
+@pytest.mark.parametrize(
+    ("replica", "round", "nonfinite"), [(1, 2, [[], [1], []]), (0, 3, [[], [], [0]]), (7, 2, [[]] * 3)]
+)
+def test_nan_affects_one_replica_in_one_round(replica, round, nonfinite, arm, optimizer):
+    arm(f"nan:{replica}:{round}")
     seen = []
     for step in range(6):
         optimizer.step()
         if step % 2:
             seen.append(optimizer.nonfinite_replicas)
-    assert seen == lost
+    assert seen == nonfinite
 
 
 def test_exception_is_raised_at_the_start_of_the_round(arm, optimizer):

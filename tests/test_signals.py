@@ -1,3 +1,5 @@
+"""Signals: what they request of a run, and when they are ignored."""
+
 import os
 import signal
 import sys
@@ -13,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("no_launcher")
 
 @pytest.fixture
 def fatal():
-    """Numbers of the signals that would have ended the program."""
+    """Return the numbers of the signals that would have ended the program, filled in as they arrive."""
     seen = []
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     before = {number: signal.signal(number, lambda number, _: seen.append(number)) for number in numbers}
@@ -29,10 +31,10 @@ def send(number=signal.SIGUSR1):
 def test_sigusr1_saves_only_during_training(fatal):
     signals.ignore_sigusr1()
     send()
-    with signals.handle_signals() as asked:
-        assert (asked.save, asked.stop) == (False, False)
+    with signals.handle_signals() as request:
+        assert (request.save, request.stop) == (False, False)
         send()
-        assert (asked.save, asked.stop) == (True, False)
+        assert (request.save, request.stop) == (True, False)
     send()
     assert fatal == []
     send(signal.SIGTERM)
@@ -41,12 +43,12 @@ def test_sigusr1_saves_only_during_training(fatal):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_first_signal_requests_a_stop_second_sigint_raises(number, fatal):
-    with pytest.raises(KeyboardInterrupt), signals.handle_signals() as asked:
+    with pytest.raises(KeyboardInterrupt), signals.handle_signals() as request:
         send(number)
-        assert (asked.save, asked.stop) == (False, True)
+        assert (request.save, request.stop) == (False, True)
         send(signal.SIGTERM)
         send(signal.SIGUSR1)
-        assert (asked.save, asked.stop) == (True, True)
+        assert (request.save, request.stop) == (True, True)
         send(signal.SIGINT)
     assert fatal == []
 
@@ -57,7 +59,7 @@ def test_both_programs_ignore_sigusr1_while_starting(program, fatal, monkeypatch
         send()
         raise cli.UsageError("enough")
 
-    monkeypatch.setattr(options, "parse", parse)
+    monkeypatch.setattr(cli, "parse", parse)
     monkeypatch.setattr(sys, "argv", ["program"])
     with pytest.raises(SystemExit):
         program.main()
