@@ -218,6 +218,9 @@ def test_manifest_with_wrong_content_is_rejected(saved):
         seal(saved, changes)
         with pytest.raises(checkpoint.CheckpointError, match=saved.name):
             checkpoint.read_manifest(saved)
+    (saved / checkpoint.MANIFEST).write_text(json.dumps(json.loads(good) | dict(note="not in the checksum")))
+    with pytest.raises(checkpoint.CheckpointError, match="checksum"):
+        checkpoint.read_manifest(saved)
 
 
 def write_doubles(path):
