@@ -1,4 +1,4 @@
-"""parle_mpi.py and its class as real MPI processes, each run with a time limit. See also test_programs.py."""
+"""parle_mpi.py and its class in real MPI processes, each run with a time limit. See also test_programs.py."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from tests.conftest import OFFLINE, ROOT
 
 @pytest.fixture
 def train(python, proc, tmp_path):
-    """Train on digits; gives the log, event by event, and what was printed."""
+    """Train on digits; return the events of the log and the printed text."""
 
     def train(*arguments, ranks=None, **environment):
         out = tmp_path / "run"
@@ -24,13 +24,13 @@ def train(python, proc, tmp_path):
     return train
 
 
-def of(log, event):
+def select(log, event):
     return [line for line in log if line["event"] == event]
 
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("ranks", [pytest.param(3, marks=pytest.mark.slow), 4])
-def test_every_rank_in_lockstep_with_reference(python, ranks):
+def test_every_rank_matches_the_reference_at_each_step(python, ranks):
     done = python(ROOT / "tests" / "lockstep.py", ranks=ranks, timeout=240, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("all equal\n")
@@ -39,38 +39,38 @@ def test_every_rank_in_lockstep_with_reference(python, ranks):
 @pytest.mark.slow
 def test_one_replica_per_rank_by_default(train):
     log, _ = train("-B", 0.08, "-L", 2, ranks=3)
-    assert log[0]["replicas"] == log[0]["ranks"] == len(of(log, "eval")[0]["replica_errors"]) == 3
-    assert log[0]["threads"] == max(1, len(os.sched_getaffinity(0)) // 3)
+    assert log[0]["num_replicas"] == log[0]["num_ranks"] == len(select(log, "eval")[0]["replica_errors"]) == 3
+    assert log[0]["threads_per_rank"] == max(1, len(os.sched_getaffinity(0)) // 3)
 
 
 @pytest.mark.slow
-def test_two_replicas_over_four_ranks_share_their_batches(train):
+def test_two_ranks_per_replica_share_its_mini_batches(train):
     log, _ = train("-n", 2, "-B", 0.16, "-L", 5, "-b", 50, ranks=4)
-    assert (log[0]["replicas"], log[0]["ranks"]) == (2, 4)
-    rounds = of(log, "round")
-    assert log[-1]["images"] == 2 * rounds[-1]["round"] * 5 * 50
-    assert 0 < rounds[0]["loss"] < 4 and 0 < rounds[0]["error"] < 95  # as those of whole batches
+    assert (log[0]["num_replicas"], log[0]["num_ranks"]) == (2, 4)
+    rounds = select(log, "round")
+    assert log[-1]["images_seen"] == 2 * rounds[-1]["round"] * 5 * 50
+    assert 0 < rounds[0]["train_loss"] < 4 and 0 < rounds[0]["train_error"] < 95  # means over whole mini-batches
 
 
 @pytest.mark.slow
-def test_sgd_is_data_parallel_over_the_ranks(train):
+def test_sgd_is_data_parallel_over_all_ranks(train):
     log, _ = train("--method", "sgd", "-B", 2, ranks=3)
-    assert (log[0]["replicas"], log[0]["ranks"], log[0]["sync_every"]) == (1, 3, 1)
-    rounds = of(log, "round")
-    assert [line["round"] for line in rounds] == [12, 24]  # one line for up to 25 mini-batches
-    assert rounds[1]["loss"] < rounds[0]["loss"] < 2.5  # as that of one whole batch
-    assert len(of(log, "eval")) == 2
+    assert (log[0]["num_replicas"], log[0]["num_ranks"], log[0]["sync_every"]) == (1, 3, 1)
+    rounds = select(log, "round")
+    assert [line["round"] for line in rounds] == [12, 24]  # one line per 25 steps at most
+    assert rounds[1]["train_loss"] < rounds[0]["train_loss"] < 2.5  # means over whole mini-batches
+    assert len(select(log, "eval")) == 2
 
 
-def test_settings_that_differ_between_ranks_exit_with_code_2(python, proc):
+def test_settings_that_differ_between_ranks_exit_with_2(python, proc):
     command = [ROOT / "parle_mpi.py", "-d", "digits", "--proc", proc, "--lr"]
     done = python(*command, 0.1, ":", "-n", 1, sys.executable, *command, 0.2, ranks=1, timeout=100)
     assert done.returncode == 2
     assert_one_line(done.stderr, "lr", "0.1", "rank 0", "0.2", "rank 1")
 
 
-MISTAKES = [
-    # arguments of both ranks, those of rank 1 alone, key words of the message
+USAGE_ERRORS = [
+    # arguments of both ranks, further arguments of rank 1, words of the message
     ("-n 3 -d digits", "", ["-n", "1, 2"]),
     ("-b 2000 -d digits", "", ["-b", "1437"]),
     ("-d mnist", "", ["mnist", "--data"]),
@@ -81,14 +81,14 @@ MISTAKES = [
 TWO_RANKS = f"""
 import contextlib, io, json, os, runpy, sys
 sys.path.insert(0, {str(ROOT)!r})
-import loader, parle_mpi, ranks
+import loader, parle_mpi
 from mpi4py import MPI
 
 rank, finalize = MPI.COMM_WORLD.rank, MPI.Finalize
-common, mistakes = sys.argv[1:-1], json.loads(sys.argv[-1])
+common, usage_errors = sys.argv[1:-1], json.loads(sys.argv[-1])
 MPI.Finalize = lambda: None  # so that main() can be called again
-told = []
-for both, second, _ in mistakes:
+results = []
+for both, second, _ in usage_errors:
     sys.argv = ["parle_mpi.py", *common, *both.split(), *(second.split() if rank == 1 else [])]
     with contextlib.redirect_stderr(io.StringIO()) as stderr, contextlib.redirect_stdout(io.StringIO()) as stdout:
         try:
@@ -96,12 +96,12 @@ for both, second, _ in mistakes:
             code = 0
         except SystemExit as exit:
             code = exit.code
-    told.append([code, stdout.getvalue(), stderr.getvalue()])
-with open(f"told-{{rank}}.json", "w") as file:
-    json.dump(told, file)
+    results.append([code, stdout.getvalue(), stderr.getvalue()])
+with open(f"results-{{rank}}.json", "w") as file:
+    json.dump(results, file)
 
 def fail(self):
-    raise RuntimeError("no more batches")
+    raise RuntimeError("no more mini-batches")
 
 MPI.Finalize = finalize
 if rank == 1:
@@ -113,13 +113,13 @@ runpy.run_path({str(ROOT / "parle_mpi.py")!r}, run_name="__main__")
 
 @pytest.fixture(scope="module")
 def two_ranks(python, proc, tmp_path_factory):
-    """Two ranks that make each of MISTAKES, and then train until rank 1 raises an exception."""
+    """Run each of USAGE_ERRORS on two ranks, then train until rank 1 raises an exception."""
     folder = tmp_path_factory.mktemp("two_ranks")
     (folder / "script.py").write_text(TWO_RANKS)
-    arguments = ("script.py", "--proc", proc, json.dumps(MISTAKES))
+    arguments = ("script.py", "--proc", proc, json.dumps(USAGE_ERRORS))
     done = python(*arguments, ranks=2, cwd=folder, timeout=100, OMP_NUM_THREADS="1", **OFFLINE)
-    assert (folder / "told-0.json").exists(), done.stderr
-    return folder, [json.loads((folder / f"told-{rank}.json").read_text()) for rank in range(2)], done
+    assert (folder / "results-0.json").exists(), done.stderr
+    return folder, [json.loads((folder / f"results-{rank}.json").read_text()) for rank in range(2)], done
 
 
 def assert_one_line(stderr, *words):
@@ -128,13 +128,13 @@ def assert_one_line(stderr, *words):
     assert all(word in line for word in words), line
 
 
-@pytest.mark.parametrize("number", range(len(MISTAKES)), ids=[" ".join(given[:2]) for given in MISTAKES])
-def test_mistake_prints_one_line_and_ends_every_rank(number, two_ranks):
-    folder, told, _ = two_ranks
-    (code, printed, error), other = (rank[number] for rank in told)
-    assert (code, printed) == (2, "")
-    assert_one_line(error, *MISTAKES[number][2])
-    assert other == [2, "", ""]
+@pytest.mark.parametrize("number", range(len(USAGE_ERRORS)), ids=[" ".join(row[:2]) for row in USAGE_ERRORS])
+def test_usage_error_prints_one_line_and_ends_every_rank(number, two_ranks):
+    folder, results, _ = two_ranks
+    (code, out, err), second = (rank[number] for rank in results)
+    assert (code, out) == (2, "")
+    assert_one_line(err, *USAGE_ERRORS[number][2])
+    assert second == [2, "", ""]
     assert not (folder / "runs").exists()
 
 
@@ -142,7 +142,7 @@ def test_exception_on_one_rank_names_rank_and_round(two_ranks):
     _, _, done = two_ranks
     assert done.returncode not in (0, 2, 75)
     last = done.stderr.splitlines()[-1]
-    assert last.startswith("rank 1: RuntimeError: no more batches")
+    assert last.startswith("rank 1: RuntimeError: no more mini-batches")
     assert "round 1" in last
 
 
@@ -152,7 +152,7 @@ def test_training_on_gpus_matches_the_cpu(train, tmp_path):
     losses = []
     for device in ("cpu", "cuda"):
         log, _ = train("-n", 2, "-B", 0.16, "-L", 5, "--dropout", 0, "--device", device)
-        losses.append([line["loss"] for line in of(log, "round")])
+        losses.append([line["train_loss"] for line in select(log, "round")])
         (tmp_path / "run").rename(tmp_path / device)
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
 
