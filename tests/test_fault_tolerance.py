@@ -18,6 +18,7 @@ def test_table_summarizes_the_trials_of_each_fault(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize("fault", ["a rank raises", "SIGTERM, `parle_gpu.py`"])
 def test_a_trial_injects_a_fault_and_resumes(fault, monkeypatch, tmp_path, proc):
     for name in [name for name in os.environ if name.startswith("PMI")]:

@@ -200,8 +200,9 @@ def test_experiments_run_within_the_time_cheapest_first(flags, names, empty, mon
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_a_resumed_experiment_has_the_error_of_an_uninterrupted_one(empty, monkeypatch, tmp_path, proc):
-    flags = "-m lenet -d digits -n 2 -b 64 -B 1"
+    flags = "-m lenet -d digits -n 2 -b 64 -B 0.5"
     monkeypatch.setattr(rp, "EXPERIMENTS", {"tiny": rp.Experiment(1.0, flags, "made up")})
     paths = ["--proc", str(proc), "--device", "cpu"]
     rp.run("tiny", 42, "parle_gpu.py", tmp_path / "uninterrupted", paths, 100)
@@ -210,11 +211,11 @@ def test_a_resumed_experiment_has_the_error_of_an_uninterrupted_one(empty, monke
 
     calls = 0
     while not rp.finished("tiny"):
-        rp.run("tiny", 42, "parle_gpu.py", tmp_path / "interrupted", paths, 10)
+        rp.run("tiny", 42, "parle_gpu.py", tmp_path / "interrupted", paths, 4 * 1.5**calls)
         calls += 1
-        assert calls < 20
+        assert calls < 10
     (row,) = results.read_rows(rp.NAME)
     events = [event["event"] for event in results.read_log(tmp_path / "interrupted")]
-    assert events.count("resume") == calls - 1 > 0
+    assert "resume" in events
     assert (row["master_error"], row["images_seen"]) == (uninterrupted["master_error"], uninterrupted["images_seen"])
     assert row["command"] == f"python parle_gpu.py {flags} -s 42"
