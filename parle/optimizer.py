@@ -218,18 +218,18 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
             self._average_gradient(replica)
             for vectors in replica.groups:
                 group = self.param_groups[vectors.group]
-                single = group["steps_per_round"] == 1
+                single_step = group["steps_per_round"] == 1
                 inner_step(
                     vectors.weights,
                     vectors.gradient,
                     vectors.inner_momentum,
-                    vectors.master if single else vectors.anchor,
-                    coupling=group["coupling_k"] if single else group["gamma_k"],
+                    vectors.master if single_step else vectors.anchor,
+                    coupling=group["coupling_k"] if single_step else group["gamma_k"],
                     lr=group["lr"],
                     momentum=group["momentum"],
                     weight_decay=group["weight_decay"],
                 )
-                if not single:
+                if not single_step:
                     vectors.inner_avg.lerp_(vectors.weights, 1 - group["alpha"])
                 group["step_in_round"] += 1
         if self.step_in_round == self.param_groups[0]["steps_per_round"]:
@@ -269,14 +269,14 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
         """
         if self.step_in_round == 0:
             return
-        single = self.param_groups[0]["steps_per_round"] == 1
-        for replica in self._replicas.values() if not single else ():
+        single_step = self.param_groups[0]["steps_per_round"] == 1
+        for replica in self._replicas.values() if not single_step else ():
             replica.check_parameters()
         for message in self._messages.values():
             message.zero_()
         nonfinite = []
         for number, replica in self._replicas.items():
-            average = replica.weights if single else replica.state["inner_avg"]
+            average = replica.weights if single_step else replica.state["inner_avg"]
             # a sum is finite only if every element is; no other test reads the vector only once
             if not (average.sum() + replica.piggyback.sum()).isfinite():
                 nonfinite.append(number)
@@ -301,14 +301,14 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
                     lr=group["outer_lr_scale"] * group["lr"],
                     momentum=group["outer_momentum"],
                 )
-                if not single:
+                if not single_step:
                     outer_step(vectors.anchor, vectors.inner_avg, mean, vectors.outer_momentum, **outer)
                     vectors.weights.copy_(vectors.anchor)
                     if replica is self._home:
                         outer_step(vectors.master, mean, mean, vectors.master_momentum, **outer)
                 group["rounds_done"] += 1
                 group["step_in_round"] = 0
-        if single:
+        if single_step:
             for device, master in self._masters.items():
                 master.copy_(self._messages[device][: len(master)])
         if not self.master.sum().isfinite():
