@@ -116,7 +116,8 @@ def _supervise(command: list[str], folder: Path, count: int) -> int:
     streams.register(mpiexec.stderr, selectors.EVENT_READ, sys.stderr)
     open_outputs, exited_ranks, exit_notices, deadline = 2, [], {}, None
     while open_outputs:
-        if any(exit_notices.get(rank) != FINISHED for rank in exited_ranks) and len(exited_ranks) < count:
+        unfinished = [rank for rank in exited_ranks if exit_notices.get(rank) != FINISHED]
+        if unfinished and len(exited_ranks) < count:
             deadline = deadline or time.monotonic() + GRACE_PERIOD
             if time.monotonic() > deadline:  # for example if MPI starts on some ranks only and they wait forever
                 mpiexec.terminate()
@@ -136,7 +137,7 @@ def _supervise(command: list[str], folder: Path, count: int) -> int:
     status = mpiexec.wait()
     failed_rank = next((f"rank {rank}: killed" for rank in exited_ranks if rank not in exit_notices), None)
     if deadline is not None and time.monotonic() > deadline:
-        failed_rank = f"rank {exited_ranks[0]}: exited before the others"
+        failed_rank = f"rank {unfinished[0]}: exited before the others"
     elif status < 0:
         failed_rank = "mpiexec: killed"
     if failed_rank is not None and FAILED not in exit_notices.values():

@@ -11,7 +11,7 @@ from parle import launcher
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 MPIEXEC = Path(sys.executable).with_name("mpiexec")
-OFFLINE = dict(http_proxy="http://127.0.0.1:9", https_proxy="http://127.0.0.1:9")  # nobody listens there
+OFFLINE = dict(http_proxy="http://127.0.0.1:9", https_proxy="http://127.0.0.1:9")  # no proxy listens on this port
 
 torch.set_num_threads(1)  # the tests' networks are too small for more
 
@@ -30,21 +30,21 @@ def comm():
 
 
 def outside(changes):
-    """The environment of a shell where no launcher and no test runs, with changes."""
+    """Return the environment of a shell outside any launcher and any test, with `changes`."""
     inside = ("PMI", "MPI", "OMPI", "SLURM", "PARLE", "PYTEST")
     return {name: value for name, value in os.environ.items() if not name.startswith(inside)} | changes
 
 
 @pytest.fixture
 def no_launcher(monkeypatch):
-    """This process as no launcher has started it."""
-    for name in {name for names in launcher.LAUNCHERS.values() for name in names if name}:
+    """Remove the environment variables by which this process would detect a launcher."""
+    for name in {name for names in launcher.LAUNCHERS.values() for name in names if name} | {launcher.STATUS_DIR}:
         monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture(scope="session")
 def python():
-    """Run this Python with these arguments and a time limit, outside any launcher; gives the finished process."""
+    """A function that runs this Python outside any launcher, or as MPI ranks, and returns the completed process."""
 
     def run(*arguments, ranks=None, cwd=ROOT, timeout=60, **environment):
         command = [sys.executable, *map(str, arguments)]
@@ -59,13 +59,13 @@ def python():
 
 @pytest.fixture(scope="session")
 def proc(tmp_path_factory):
-    """A folder of pre-processed data for all tests."""
+    """The directory of pre-processed data that all tests share."""
     return tmp_path_factory.mktemp("proc")
 
 
 @pytest.fixture(scope="session")
 def raw():
-    """The folder of real data that PARLE_DATA names."""
+    """The directory of real data that PARLE_DATA names."""
     if "PARLE_DATA" not in os.environ:
-        pytest.skip("PARLE_DATA names no folder of real data")
+        pytest.skip("PARLE_DATA names no directory of real data")
     return Path(os.environ["PARLE_DATA"])

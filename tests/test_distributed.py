@@ -1,133 +1,41 @@
 import os
 import re
-import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from parle import distributed, launcher
-
-ROOT = Path(distributed.__file__).parent
+from parle import distributed
+from parle.distributed import Group, MPIGroup
+from tests.conftest import ROOT
 
 
 @pytest.fixture
 def script(tmp_path):
-    """A program that has `ranks`."""
+    """A function that writes a program which imports the package, and returns its path."""
 
     def write(body):
         path = tmp_path / "script.py"
-        path.write_text(f"import os, sys, time\nsys.path.insert(0, {str(ROOT)!r})\nimport ranks\n{body}")
+        imports = "from parle import distributed, launcher\nfrom parle.distributed import MPIGroup\n"
+        path.write_text(f"import os, sys, time\nsys.path.insert(0, {str(ROOT)!r})\n{imports}{body}")
         return path
 
     return write
 
 
-def test_import_loads_no_mpi_or_torch(python, script):
-    done = python(script("print({'mpi4py', 'torch'} & set(sys.modules))"))
-    assert (done.stdout, done.stderr) == ("set()\n", "")
+def test_import_loads_no_mpi(python, script):
+    done = python(script("print('mpi4py' in sys.modules)"))
+    assert (done.stdout, done.stderr) == ("False\n", "")
 
 
-RAISE = """
-from mpi4py import MPI
-comm = MPI.COMM_WORLD
-
-def main():
-    if comm.rank == 1:
-        time.sleep({delay})
-        print(time.time())
-        raise {error}
-    time.sleep(0.3 - {delay})
-    {wait}
-
-launcher.run_or_abort(main)
-"""
-
-
-@pytest.mark.parametrize(
-    ("delay", "wait", "error"),
-    [
-        (0.3, "comm.Barrier()", "ValueError('wrong')"),
-        (0.0, "time.sleep(50)", "ValueError('wrong\\n  in the second line')"),
-        (0.3, "distributed.all_gather(comm, 1)", "KeyboardInterrupt('wrong')"),
-    ],
-    ids=["in MPI", "asleep", "in gather"],
-)
-def test_exception_on_one_rank_ends_all_at_once(delay, wait, error, python, script):
-    done = python(script(RAISE.format(delay=delay, wait=wait, error=error)), ranks=3, PYTHONUNBUFFERED="")
-    ended = time.time()
-    assert done.returncode != 0
-    assert "Traceback" in done.stderr
-    assert done.stderr.splitlines()[-1].startswith(f"rank 1: {error.partition('(')[0]}: wrong")
-    assert ended - float(done.stdout.split()[0]) < 10, "a second, and more on a busy machine"
-
-
-def test_exception_before_mpi_import_propagates(monkeypatch):
-    monkeypatch.delitem(sys.modules, "mpi4py.MPI", raising=False)
-
-    def main():
-        raise ValueError("wrong")
-
-    with pytest.raises(ValueError, match=r"^wrong$"):
-        launcher.run_or_abort(main)
-
-
-@pytest.mark.parametrize(("initialized", "finalized"), [(False, False), (True, True)])
-def test_exception_outside_mpi_propagates(initialized, finalized, monkeypatch):
-    mpi = SimpleNamespace(Is_initialized=lambda: initialized, Is_finalized=lambda: finalized)
-    monkeypatch.setitem(sys.modules, "mpi4py.MPI", mpi)
-
-    def main():
-        raise KeyError("wrong")
-
-    with pytest.raises(KeyError, match="wrong"):
-        launcher.run_or_abort(main)
-
-
-def test_run_returns_after_main():
-    called = []
-    launcher.run_or_abort(lambda: called.append(1))
-    assert called == [1]
-
-
-def test_exception_without_launcher_names_rank_0(python, script):
-    body = "from mpi4py import MPI\ndef main():\n    raise OSError('alone')\nranks.run(main)\n"
-    done = python(script(body))
-    assert done.returncode != 0
-    assert done.stderr.splitlines()[-1] == "rank 0: OSError: alone"
-
-
-EXIT = """
-from mpi4py import MPI
-comm = MPI.COMM_WORLD
-
-def main():
-    if comm.rank in {ranks}:
-        sys.exit(2)
-    distributed.all_gather(comm, 1)
-
-launcher.run_or_abort(main)
-"""
-
-
-def test_exit_code_of_all_ranks_is_kept(python, script):
-    done = python(script(EXIT.format(ranks=(0, 1, 2))), ranks=3)
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", "")
-
-
-def test_exit_of_one_rank_ends_all(python, script):
-    done = python(script(EXIT.format(ranks=(1,))), ranks=3)
-    assert done.returncode != 0
-
-
-THREE = """
+# With arrays: to import torch takes seconds per rank, and tests/test_parle_mpi.py reduces tensors
+THREE_RANKS = """
 import numpy as np
 from mpi4py import MPI
 
 
-def raises(kind, action):
+def message_of(kind, action):
     try:
         action()
     except kind as error:
@@ -135,189 +43,203 @@ def raises(kind, action):
     raise AssertionError(f"no {kind}")
 
 
-def three(comm):
-    assert comm.size == 3
+def check_size(world):
+    assert (world.rank, world.size) == (MPI.COMM_WORLD.rank, 3)
 
 
-def add_sums_in_place(comm):
+def check_all_reduce_sums_in_place(world):
     for dtype in ("float32", "float64"):
-        array = np.arange(5, dtype=dtype) * 10**comm.rank
-        distributed.all_reduce(comm, array)
+        array = np.arange(5, dtype=dtype) * 10**world.rank
+        world.all_reduce(array)
         assert array.dtype == dtype and array.tolist() == [0, 111, 222, 333, 444], array
     whole = np.ones(6)
-    distributed.all_reduce(comm, whole[2:4])
+    world.all_reduce(whole[2:4])
     assert whole.tolist() == [1, 1, 3, 3, 1, 1], whole
 
 
-def gather_gives_every_rank_all_in_order(comm):
-    assert distributed.all_gather(comm, {"rank": comm.rank}) == [{"rank": 0}, {"rank": 1}, {"rank": 2}]
+def check_all_gather_returns_rank_order(world):
+    assert world.all_gather({"rank": world.rank}) == [{"rank": 0}, {"rank": 1}, {"rank": 2}]
 
 
-def broadcast_gives_every_rank_those_of_rank_0(comm):
+def check_broadcast_sends_values_of_rank_0(world):
     for dtype in ("float32", "float64", "int64"):
-        array = np.full((2, 3), 7 + comm.rank, dtype=dtype)
-        distributed.broadcast(comm, array)
+        array = np.full((2, 3), 7 + world.rank, dtype=dtype)
+        world.broadcast(array)
         assert array.tolist() == [[7] * 3] * 2, array
 
 
-def waiting_burns_little(comm):
+def check_split(world):
+    group = world.split(world.rank // 2)
+    assert (group.rank, group.size) == [(0, 2), (1, 2), (0, 1)][world.rank]
+    assert group.all_gather(world.rank) == [[0, 1], [0, 1], [2]][world.rank]
+
+
+def check_waiting_takes_little_cpu_time(world):
     for action in (
-        lambda: distributed.wait_with_timeout(comm.Ibarrier()),
-        lambda: distributed.all_gather(comm, 1),
-        lambda: distributed.all_reduce(comm, np.ones(1000)),
-        lambda: distributed.broadcast(comm, np.ones(1000)),
+        lambda: distributed.wait_with_timeout(world.comm.Ibarrier()),
+        lambda: world.all_gather(1),
+        lambda: world.all_reduce(np.ones(1000)),
+        lambda: world.broadcast(np.ones(1000)),
     ):
-        comm.Barrier()
-        began, burned = time.perf_counter(), time.process_time()
-        if comm.rank == 0:
+        world.comm.Barrier()
+        start, cpu_start = time.perf_counter(), time.process_time()
+        if world.rank == 0:
             time.sleep(0.3)
         action()
-        waited, burned = time.perf_counter() - began, time.process_time() - burned
+        waited, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
         assert waited > 0.25, waited
-        assert burned < 0.2 * waited, (burned, waited)
+        assert cpu_seconds < 0.2 * waited, (cpu_seconds, waited)
 
 
-def a_message_is_not_slept_over(comm):
-    comm.Barrier()
+def check_small_messages_are_fast(world):
+    world.comm.Barrier()
     seconds = []
     for _ in range(50):
-        began = time.perf_counter()
-        distributed.all_reduce(comm, np.ones(10))
-        seconds.append(time.perf_counter() - began)
+        start = time.perf_counter()
+        world.all_reduce(np.ones(10))
+        seconds.append(time.perf_counter() - start)
     assert sorted(seconds)[25] < 0.04, seconds
 
 
-def a_late_rank_is_waited_for(comm):
+def check_late_rank_is_no_timeout(world):
     distributed.timeout = 30
-    if comm.rank == 1:
-        time.sleep(1.3)  # waiting ranks look for others out of patience after a second
-    distributed.all_gather(comm, 1)
+    if world.rank == 1:
+        time.sleep(1.3)  # after a second, waiting ranks check whether another one timed out
+    world.all_gather(1)
     distributed.timeout = float("inf")
 
 
-def settings_that_differ_are_told_to_every_rank(comm):
-    distributed.check_consistent(comm, {"lr": 0.1, "L": "auto"})
-    told = raises(distributed.SettingsMismatch, lambda: distributed.check_consistent(comm, {"L": 25, "rho": 0.5 if comm.rank == 2 else 0.25}))
-    assert all(word in told for word in ("rho", "0.25", "rank 0", "0.5", "rank 2")), told
-    told = raises(ValueError, lambda: distributed.check_consistent(comm, {"seed": comm.rank}))
-    assert all(word in told for word in ("seed", "rank 0", "rank 1")), told
+def check_mismatch_is_raised_on_every_rank(world):
+    world.check_consistent({"lr": 0.1, "L": "auto"})
+    settings = {"L": 25, "rho": 0.5 if world.rank == 2 else 0.25}
+    message = message_of(distributed.SettingsMismatch, lambda: world.check_consistent(settings))
+    assert all(word in message for word in ("rho", "0.25", "rank 0", "0.5", "rank 2")), message
+    message = message_of(ValueError, lambda: world.check_consistent({"seed": world.rank}))
+    assert all(word in message for word in ("seed", "rank 0", "rank 1")), message
 
 
-def together_acts_here_alone(comm):
-    acted = []
-    result = distributed.run_and_propagate_errors(comm, lambda: acted.append(comm.rank) or "done", comm.rank == 1)
-    assert (acted, result) == (([1], "done") if comm.rank == 1 else ([], None)), (acted, result)
+def check_action_runs_on_one_rank_only(world):
+    ran_on = []
+    run = lambda: ran_on.append(world.rank) or "done"
+    result = world.run_and_propagate_errors(run, only_if=world.rank == 1)
+    assert (ran_on, result) == (([1], "done") if world.rank == 1 else ([], None)), (ran_on, result)
 
 
-def together_fails_everywhere(comm):
-    def action():
-        raise FileNotFoundError(2, f"not on rank {comm.rank}", "a file")
-
-    for here in (0, 2):
-        told = raises(OSError, lambda: distributed.run_and_propagate_errors(comm, action, comm.rank == here, KeyError, OSError))
-        assert told == f"[Errno 2] not on rank {here}: 'a file'", told
+def check_action_runs_on_every_rank_by_default(world):
+    assert world.run_and_propagate_errors(lambda: world.rank) == world.rank
 
 
-def another_failure_is_raised_there_alone(comm):
-    def action():
-        raise ZeroDivisionError("here")
+def check_listed_errors_are_raised_on_every_rank(world):
+    def fail():
+        raise FileNotFoundError(2, f"not on rank {world.rank}", "a file")
 
-    alone = comm.Split(comm.rank)
-    assert raises(ZeroDivisionError, lambda: distributed.run_and_propagate_errors(alone, action, True, OSError)) == "here"
-    assert distributed.all_gather(comm, 1) == [1, 1, 1]
+    for rank in (0, 2):
+        run = lambda: world.run_and_propagate_errors(fail, KeyError, OSError, only_if=world.rank == rank)
+        assert message_of(OSError, run) == f"[Errno 2] not on rank {rank}: 'a file'"
 
 
-def cores_are_shared(comm):
-    node = distributed.node(comm)
-    assert (node.size, node.rank) == (3, comm.rank)
+def check_ranks_of_a_node_share_its_cores(world):
+    node = world.split_by_node()
+    assert (node.size, node.rank) == (3, world.rank)
     os.environ.pop("OMP_NUM_THREADS", None)
     for cores, threads in [
         (set(range(13)), 4),
         ({0, 1}, 1),
-        ({2 * comm.rank, 2 * comm.rank + 1}, 2),
+        ({2 * world.rank, 2 * world.rank + 1}, 2),
     ]:
         os.sched_getaffinity = lambda process: cores
-        count = len(set().union(*distributed.all_gather(node, distributed.available_cores())))
+        count = len(set().union(*node.all_gather(distributed.available_cores())))
         assert distributed.threads_per_rank(count, node.size) == threads, (cores, count)
 
 
 def main():
+    world = MPIGroup(MPI.COMM_WORLD)
     for check in CHECKS:
-        check(MPI.COMM_WORLD)
-        MPI.COMM_WORLD.Barrier()
-    sys.stdout.write(f"{MPI.COMM_WORLD.rank} is done\\n")
+        check(world)
+        world.comm.Barrier()
+    sys.stdout.write(f"{world.rank} is done\\n")
 
 
 launcher.run_or_abort(main)
 """
 
 
-def test_three_ranks_wait_add_compare_and_raise(python, script):
-    checks = [name for name in re.findall(r"^def (\w+)\(comm\):", THREE, re.M)]
-    assert len(checks) == 12
-    done = python(script(THREE.replace("CHECKS", f"[{', '.join(checks)}]")), ranks=3)
+def test_groups_of_three_ranks(python, script):
+    checks = re.findall(r"^def (check_\w+)\(world\):", THREE_RANKS, re.M)
+    assert len(checks) == 13
+    done = python(script(THREE_RANKS.replace("CHECKS", f"[{', '.join(checks)}]")), ranks=3)
     assert (done.returncode, done.stderr) == (0, "")
     assert sorted(done.stdout.splitlines()) == ["0 is done", "1 is done", "2 is done"]
 
 
-def test_one_rank_sends_no_message():
+@pytest.mark.parametrize("group", [Group(), MPIGroup(SimpleNamespace(rank=0, size=1))])
+def test_group_of_one_sends_no_sum(group):
     tensor = torch.arange(3.0)
-    distributed.all_reduce(SimpleNamespace(size=1), tensor)
+    group.all_reduce(tensor)
     assert tensor.tolist() == [0, 1, 2]
 
 
-@pytest.mark.parametrize("told", ["3", "3,2"])
-def test_threads_follow_omp_num_threads(told, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", told)
+def test_default_group_is_a_group_of_one():
+    group = Group()
+    group.broadcast(torch.ones(2))
+    group.check_consistent({"lr": 0.1})
+    assert (group.rank, group.size, group.all_gather("value")) == (0, 1, ["value"])
+    assert group.run_and_propagate_errors(lambda: "done") == "done"
+
+
+@pytest.mark.parametrize(("error", "propagated"), [(KeyError("listed"), True), (ValueError("not listed"), False)])
+def test_only_listed_errors_are_propagated(error, propagated):
+    gathered = []
+
+    class Recorder(Group):
+        def all_gather(self, value):
+            gathered.append(value)
+            return [value]
+
+    def fail():
+        raise error
+
+    with pytest.raises(type(error), match="listed"):
+        Recorder().run_and_propagate_errors(fail, OSError, KeyError)
+    assert gathered == [error] * propagated
+
+
+@pytest.mark.parametrize("value", ["3", "3,2"])
+def test_threads_follow_omp_num_threads(value, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", value)
     assert distributed.threads_per_rank(64, 2) == 3
 
 
 @pytest.mark.parametrize(
-    ("count", "sharers", "threads"), [(1, 1, 1), (8, 1, 8), (13, 3, 4), (6, 3, 2), (2, 3, 1), (1, 100, 1)]
+    ("cores", "ranks", "threads"), [(1, 1, 1), (8, 1, 8), (13, 3, 4), (6, 3, 2), (2, 3, 1), (1, 100, 1)]
 )
-def test_cores_are_divided_by_the_processes_on_them(count, sharers, threads, monkeypatch):
+def test_cores_are_divided_among_ranks(cores, ranks, threads, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert distributed.threads_per_rank(count, sharers) == threads
+    assert distributed.threads_per_rank(cores, ranks) == threads
 
 
-def test_cores_are_those_of_the_affinity_mask(monkeypatch):
+def test_available_cores_follow_the_affinity_mask(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0: {2, 5}}[process], raising=False)
     assert distributed.available_cores() == {2, 5}
 
 
 @pytest.mark.parametrize(("count", "cores"), [(4, {0, 1, 2, 3}), (None, {0})])
-def test_cores_are_all_without_an_affinity_mask(count, cores, monkeypatch):
+def test_all_cores_are_available_without_affinity_mask(count, cores, monkeypatch):
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: count)
     assert distributed.available_cores() == cores
 
 
-@pytest.mark.parametrize(
-    ("text", "notes", "line"),
-    [
-        ("wrong", [], "wrong"),
-        ("", [], ""),
-        ("wrong\n  in the second line\n", [], "wrong in the second line"),
-        ("wrong", ["go on with:\n python this.py", "or not"], "wrong; go on with: python this.py; or not"),
-    ],
-)
-def test_reason_is_one_line_with_the_notes(text, notes, line):
-    error = ValueError(text)
-    for note in notes:
-        error.add_note(note)
-    assert launcher.describe_error(error) == line
-
-
 HANG = """
 from mpi4py import MPI
-comm = MPI.COMM_WORLD
+world = MPIGroup(MPI.COMM_WORLD)
 
 def main():
     distributed.timeout = 1.1
-    distributed.all_gather(comm, 1)
-    if comm.rank == 1:
+    world.all_gather(1)
+    if world.rank == 1:
         {elsewhere}
-    distributed.all_gather(comm, 1)
+    world.all_gather(1)
 
 launcher.run_or_abort(main)
 """
@@ -329,15 +251,15 @@ launcher.run_or_abort(main)
         ("time.sleep(50)", ["rank 1"]),
         ("distributed.wait_with_timeout(MPI.COMM_SELF.Irecv(bytearray(1)))", []),
     ],
-    ids=["asleep", "waits elsewhere"],
+    ids=["asleep", "in another call"],
 )
 def test_timeout_names_the_missing_rank(elsewhere, missing, python, script):
-    began = time.perf_counter()
+    start = time.perf_counter()
     done = python(script(HANG.format(elsewhere=elsewhere)), ranks=3)
-    assert time.perf_counter() - began < 40
+    assert time.perf_counter() - start < 40
     assert done.returncode != 0
-    told = [line for line in done.stderr.splitlines() if line.startswith("rank ")]
-    assert told and done.stderr.splitlines()[-1] == told[-1]
-    for line in told:
+    lines = [line for line in done.stderr.splitlines() if line.startswith("rank ")]
+    assert lines and done.stderr.splitlines()[-1] == lines[-1]
+    for line in lines:
         name, _, message = line.partition(distributed.CollectiveTimeout.__name__)
         assert re.fullmatch(r"rank \d: ", name) and re.findall(r"rank \d", message) == missing, line

@@ -1,3 +1,4 @@
+import contextlib
 import os
 import re
 import shlex
@@ -13,44 +14,42 @@ from unittest import mock
 import pytest
 
 from parle import launcher
-from tests.conftest import outside
-
-ROOT = Path(launcher.__file__).parent
+from tests.conftest import ROOT, outside
 
 
 @pytest.fixture
 def script(tmp_path):
-    """A program that starts itself as three ranks; what they do is its body."""
+    """A function that writes a program and returns its path: it starts itself as ranks, which execute `body`."""
 
     def write(body, before="", count=3):
         path = tmp_path / f"script{len(list(tmp_path.glob('*.py')))}.py"
-        begin = f"if launcher.rank_from_environment() is None:\n    sys.exit(launcher.spawn_ranks({count}) or 0)\n"
-        imports = f"import os, signal, sys, time\nsys.path.insert(0, {str(ROOT)!r})\nimport launch, ranks\n"
-        path.write_text(f"{imports}{before}\n{begin}rank, size = launcher.rank_from_environment()\n{body}")
+        imports = f"import os, signal, sys, time\nsys.path.insert(0, {str(ROOT)!r})\n"
+        imports += "from parle import distributed, launcher\n"
+        spawn = f"if launcher.rank_from_environment() is None:\n    sys.exit(launcher.spawn_ranks({count}))\n"
+        path.write_text(f"{imports}{before}\n{spawn}rank, size = launcher.rank_from_environment()\n{body}")
         return path
 
     return write
 
 
 @pytest.fixture
-def begin(tmp_path):
-    """Start a script; gives the process. What still runs at the end is killed."""
+def start(tmp_path):
+    """A function that starts a script and returns the process, which is killed if it still runs after the test."""
     started = []
 
-    def begin(path, **environment):
+    def start(path, **environment):
         command, changes = [sys.executable, str(path)], dict(TMPDIR=str(tmp_path)) | environment
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         started.append(subprocess.Popen(command, env=outside(changes), cwd=tmp_path, **pipes))
         return started[-1]
 
-    yield begin
+    yield start
     for process in started:
-        if process.poll() is None:
+        with process:
             process.kill()
-            process.communicate()
 
 
-def until(condition, seconds=60):
+def wait_until(condition, seconds=60):
     deadline = time.time() + seconds
     while not condition():
         assert time.time() < deadline
@@ -58,12 +57,13 @@ def until(condition, seconds=60):
 
 
 def test_import_loads_no_mpi_torch_or_numpy(python):
-    done = python("-c", "import sys, launch; print({'mpi4py', 'torch', 'numpy'} & set(sys.modules))")
+    program = "import sys; from parle import launcher; print({'mpi4py', 'torch', 'numpy'} & set(sys.modules))"
+    done = python("-c", program)
     assert (done.stdout, done.stderr) == ("set()\n", "")
 
 
 @pytest.mark.parametrize(
-    ("environment", "launched"),
+    ("environment", "expected"),
     [
         ("PMI_RANK=1 PMI_SIZE=3", (1, 3)),
         ("PMI_RANK=0 PMI_SIZE=1", (0, 1)),
@@ -80,7 +80,7 @@ def test_import_loads_no_mpi_torch_or_numpy(python):
         # srun --pty bash, where Slurm's MpiDefault is pmix or pmi2
         ("SLURM_PROCID=0 SLURM_STEP_NUM_TASKS=1 PMIX_RANK=0 PMIX_NAMESPACE=slurm.pmix.7.0", None),
         ("SLURM_PROCID=0 SLURM_STEP_NUM_TASKS=1 PMI_RANK=0 PMI_SIZE=1", None),
-        # what is no number is no launcher's
+        # a value that is not a number is ignored
         ("PMI_RANK=abc PMI_SIZE=3", None),
         ("PMI_RANK=1 PMI_SIZE=abc", None),
         ("PMI_RANK= PMI_SIZE=3", None),
@@ -95,13 +95,11 @@ def test_import_loads_no_mpi_torch_or_numpy(python):
         ("PMI_RANK=abc PMI_SIZE=3 PMIX_RANK=2", (2, None)),
     ],
 )
-def test_rank_and_size_from_environment(environment, launched):
-    assert launcher.rank_from_environment(dict(item.split("=") for item in environment.split())) == launched
+def test_rank_and_size_from_environment(environment, expected):
+    assert launcher.rank_from_environment(dict(item.split("=") for item in environment.split())) == expected
 
 
-def test_rank_is_read_from_os_environ_by_default(monkeypatch):
-    for name in {name for names in launcher.LAUNCHERS.values() for name in names if name}:
-        monkeypatch.delenv(name, raising=False)
+def test_rank_is_read_from_os_environ_by_default(monkeypatch, no_launcher):
     assert launcher.rank_from_environment() is None
     monkeypatch.setenv("PMI_RANK", "1")
     monkeypatch.setenv("PMI_SIZE", "3")
@@ -109,7 +107,7 @@ def test_rank_is_read_from_os_environ_by_default(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("executable", "on_path", "named"),
+    ("executable", "on_path", "expected"),
     [
         ("bin/python", ["bin/python"], "python"),
         ("bin/python", ["other/python", "bin/python"], "bin/python"),
@@ -122,29 +120,32 @@ def test_rank_is_read_from_os_environ_by_default(monkeypatch):
         ("my bin/it's", [], "'my bin/it'\"'\"'s'"),
     ],
 )
-def test_python_command_is_what_a_shell_finds(executable, on_path, named, tmp_path, monkeypatch):
+def test_python_command_is_what_a_shell_finds(executable, on_path, expected, tmp_path, monkeypatch):
     folders = [str((tmp_path / name).parent) for name in on_path]
     for name in {executable, *on_path}:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         mpiexec(tmp_path / name, "")
     monkeypatch.setattr(sys, "executable", str(tmp_path / executable))
     monkeypatch.setenv("PATH", ":".join(folders))
-    assert launcher.python_command().replace(f"{tmp_path}/", "") == named
-    if named != "python":
+    assert launcher.python_command().replace(f"{tmp_path}/", "") == expected
+    if expected != "python":
         assert shlex.split(launcher.python_command()) == [sys.executable]
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch):
-    """A Python in `beside` and a PATH of `path`, both without an mpiexec; `ran` lists the commands of start()."""
-    folders = SimpleNamespace(beside=tmp_path / "beside", path=tmp_path / "path", ran=[])
+def folders(tmp_path, monkeypatch, no_launcher):
+    """The directories of this Python (`beside`) and of the PATH (`path`), without an mpiexec.
+
+    `spawned` lists the commands that `spawn_ranks` runs, each with its status directory.
+    """
+    folders = SimpleNamespace(beside=tmp_path / "beside", path=tmp_path / "path", spawned=[])
 
     class Silent:
         """A process that prints nothing and exits with 7."""
 
         def __init__(self, command, env, **_):
             assert Path(env[launcher.STATUS_DIR]).is_dir()
-            folders.ran.append((command, Path(env[launcher.STATUS_DIR])))
+            folders.spawned.append((command, Path(env[launcher.STATUS_DIR])))
             self.stdout, self.stderr = self.closed_pipe(), self.closed_pipe()
 
         def closed_pipe(self):
@@ -177,66 +178,66 @@ def mpiexec(folder, name="mpiexec"):
     return str(path)
 
 
-def test_one_rank_needs_no_launcher(place):
-    mpiexec(place.beside)
+def test_one_rank_needs_no_launcher(folders):
+    mpiexec(folders.beside)
     before = dict(os.environ)
     assert launcher.spawn_ranks(1) is None
     assert os.environ == before
-    assert place.ran == []
+    assert folders.spawned == []
 
 
 @pytest.mark.parametrize("elsewhere", [False, True])
-def test_mpiexec_beside_python_is_preferred(place, elsewhere):
+def test_mpiexec_beside_python_is_preferred(folders, elsewhere):
     if elsewhere:
-        mpiexec(place.path)
-    beside = mpiexec(place.beside)
+        mpiexec(folders.path)
+    beside = mpiexec(folders.beside)
     assert launcher.spawn_ranks(3) == 7
-    ((command, folder),) = place.ran
+    ((command, status_dir),) = folders.spawned
     assert command == [beside, "-n", "3", sys.executable, *sys.argv]
-    assert not folder.exists()
+    assert not status_dir.exists()
 
 
-def test_mpiexec_of_path_is_used_otherwise(place):
-    on_path = mpiexec(place.path)
+def test_mpiexec_on_the_path_is_used_otherwise(folders):
+    on_path = mpiexec(folders.path)
     launcher.spawn_ranks(12)
-    ((command, _),) = place.ran
+    ((command, _),) = folders.spawned
     assert command == [on_path, "-n", "12", sys.executable, *sys.argv]
 
 
-def test_missing_mpiexec_is_an_error_with_advice(place):
+def test_missing_mpiexec_is_an_error_with_advice(folders):
     with pytest.raises(FileNotFoundError, match="pip install mpich"):
         launcher.spawn_ranks(3)
 
 
-def test_ranks_without_a_number_start_no_ranks(place, monkeypatch):
-    mpiexec(place.beside)
-    monkeypatch.setenv(launcher.STATUS_DIR, "folder")
+def test_ranks_without_a_rank_number_spawn_no_ranks(folders, monkeypatch):
+    mpiexec(folders.beside)
+    monkeypatch.setenv(launcher.STATUS_DIR, "directory")
     with pytest.raises(OSError, match="mpiexec"):
         launcher.spawn_ranks(3)
-    assert place.ran == []
+    assert folders.spawned == []
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-def test_ranks_receive_the_width_of_the_terminal(place, terminal, monkeypatch):
-    mpiexec(place.beside)
+def test_ranks_get_the_terminal_width(folders, terminal, monkeypatch):
+    mpiexec(folders.beside)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
     monkeypatch.setenv("COLUMNS", "77")
     launcher.spawn_ranks(3)
     assert os.environ.get(launcher.TERMINAL_WIDTH) == ("77" if terminal else None)
 
 
-def test_settings_of_open_mpi_are_not_overridden(place, monkeypatch):
-    mpiexec(place.beside)
+def test_settings_of_open_mpi_are_not_overridden(folders, monkeypatch):
+    mpiexec(folders.beside)
     monkeypatch.setenv("OMPI_ALLOW_RUN_AS_ROOT", "0")
     launcher.spawn_ranks(3)
     assert (os.environ["OMPI_ALLOW_RUN_AS_ROOT"], os.environ["OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"]) == ("0", "1")
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_ranks_run_the_command_and_their_output_is_whole(python, script, unbuffered):
+def test_ranks_run_the_command_and_print_in_full(python, script, unbuffered):
     path = script("""
 sys.stderr.write(f"{launcher.rank_from_environment()} {sys.argv[1:]}\\n")
-if rank == 0:  # alone: mpiexec would put what others write between two parts of it
+if rank == 0:  # only one: mpiexec interleaves the output of several
     sys.stdout.write(("0" * 99 + "\\n") * 3000)
 """)
     done = python(path, "-n", "a b", PYTHONUNBUFFERED=unbuffered)
@@ -245,15 +246,15 @@ if rank == 0:  # alone: mpiexec would put what others write between two parts of
     assert done.returncode == 0
 
 
-HEAR = """
-def hear(number, frame):
-    with open(f"heard-{rank}", "a") as file:
+HANDLE = """
+def handle(number, frame):
+    with open(f"signals-{rank}", "a") as file:
         file.write(f"{number} ")
     if number != signal.SIGUSR1:
         sys.exit(75)
 
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-    signal.signal(number, hear)
+    signal.signal(number, handle)
 open(f"ready-{rank}", "w").close()
 time.sleep(20)
 time.sleep(20)
@@ -261,16 +262,16 @@ time.sleep(20)
 
 
 @pytest.mark.parametrize("last", [signal.SIGINT, signal.SIGTERM])
-def test_signals_and_exit_code_75_are_passed_on(begin, script, tmp_path, last):
-    process = begin(script(HEAR))
-    until(lambda: len(list(tmp_path.glob("ready-*"))) == 3)
+def test_signals_and_exit_status_75_are_forwarded(start, script, tmp_path, last):
+    process = start(script(HANDLE))
+    wait_until(lambda: len(list(tmp_path.glob("ready-*"))) == 3)
     process.send_signal(signal.SIGUSR1)
-    until(lambda: [path.read_text() for path in tmp_path.glob("heard-*")] == [f"{int(signal.SIGUSR1)} "] * 3)
+    wait_until(lambda: [path.read_text() for path in tmp_path.glob("signals-*")] == [f"{int(signal.SIGUSR1)} "] * 3)
     process.send_signal(last)
     process.communicate(timeout=60)
     assert process.returncode == 75
-    heard = [path.read_text() for path in tmp_path.glob("heard-*")]
-    assert heard == [f"{int(signal.SIGUSR1)} {int(last)} "] * 3
+    received = [path.read_text() for path in tmp_path.glob("signals-*")]
+    assert received == [f"{int(signal.SIGUSR1)} {int(last)} "] * 3
 
 
 KILLED = """
@@ -310,7 +311,8 @@ def test_silent_exit_of_all_ranks_is_a_failure(python, script):
 
 def test_exception_is_the_last_line(python, script):
     body = "from mpi4py import MPI\ndef main():\n    if rank == 1:\n        raise ValueError('wrong')\n"
-    done = python(script(body + "    distributed.wait_with_timeout(MPI.COMM_WORLD.Ibarrier())\nranks.run(main)"))
+    body += "    distributed.wait_with_timeout(MPI.COMM_WORLD.Ibarrier())\nlauncher.run_or_abort(main)"
+    done = python(script(body))
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == "rank 1: ValueError: wrong"
 
@@ -320,41 +322,56 @@ def main():
     launcher.write_resume_command("python this --resume that")
     if rank == 1:
         {end}
+    {others}
     from mpi4py import MPI
     MPI.COMM_WORLD.Barrier()
 
 launcher.run_or_abort(main)
 """
+SHORT_GRACE_PERIOD = "launcher.GRACE_PERIOD = 1.0"
 
 
-def test_rank_that_exits_before_mpi_starts_is_named(begin, script):
-    ends = "return", "sys.exit(0)", "os._exit(0)"
-    processes = [begin(script(EARLY.format(end=end), before="launcher.GRACE_PERIOD = 1.0")) for end in ends]
-    for process in processes:  # side by side: each of them waits
-        _, erred = process.communicate(timeout=60)
+def test_rank_that_exits_before_mpi_starts_ends_all(start, script):
+    cases = [
+        ("sys.exit(0)", ""),
+        ("os._exit(0)", ""),
+        ("time.sleep(0.5); sys.exit(0)", "if rank == 0: return"),  # rank 0 has finished, which is no failure
+    ]
+    bodies = [EARLY.format(end=end, others=others) for end, others in cases]
+    processes = [start(script(body, before=SHORT_GRACE_PERIOD)) for body in bodies]  # side by side: each waits
+    for process in processes:
+        _, stderr = process.communicate(timeout=60)
         assert process.returncode not in (0, 75)
-        last = erred.splitlines()[-1]
+        last = stderr.splitlines()[-1]
         assert "rank 1" in last and "killed" not in last
         assert last.endswith("python this --resume that")
 
 
-@pytest.mark.slow
-def test_ranks_may_exit_some_seconds_apart(begin, script):
-    process = begin(script("launcher.run_or_abort(lambda: time.sleep(rank))"))
-    assert process.communicate(timeout=60) == ("", "")
-    assert process.returncode == 0
+SLOW_EXIT = """
+import atexit
+atexit.register(time.sleep, {after} * rank)
+launcher.run_or_abort(lambda: time.sleep({before} * rank))
+"""
 
 
-def test_killed_mpiexec_is_named(begin, script, tmp_path):
-    process = begin(
-        script(HEAR.replace("def hear", "launcher.write_resume_command('python this --resume that')\ndef hear"))
+def test_finished_ranks_may_exit_slowly(start, script):
+    bodies = [SLOW_EXIT.format(before=before, after=after) for before, after in [(0, 3), (3, 0)]]
+    processes = [start(script(body, before=SHORT_GRACE_PERIOD, count=2)) for body in bodies]
+    for process in processes:
+        assert process.communicate(timeout=60) == ("", "")
+        assert process.returncode == 0
+
+
+def test_killed_mpiexec_is_named(start, script, tmp_path):
+    process = start(
+        script(HANDLE.replace("def handle", "launcher.write_resume_command('python this --resume that')\ndef handle"))
     )
-    until(lambda: len(list(tmp_path.glob("ready-*"))) == 3)
+    wait_until(lambda: len(list(tmp_path.glob("ready-*"))) == 3)
     (mpiexec,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(mpiexec), signal.SIGKILL)
-    _, erred = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGKILL
-    last = erred.splitlines()[-1]
+    last = stderr.splitlines()[-1]
     assert "mpiexec" in last and "killed" in last and last.endswith("python this --resume that")
 
 
@@ -366,12 +383,12 @@ def test_full_disk_for_the_resume_command_is_no_error(tmp_path, monkeypatch, no_
     assert not (tmp_path / "gone").exists()
 
 
-def test_exit_code_2_of_all_ranks_adds_no_message(python, script):
+def test_exit_status_2_of_all_ranks_adds_no_message(python, script):
     done = python(script("launcher.run_or_abort(lambda: sys.exit(2))"))
     assert (done.returncode, done.stderr) == (2, "")
 
 
-def test_only_ranks_of_our_starter_report_to_it(tmp_path, monkeypatch, no_launcher):
+def test_only_spawned_ranks_report_their_exit(tmp_path, monkeypatch, no_launcher):
     monkeypatch.setenv(launcher.STATUS_DIR, str(tmp_path))
     launcher.write_resume_command("this")
     launcher.open_status_pipe()(launcher.EXITED)
@@ -384,13 +401,161 @@ def test_only_ranks_of_our_starter_report_to_it(tmp_path, monkeypatch, no_launch
     monkeypatch.setenv(launcher.STATUS_DIR, str(tmp_path))
     launcher.write_resume_command("this")
     os.mkfifo(tmp_path / "1")
-    line = os.open(tmp_path / "1", os.O_RDONLY | os.O_NONBLOCK)
+    pipe = os.open(tmp_path / "1", os.O_RDONLY | os.O_NONBLOCK)
     launcher.open_status_pipe()(launcher.EXITED)
-    assert os.read(line, 100) == launcher.EXITED
+    assert os.read(pipe, 100) == launcher.EXITED
+    os.close(pipe)
     assert (tmp_path / "resume").read_text() == "this"
 
 
-def lives(process):
+RAISE = """
+from mpi4py import MPI
+comm = MPI.COMM_WORLD
+
+def main():
+    if comm.rank == 1:
+        time.sleep({delay})
+        print(time.time())
+        raise {error}
+    time.sleep(0.3 - {delay})
+    {wait}
+
+launcher.run_or_abort(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("delay", "wait", "error"),
+    [
+        (0.3, "comm.Barrier()", "ValueError('wrong')"),
+        (0.0, "time.sleep(50)", "ValueError('wrong\\n  in the second line')"),
+        (0.3, "distributed.MPIGroup(comm).all_gather(1)", "KeyboardInterrupt('wrong')"),
+    ],
+    ids=["in MPI", "asleep", "in all_gather"],
+)
+def test_exception_on_one_rank_aborts_all(delay, wait, error, python, script):
+    done = python(script(RAISE.format(delay=delay, wait=wait, error=error)), ranks=3, PYTHONUNBUFFERED="")
+    ended = time.time()
+    assert done.returncode != 0
+    assert "Traceback" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"rank 1: {error.partition('(')[0]}: wrong")
+    assert ended - float(done.stdout.split()[0]) < 10, "a second, and more on a busy machine"
+
+
+def test_exception_before_mpi_import_propagates(monkeypatch):
+    monkeypatch.delitem(sys.modules, "mpi4py.MPI", raising=False)
+
+    def main():
+        raise ValueError("wrong")
+
+    with pytest.raises(ValueError, match=r"^wrong$"):
+        launcher.run_or_abort(main)
+
+
+@pytest.mark.parametrize(("initialized", "finalized"), [(False, False), (True, True)])
+def test_exception_outside_mpi_propagates(initialized, finalized, monkeypatch):
+    mpi = SimpleNamespace(Is_initialized=lambda: initialized, Is_finalized=lambda: finalized)
+    monkeypatch.setitem(sys.modules, "mpi4py.MPI", mpi)
+
+    def main():
+        raise KeyError("wrong")
+
+    with pytest.raises(KeyError, match="wrong"):
+        launcher.run_or_abort(main)
+
+
+def test_run_or_abort_returns_after_main():
+    called = []
+    launcher.run_or_abort(lambda: called.append(1))
+    assert called == [1]
+
+
+def test_exception_without_launcher_names_rank_0(python):
+    program = "from mpi4py import MPI; from parle import launcher; launcher.run_or_abort(lambda: open('/none'))"
+    done = python("-c", program)
+    assert done.returncode != 0
+    assert done.stderr.splitlines()[-1] == "rank 0: FileNotFoundError: [Errno 2] No such file or directory: '/none'"
+
+
+EXIT = """
+from mpi4py import MPI
+comm = MPI.COMM_WORLD
+
+def main():
+    if comm.rank in {ranks}:
+        sys.exit(2)
+    distributed.MPIGroup(comm).all_gather(1)
+
+launcher.run_or_abort(main)
+"""
+
+
+def test_exit_status_of_all_ranks_is_kept(python, script):
+    done = python(script(EXIT.format(ranks=(0, 1, 2))), ranks=3)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "")
+
+
+def test_exit_of_one_rank_aborts_all(python, script):
+    done = python(script(EXIT.format(ranks=(1,))), ranks=3)
+    assert done.returncode != 0
+
+
+@pytest.mark.parametrize(
+    ("text", "notes", "line"),
+    [
+        ("wrong", [], "wrong"),
+        ("", [], ""),
+        ("wrong\n  in the second line\n", [], "wrong in the second line"),
+        ("wrong", ["resume with:\n python this.py", "or not"], "wrong; resume with: python this.py; or not"),
+    ],
+)
+def test_error_is_described_in_one_line_with_notes(text, notes, line):
+    error = ValueError(text)
+    for note in notes:
+        error.add_note(note)
+    assert launcher.describe_error(error) == line
+
+
+MPI_STATES = {
+    "never loaded": None,
+    "not started": SimpleNamespace(Is_finalized=lambda: False, Is_initialized=lambda: False),
+    "finalized": SimpleNamespace(Is_finalized=lambda: True, Is_initialized=lambda: True),
+}
+
+
+@pytest.mark.parametrize(
+    ("mpi", "error", "notice"),
+    [
+        ("never loaded", None, launcher.FINISHED),
+        ("finalized", None, launcher.FINISHED),
+        ("finalized", SystemExit(2), launcher.FINISHED),
+        ("not started", SystemExit(0), launcher.EXITED),
+        ("never loaded", SystemExit(2), launcher.EXITED),
+        ("never loaded", ValueError("wrong"), launcher.FAILED),
+        ("finalized", KeyboardInterrupt(), launcher.FAILED),
+    ],
+)
+def test_exit_notice(mpi, error, notice, tmp_path, monkeypatch, no_launcher):
+    if MPI_STATES[mpi] is None:
+        monkeypatch.delitem(sys.modules, "mpi4py.MPI", raising=False)
+    else:
+        monkeypatch.setitem(sys.modules, "mpi4py.MPI", MPI_STATES[mpi])
+    for name, value in (("PMI_RANK", "1"), ("PMI_SIZE", "3"), (launcher.STATUS_DIR, str(tmp_path))):
+        monkeypatch.setenv(name, value)
+    os.mkfifo(tmp_path / "1")
+    pipe = os.open(tmp_path / "1", os.O_RDONLY | os.O_NONBLOCK)
+
+    def main():
+        if error is not None:
+            raise error
+
+    with contextlib.nullcontext() if error is None else pytest.raises(type(error)):
+        launcher.run_or_abort(main)
+    assert (os.read(pipe, 100), os.read(pipe, 100)) == (notice, b"")
+    os.close(pipe)
+
+
+def is_running(process):
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
@@ -398,24 +563,24 @@ def lives(process):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("speaks", [False, True], ids=["silent", "printing"])
-def test_no_rank_survives_a_killed_starter(begin, script, tmp_path, speaks):
-    work = "    sys.stdout.write('works' * 100)\n    sys.stdout.flush()\n" if speaks else ""
-    leave = "open(f'{os.environ[launcher.STATUS_DIR]}/rank-{rank}', 'w').write(str(os.getpid()))\n"
-    body = f"{leave}while True:\n    time.sleep(0.05)\n{work}"
-    process = begin(script(body))
+@pytest.mark.parametrize("prints", [False, True], ids=["silent", "printing"])
+def test_no_rank_survives_a_killed_supervisor(start, script, tmp_path, prints):
+    work = "    sys.stdout.write('works' * 100)\n    sys.stdout.flush()\n" if prints else ""
+    announce = "open(f'{os.environ[launcher.STATUS_DIR]}/rank-{rank}', 'w').write(str(os.getpid()))\n"
+    body = f"{announce}while True:\n    time.sleep(0.05)\n{work}"
+    process = start(script(body))
 
-    def left():
+    def process_ids():
         return [int(path.read_text() or 0) for path in tmp_path.glob("parle-*/rank-*")]
 
-    until(lambda: len([number for number in left() if number]) == 3)
-    numbers = left()
+    wait_until(lambda: len([number for number in process_ids() if number]) == 3)
+    numbers = process_ids()
     try:
         process.kill()
         process.stdout.close()
         process.stderr.close()
-        until(lambda: not any(map(lives, numbers)), seconds=30)
+        wait_until(lambda: not any(map(is_running, numbers)), seconds=30)
     finally:
-        for number in filter(lives, numbers):
+        for number in filter(is_running, numbers):
             os.kill(number, signal.SIGKILL)
         process.wait()
