@@ -235,10 +235,12 @@ from mpi4py import MPI
 world = MPIGroup(MPI.COMM_WORLD)
 
 def main():
-    distributed.timeout = 1.1
+    distributed.timeout = 2
     world.all_gather(1)
     if world.rank == 1:
         {elsewhere}
+    if world.rank == 2:
+        time.sleep(1.5)  # when rank 0 times out, rank 2 is waiting but within its own time limit
     world.all_gather(1)
 
 launcher.run_or_abort(main)
