@@ -133,7 +133,7 @@ def build_parser(prog: str, description: str) -> Parser:
         *("-n", "--replicas"),
         type=num_replicas,
         metavar="N",
-        help="number of replicas (default: the number of ranks under a launcher, otherwise 3)",
+        help="number of replicas (default: the number of ranks under a launcher, otherwise 3; 1 for sgd and entropy-sgd)",
     )
     add(
         "--method",
@@ -254,13 +254,13 @@ def build_parser(prog: str, description: str) -> Parser:
         "--eval-every",
         type=positive_int,
         metavar="N",
-        help="rounds between evaluations, in addition to every epoch's end (default: none)",
+        help="rounds between evaluations, in addition to the end of every epoch and of the run (default: none)",
     )
     add(
         "--checkpoint-every",
         type=positive_int,
         metavar="N",
-        help="rounds between checkpoints, in addition to every epoch's end (default: none)",
+        help="rounds between checkpoints, in addition to the end of every epoch and of the run (default: none)",
     )
     add(
         "--resume",
