@@ -128,7 +128,7 @@ def uninterrupted(tmp_path_factory, proc):
 MESSAGES = {
     "kill:1:4": ("rank 1", "killed"),
     "raise:2:3": ("rank 2", "RuntimeError", "round 3"),
-    "hang:1:5": ("CollectiveTimeout", "2 s", "rank 1", "round 5"),
+    "hang:1:5": ("CollectiveTimeout", "rank 1", "round 5"),
 }
 
 
@@ -137,11 +137,11 @@ MESSAGES = {
     [
         ("kill:1:4", 2, 1800),
         pytest.param("raise:2:3", 3, 1800, marks=pytest.mark.slow),
-        pytest.param("hang:1:5", 3, 2, marks=pytest.mark.slow),
+        pytest.param("hang:1:5", 3, 6, marks=pytest.mark.slow),
     ],
 )
 def test_failed_rank_ends_all_and_resume_is_bitwise_identical(start, uninterrupted, tmp_path, fault, ranks, timeout):
-    out = tmp_path / "run"
+    out, expected = tmp_path / "run", uninterrupted(ranks)  # the data are in place then, which takes longer than 6 s
     done = wait_for_exit(start(MPI, "-n", ranks, "-B", 3, "--timeout", timeout, PARLE_FAULT=fault))
     round = int(fault[-1])
     assert done.status not in (0, 75)
@@ -151,7 +151,7 @@ def test_failed_rank_ends_all_and_resume_is_bitwise_identical(start, uninterrupt
     command = find_resume_command(last)
     assert resumes(command, MPI, out)
     wait_for_success(start.shell(command))
-    assert read_result(out) == uninterrupted(ranks)
+    assert read_result(out) == expected
     assert read_log(out, "resume")[0]["round"] == round - 1
 
 
