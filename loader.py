@@ -108,7 +108,7 @@ def read_svhn(kind: str, raw: Path, download: bool) -> tuple[Arrays, Arrays]:
 
 
 def read_digits(kind: str, raw: Path, download: bool) -> tuple[Arrays, Arrays]:
-    """Read scikit-learn's 1,797 images of 8 x 8. The last 360, by other writers, are the test set."""
+    """Read scikit-learn's 1,797 images of 8 x 8. The last 360, written by other people, are the test set."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -117,7 +117,7 @@ def read_digits(kind: str, raw: Path, download: bool) -> tuple[Arrays, Arrays]:
 
 
 class DatasetSpec(NamedTuple):
-    """How to read a data set, and its shape."""
+    """The reader of a data set, and its shape."""
 
     read: Callable[[str, Path, bool], tuple[Arrays, Arrays]]
     kind: str  # torchvision's name
@@ -227,7 +227,7 @@ def load(name: str, raw: Path | None = None, proc: Path = Path("proc"), zca: boo
                 _build(folder, train, test, zca, dict(format=FORMAT, source_dir=source_dir, classes=spec.classes))
             except OSError as error:
                 raise DatasetError(
-                    f"{folder} cannot be written ({error}): choose another directory with --proc"
+                    f"{folder} cannot be written ({error.strerror or error}): choose another directory with --proc"
                 ) from error
         try:
             return _open(name, folder)
@@ -445,7 +445,7 @@ class BatchLoader:
         batch_size: B, per replica.
         seed: determines, with `replica`, order and augmentation.
         replica, replicas: number of this replica, and of replicas.
-        frac: fraction of the training set that each replica sees. Replica a takes the block at a N / n of one common
+        frac: fraction of the training set that each replica uses. Replica a takes the block at a N / n of one common
             shuffle, wrapping around.
         augment: flip, pad by reflecting 4 pixels, and crop at random.
         shard: (i, m) selects the i-th of m parts of each mini-batch, for ranks that share a replica. Sizes may differ
@@ -472,14 +472,14 @@ class BatchLoader:
         if batch_size > num_images:
             fits = f"-b {num_images} or less" if num_images >= 2 else f"--frac {math.ceil(2e6 / total) / 1e6:g} or more"
             raise DatasetError(
-                f"a mini-batch of {batch_size} is larger than the {num_images} images of a replica: {fits}"
+                f"a mini-batch of {batch_size} is larger than the {num_images} images of a replica: use {fits}"
             )
         if augment and data.size <= 4:
             raise DatasetError(f"images of {data.size} pixels are too small for random crops: use --no-augment")
         shuffle = torch.randperm(total, generator=_generator(seed, Stream.SHUFFLE))
         self.indices = shuffle[(torch.arange(num_images) + replica * total // replicas) % total]
         self.data, self.batch_size, self.augment = data, batch_size, augment
-        self.seed, self.replica, self.shard = seed, replica, shard[0]
+        self.seed, self.replica, self.shard_index = seed, replica, shard[0]
         self.rows = slice(shard[0] * batch_size // shard[1], (shard[0] + 1) * batch_size // shard[1])
         self.per_epoch = math.ceil(num_images / batch_size)  # nb
         self.batches_drawn = 0
@@ -509,7 +509,7 @@ class BatchLoader:
         """Return the seed for the last mini-batch; `device_index` counts the local devices that share it."""
         # consecutive seeds: a SeedSequence for each mini-batch would take 0.1 ms of LeNet's 12
         return (
-            random_seed(self.seed, Stream.DROPOUT, self.replica, self.shard + device_index) + self.batches_drawn
+            random_seed(self.seed, Stream.DROPOUT, self.replica, self.shard_index + device_index) + self.batches_drawn
         ) % 2**64
 
     def _send(self, indices: Tensor) -> Tensor:

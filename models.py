@@ -11,8 +11,8 @@ from torch.nn import functional as F
 class LeNet(nn.Module):
     """Two convolutions and two linear layers, with batch norm after all but the last, as in the published script.
 
-    Max-pooling and ReLU commute, so pooling first computes the same function with a ninth (a quarter) of the elements
-    in ReLU. Images under 28 pixels are upsampled, since nothing would remain of them after the second pooling.
+    Max-pooling and ReLU commute, so pooling first gives the same function, and ReLU processes only a ninth (a quarter)
+    of the elements. Images under 28 pixels are upsampled, since nothing would remain of them after the second pooling.
     """
 
     def __init__(self, channels: int, size: int, classes: int, dropout: float):
@@ -73,7 +73,7 @@ class WideBlock(nn.Module):
 class WideResNet(nn.Sequential):
     """WRN-depth-width (Zagoruyko and Komodakis, 2016): three groups of (depth - 4) / 6 blocks, 16, 32, 64 times width.
 
-    Initialization as there: convolutions He-normal by fan-out, batch norm 1 and 0, linear bias 0.
+    Initialization follows that paper: convolutions He-normal by fan-out, batch norm 1 and 0, linear bias 0.
     """
 
     def __init__(self, depth: int, width: int, channels: int, size: int, classes: int, dropout: float):

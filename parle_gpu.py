@@ -81,9 +81,9 @@ class Parle(ParleBase):
 
 
 class DeviceTimer:
-    """Seconds spent in `with timer:`, by the clock on a CPU and in the device's current stream elsewhere.
+    """Accumulated seconds of `with timer:` blocks: wall-clock time on a CPU, time of the current stream elsewhere.
 
-    There they include waiting for other devices, and the host blocks only when `seconds` is read.
+    The latter includes waiting for other devices; the host blocks only when `seconds` is read.
     """
 
     def __init__(self, device: torch.device):
@@ -122,7 +122,6 @@ class DeviceTimer:
 
 
 def main() -> None:
-    from loader import DatasetError
     from parle import cli, doctor, signals
     from parle.checkpoint import CheckpointError
 
@@ -141,7 +140,7 @@ def main() -> None:
         if args.doctor and not doctor.check_environment(args, mpi=False):
             sys.exit(1)
         status = 0 if run(given, args) else signals.EXIT_RESUMABLE
-    except (cli.UsageError, DatasetError, FloatingPointError, CheckpointError) as error:
+    except (cli.UsageError, cli.loader.DatasetError, FloatingPointError, CheckpointError) as error:
         cli.print_error(parser.prog, error)
         status = 1 if isinstance(error, FloatingPointError | CheckpointError) else 2
     if status:
@@ -157,7 +156,7 @@ def run(given: argparse.Namespace, args: argparse.Namespace) -> bool:
     import loader
     from parle import cli, distributed, doctor, experiment, launcher
 
-    if (launcher.rank_from_environment() or (0, 1))[1] != 1:
+    if launcher.has_several_ranks():
         raise cli.UsageError("one process trains all replicas: omit mpirun, or use mpirun -n 3 python parle_mpi.py")
     devices = cli.find_devices(args.device)
     replica_devices = assign_devices(devices, args)
@@ -166,9 +165,8 @@ def run(given: argparse.Namespace, args: argparse.Namespace) -> bool:
         torch.set_num_threads(distributed.threads_per_rank(len(cores), args.replicas))
 
     def load(args: argparse.Namespace) -> loader.Dataset:
-        return loader.load(args.dataset, args.data, args.proc, args.zca)
+        return doctor.synthetic_data(args) if args.doctor else loader.load(args.dataset, args.data, args.proc, args.zca)
 
-    load = doctor.synthetic_data if args.doctor else load
     args, data = experiment.load_data(given, args, num_ranks=None, load=load, is_first_rank=True)
     idle = [str(device) for device in devices if not any(device in assigned for assigned in replica_devices)]
     try:
@@ -184,32 +182,34 @@ def run(given: argparse.Namespace, args: argparse.Namespace) -> bool:
 
 
 def assign_devices(devices: list[torch.device], args: argparse.Namespace) -> list[list[torch.device]]:
-    """Return each replica's devices: neighbors, assigned round-robin, by default as many as there are for each.
+    """Return the devices of each replica: consecutive ones, assigned round-robin; by default divided evenly.
 
     Raises:
         UsageError: --gpus-per-replica does not fit the devices or the mini-batch size.
     """
     from parle import cli
 
-    given = args.gpus_per_replica
-    if given not in (None, 1) and devices[0].type != "cuda":  # torch's DataParallel supports CUDA only
+    requested = args.gpus_per_replica
+    if requested not in (None, 1) and devices[0].type != "cuda":  # torch's DataParallel supports CUDA only
         raise cli.UsageError(
-            f"--gpus-per-replica {given} needs CUDA devices, and the device is {devices[0].type}: leave it out"
+            f"--gpus-per-replica {requested} needs CUDA devices, and the device is {devices[0].type}: leave it out"
         )
-    if given is not None and given > len(devices):
-        raise cli.UsageError(f"--gpus-per-replica {given}: use at most {len(devices)}, the number of devices")
-    if given is not None and not _is_divisible(args.batch_size, given):
+    if requested is not None and requested > len(devices):
+        raise cli.UsageError(f"--gpus-per-replica {requested}: use at most {len(devices)}, the number of devices")
+    if requested is not None and not _gets_two_images_each(args.batch_size, requested):
         raise cli.UsageError(
-            f"-b {args.batch_size} leaves fewer than 2 images for each of {given} GPUs of a replica: "
-            f"use -b {2 * given}, a multiple of it, or a smaller --gpus-per-replica"
+            f"-b {args.batch_size} leaves fewer than 2 images for each of {requested} GPUs of a replica: "
+            f"use -b {2 * requested}, a multiple of it, or a smaller --gpus-per-replica"
         )
-    most = max(1, len(devices) // args.replicas) if devices[0].type == "cuda" else 1
-    width = given or next(width for width in range(most, 0, -1) if _is_divisible(args.batch_size, width))
+    max_width = max(1, len(devices) // args.replicas) if devices[0].type == "cuda" else 1
+    width = requested or next(
+        width for width in range(max_width, 0, -1) if _gets_two_images_each(args.batch_size, width)
+    )
     sets = [devices[start : start + width] for start in range(0, len(devices) - width + 1, width)]
     return [sets[replica % len(sets)] for replica in range(args.replicas)]
 
 
-def _is_divisible(batch_size: int, width: int) -> bool:
+def _gets_two_images_each(batch_size: int, width: int) -> bool:
     """Return whether torch.chunk gives each of `width` devices at least 2 images, which batch norm needs."""
     chunk = -(-batch_size // width)
     return batch_size - (width - 1) * chunk >= 2

@@ -61,7 +61,7 @@ class Parle(ParleBase):
         world = MPIGroup(comm)
         world.check_consistent(dict(replicas=replicas, parameters=shapes, strides=self._home.strides, groups=settings))
         self.groups = Groups(replica=world.split(comm.rank // (comm.size // replicas)), world=world)
-        # MPI from wheels cannot read GPU memory: messages are staged in host memory, pinned for CUDA's copies
+        # The MPI libraries on PyPI cannot read GPU memory: messages are staged in host memory, pinned for CUDA's copies
         message = self._home.message
         device = message.device.type
         self._staging = (
@@ -110,7 +110,6 @@ class Parle(ParleBase):
 
 
 def main() -> None:
-    from loader import DatasetError
     from parle import cli, doctor, launcher, signals
     from parle.checkpoint import CheckpointError
 
@@ -124,7 +123,7 @@ def main() -> None:
         if launched is None or ("--doctor" in sys.argv and not launcher.is_started_by_parle()):
             given = cli.parse(parser)
             args = cli.complete(given, launched and launched[1])
-            if given.doctor and not doctor.check_environment(args, mpi=True):
+            if given.doctor and not launcher.is_started_by_parle() and not doctor.check_environment(args, mpi=True):
                 sys.exit(1)
             if launched is None:
                 status = spawn_ranks(args.replicas)
@@ -134,7 +133,13 @@ def main() -> None:
         if given is None:
             given = world.run_and_propagate_errors(functools.partial(cli.parse, parser), cli.UsageError)
         status = 0 if run(given, world) else signals.EXIT_RESUMABLE
-    except (cli.UsageError, distributed.SettingsMismatch, DatasetError, FloatingPointError, CheckpointError) as error:
+    except (
+        cli.UsageError,
+        distributed.SettingsMismatch,
+        cli.loader.DatasetError,
+        FloatingPointError,
+        CheckpointError,
+    ) as error:
         cli.print_error(parser.prog, error)
         status = 1 if isinstance(error, FloatingPointError | CheckpointError) else 2
     if status and world is not None:
@@ -165,8 +170,8 @@ def world_group() -> MPIGroup:
     _, size = launcher.rank_from_environment() or (0, None)
     if size not in (None, world.size):
         raise cli.UsageError(
-            f"the launcher started {size} ranks but {MPI.get_vendor()[0]}, the MPI of mpi4py, sees {world.size}: "
-            "use its own mpiexec, or install mpi4py for the launcher's MPI"
+            f"the launcher started {size} ranks, but mpi4py uses {MPI.get_vendor()[0]}, which finds {world.size}: "
+            f"start with the mpiexec of {MPI.get_vendor()[0]}, or install mpi4py for the launcher's MPI"
         )
     return world
 
@@ -180,7 +185,9 @@ def run(given: argparse.Namespace, world: MPIGroup) -> bool:
     world.check_consistent({name: value for name, value in vars(given).items() if name not in machine_specific})
     distributed.timeout = given.timeout
     node = world.split_by_node()
-    cores = set().union(*node.all_gather(distributed.available_cores()))  # launchers may bind each rank to its own
+    cores = set().union(
+        *node.all_gather(distributed.available_cores())
+    )  # launchers may bind each rank to its own cores
 
     def complete() -> tuple[argparse.Namespace, list[torch.device]]:
         args = cli.complete(given, world.size)

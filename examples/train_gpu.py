@@ -2,7 +2,7 @@
 
     python examples/train_gpu.py
 
-Run `pip install .` first, or set PYTHONPATH=. in a checkout. The classes are those of a random teacher network.
+Run `pip install .` first, or set PYTHONPATH=. in a checkout. The labels come from a random teacher network.
 """
 
 import torch

@@ -3,7 +3,7 @@
     mpiexec -n 3 python -m mpi4py examples/train_mpi.py
 
 Run `pip install .` first, or set PYTHONPATH=. in a checkout. `-m mpi4py` ends all ranks when one of them fails. The
-classes are those of a random teacher network.
+labels come from a random teacher network.
 """
 
 import torch

@@ -1,1 +1,1 @@
-"""Parle: replicas of one network, trained in parallel and coupled once a round. What both programs share."""
+"""Parle: replicas of one network, trained in parallel and coupled once per round. The code that both programs share."""

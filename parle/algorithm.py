@@ -1,4 +1,4 @@
-"""The algorithm of Parle (Chaudhari et al., 2017) as pure functions of tensors. No communication, no I/O.
+"""The algorithm of Parle (Chaudhari et al., 2017) as functions of tensors, without communication or I/O.
 
 Each of n replicas a holds its parameters y (what the network computes with), an anchor x^a, an inner average z^a and
 two momentum buffers, u (inner) and v (outer). The master x is the mean of the anchors. Round k is L steps, one
@@ -18,9 +18,9 @@ pass over the data.
 With L = 1 there is no inner loop: y is the anchor itself. Each step is inner_step() with the master in place of the
 anchor and c_k in place of γ_k, followed by x = mean over a of y.
 
-γ and ρ are coefficients; 0 switches the coupling off. The paper and the original README state their inverses,
-100 (1 − 1/(2 nb))^k, which decrease where these grow. ρ refers to one update of one replica. A round comprises L
-updates of n replicas, hence the factor L n in c_k, as in the published code.
+γ and ρ are coefficients; 0 switches the coupling off. The paper and the README of the authors' script state their
+inverses, 100 (1 − 1/(2 nb))^k, which decrease where these grow. ρ refers to one update of one replica. A round
+comprises L updates of n replicas, hence the factor L n in c_k, as in the published code.
 """
 
 from torch import Tensor
@@ -48,14 +48,14 @@ def scoped(coefficient: float, rounds_done: int, batches_per_epoch: int, maximum
 
 
 def steps_per_round(sync_every: int | str, lr: float, gamma: float) -> int:
-    """Return L for a round that starts with this lr and gamma_k; "auto" is the original README's L = gamma × lr."""
+    """Return L for a round that starts with this lr and gamma_k; "auto" is L = gamma × lr of the authors' README."""
     return max(1, round(lr / gamma)) if sync_every == "auto" else sync_every
 
 
 def nesterov_step(
     weights: Tensor, gradient: Tensor, momentum_buffer: Tensor, *, lr: float, momentum: float, weight_decay: float = 0.0
 ) -> None:
-    """u ← μ u + d;  y ← y − lr (d + μ u), in place, by torch.optim.SGD's fused kernel: one pass over (P,) vectors.
+    """Apply u ← μ u + d;  y ← y − lr (d + μ u) in place, with the fused kernel of torch.optim.SGD: one pass over (P,).
 
     With momentum 0 the buffer is left unchanged.
     """

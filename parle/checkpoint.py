@@ -85,7 +85,7 @@ def _complete(temporary: Path, path: Path, manifest: dict[str, Any]) -> None:
             raise FileNotFoundError(f"{temporary / name} is missing: --out must be one directory shared by all ranks")
     _write_text(temporary / MANIFEST, json.dumps(manifest | dict(sha256=_manifest_sha256(manifest)), indent=1))
     _fsync_directory(temporary)
-    if path.exists():  # from before this run was resumed at an earlier point
+    if path.exists():  # left from before the run was resumed from an older checkpoint
         shutil.rmtree(path)
     os.rename(temporary, path)
     _fsync_directory(path.parent)
@@ -122,7 +122,9 @@ def latest_valid(paths: list[Path], verify_files: bool = True) -> tuple[Path, di
             return path, read_manifest(path, verify_files), complaints
         except CheckpointError as error:
             complaints.append(str(error))
-    raise CheckpointError("; ".join(complaints) or "there is no checkpoint")
+    raise CheckpointError(
+        "; ".join(complaints) or "it contains no checkpoint; use the output directory of a run, such as runs/NAME"
+    )
 
 
 def read_manifest(path: Path, verify_files: bool = True) -> dict[str, Any]:
@@ -134,7 +136,9 @@ def read_manifest(path: Path, verify_files: bool = True) -> dict[str, Any]:
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         if manifest["format"] != FORMAT:
-            raise ValueError(f"its format is {manifest['format']}, and this version reads format {FORMAT}")
+            raise ValueError(
+                f"its format is {manifest['format']}, and this version reads {FORMAT}: use the version that wrote it"
+            )
         if manifest.pop("sha256") != _manifest_sha256(manifest):
             raise ValueError(f"{MANIFEST} does not match its checksum")
         for name, kind in FIELDS.items():
@@ -152,7 +156,8 @@ def read_manifest(path: Path, verify_files: bool = True) -> dict[str, Any]:
             if _sha256(path / name) != expected:
                 raise ValueError(f"{name} does not match its checksum")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged or not a checkpoint: {error}") from error
+        reason = f"{MANIFEST} has no {error}" if isinstance(error, KeyError) else error
+        raise CheckpointError(f"{path} cannot be used: {reason}") from error
     return manifest
 
 
@@ -192,7 +197,7 @@ def restore(
         for name, vector in optimizer.shared.items():
             _put(path, name, shared.get(name), vector, False)
         for number, network in networks.items():
-            if _buffers_file(number, rank_in_replica) in manifest["files"]:  # otherwise the replica is additional
+            if _buffers_file(number, rank_in_replica) in manifest["files"]:  # missing for an additional replica or rank
                 saved = _read(path / _buffers_file(number, rank_in_replica))
                 for name, buffer in network.named_buffers():
                     _put(path, name, saved.get(name), buffer, False)

@@ -15,11 +15,11 @@ from parle import checkpoint, launcher
 from parle.algorithm import PRESETS
 
 try:
-    from loader import DATASETS
-    from models import COMMON, RECIPES
+    import loader
+    import models
 except ImportError as error:  # `pip install .` installs neither, since other projects have modules of these names
-    message = f"error: run this program in a checkout of Parle, which has models.py and loader.py ({error})"
-    raise SystemExit(message) from error
+    sys.stderr.write(f"error: run this program in a checkout of Parle, which has models.py and loader.py ({error})\n")
+    raise SystemExit(2) from error
 
 MAX_STEPS_PER_ROUND = 10**9
 MAX_THREADS = 1024  # far above the cores of any node; if OpenMP cannot start its threads the program crashes
@@ -31,14 +31,9 @@ class UsageError(Exception):
 
 def print_error(prog: str, error: Exception) -> None:
     """Print an error as one line on stderr, on the first rank only."""
-    if _is_first_rank():
+    if launcher.is_first_rank():
         sys.stderr.write(f"{prog}: error: {launcher.describe_error(error)}\n")
         sys.stderr.flush()
-
-
-def _is_first_rank() -> bool:
-    rank, _ = launcher.rank_from_environment() or (0, None)
-    return rank == 0
 
 
 class Parser(argparse.ArgumentParser):
@@ -48,14 +43,14 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(message)
 
     def print_help(self, *arguments: Any) -> None:
-        if _is_first_rank():
+        if launcher.is_first_rank():
             super().print_help(*arguments)
 
     def parse_args(self, *arguments: Any) -> argparse.Namespace:
         args, unknown = self.parse_known_args(*arguments)
         if unknown:
             similar = difflib.get_close_matches(unknown[0].partition("=")[0], self._option_string_actions, 1)
-            hint = f"did you mean {similar[0]}?" if similar else f"python {self.prog} -h lists all arguments"
+            hint = f"did you mean {similar[0]}?" if similar else "-h lists all arguments"
             self.error(f"unknown argument {unknown[0]}; {hint}")
         return args
 
@@ -107,19 +102,30 @@ def directory(text: str) -> Path:
 
 
 def build_parser(prog: str, description: str) -> Parser:
-    """Return the parser of all common flags. Values that are not given and have a dependent default are None."""
+    """Return the parser of all common flags. A flag whose default depends on other flags is None unless given."""
     parser = Parser(prog=prog, description=description, allow_abbrev=False)
-    parle, models, datasets, methods = PRESETS["parle"], ", ".join(RECIPES), ", ".join(DATASETS), ", ".join(PRESETS)
+    parle, networks, datasets, methods = (
+        PRESETS["parle"],
+        ", ".join(models.RECIPES),
+        ", ".join(loader.DATASETS),
+        ", ".join(PRESETS),
+    )
 
     add = parser.add_argument_group("what to train").add_argument
     add(
         *("-m", "--model"),
-        type=_choice(RECIPES),
+        type=_choice(models.RECIPES),
         default="lenet",
         metavar="NAME",
-        help=f"network: {models} (default: %(default)s)",
+        help=f"network: {networks} (default: %(default)s)",
     )
-    add("-d", "--dataset", type=_choice(DATASETS), metavar="NAME", help=f"data set: {datasets} (default: the model's)")
+    add(
+        "-d",
+        "--dataset",
+        type=_choice(loader.DATASETS),
+        metavar="NAME",
+        help=f"data set: {datasets} (default: the model's)",
+    )
     add(
         *("-s", "--seed"),
         type=seed,
@@ -133,7 +139,7 @@ def build_parser(prog: str, description: str) -> Parser:
         *("-n", "--replicas"),
         type=num_replicas,
         metavar="N",
-        help="number of replicas (default: the number of ranks under a launcher, otherwise 3; 1 for sgd and entropy-sgd)",
+        help="number of replicas (default: the number of ranks under a launcher, else 3; 1 for sgd, entropy-sgd)",
     )
     add(
         "--method",
@@ -181,7 +187,7 @@ def build_parser(prog: str, description: str) -> Parser:
         *("-b", "--batch-size"),
         type=batch_size,
         metavar="N",
-        help=f"mini-batch size per replica (default: {COMMON['batch_size']})",
+        help=f"mini-batch size per replica (default: {models.COMMON['batch_size']})",
     )
     add(
         *("-B", "--epochs"),
@@ -193,20 +199,20 @@ def build_parser(prog: str, description: str) -> Parser:
         "--lr",
         type=nonnegative_float,
         metavar="X",
-        help=f"learning rate of the inner and the outer update (default: {COMMON['lr']})",
+        help=f"learning rate of the inner and the outer update (default: {models.COMMON['lr']})",
     )
     add("--lr-drops", type=epochs, nargs="*", metavar="X", help="epochs at which lr drops (default: the model's)")
     add(
         "--lr-decay",
         type=positive_float,
         metavar="X",
-        help=f"factor of lr at each drop (default: {COMMON['lr_decay']})",
+        help=f"factor of lr at each drop (default: {models.COMMON['lr_decay']})",
     )
     add(
         "--momentum",
         type=decay,
         metavar="X",
-        help=f"Nesterov momentum of the inner update (default: {COMMON['momentum']})",
+        help=f"Nesterov momentum of the inner update (default: {models.COMMON['momentum']})",
     )
     add(
         "--weight-decay",
@@ -232,7 +238,7 @@ def build_parser(prog: str, description: str) -> Parser:
         type=fraction,
         default=1.0,
         metavar="X",
-        help="fraction of the training set that each replica sees (default: %(default)s)",
+        help="fraction of the training set that each replica uses (default: %(default)s)",
     )
     add(
         "--data",
@@ -322,10 +328,11 @@ def parse(parser: Parser) -> argparse.Namespace:
         paths = [folder] if is_checkpoint else checkpoint.list_checkpoints(folder / checkpoint.FOLDER)
         _, manifest, _ = checkpoint.latest_valid(paths, verify_files=False)
     except (checkpoint.CheckpointError, OSError) as error:
-        raise UsageError(f"--resume {folder}: {error}") from error
+        missing = not os.path.isdir(folder)
+        raise UsageError(f"--resume {folder}: {'this directory does not exist' if missing else error}") from error
     run = folder if not is_checkpoint else folder.parent.parent if folder.parent.name == checkpoint.FOLDER else None
     arguments = manifest["arguments"] | dict(out=run and str(run))
-    if not launcher.is_started_by_parle() and (launcher.rank_from_environment() or (0, 1))[1] != 1:
+    if not launcher.is_started_by_parle() and launcher.has_several_ranks():
         del arguments["replicas"]  # by default the number of ranks, which may differ now
     if PRESETS[arguments["method"]]["rho"] == "1/n" and arguments["rho"] == 1 / manifest["num_replicas"]:
         del arguments["rho"]  # it depends on n
@@ -360,7 +367,7 @@ def apply_defaults(given: argparse.Namespace, num_ranks: int | None) -> argparse
     A recipe's epochs are for the default L. With another L they are scaled to the same number of steps, so with L = 1
     there are 25 times as many epochs.
     """
-    defaults: dict[str, Any] = {"replicas": num_ranks or 3, **COMMON, **RECIPES[given.model]}
+    defaults: dict[str, Any] = {"replicas": num_ranks or 3, **models.COMMON, **models.RECIPES[given.model]}
     defaults |= {name: value for name, value in PRESETS[given.method].items() if value is not None}
     length = given.sync_every or defaults["sync_every"]
     if length != "auto":
@@ -376,16 +383,16 @@ def apply_defaults(given: argparse.Namespace, num_ranks: int | None) -> argparse
     if args.outer_momentum is None:
         args.outer_momentum = args.momentum
     if args.augment is None:
-        args.augment = DATASETS[args.dataset].augment
+        args.augment = loader.DATASETS[args.dataset].augment
     return args
 
 
 def validate(args: argparse.Namespace, num_ranks: int | None) -> None:
-    """Raises: UsageError, if arguments do not fit together, this machine or the number of ranks."""
+    """Check that arguments fit together, this machine and the number of ranks. Raises: UsageError."""
     if args.sync_every == "auto" and not args.gamma:
-        raise UsageError("-L auto needs a coupling to the anchor: --gamma 0.01")
+        raise UsageError("-L auto needs a coupling to the anchor: use --gamma 0.01")
     if args.sync_every == "auto" and args.lr > MAX_STEPS_PER_ROUND * args.gamma:
-        raise UsageError(f"-L auto is lr / gamma, and {args.lr:g} / {args.gamma:g} is too large: --gamma 0.01")
+        raise UsageError(f"-L auto is lr / gamma, and {args.lr:g} / {args.gamma:g} is too large: use --gamma 0.01")
     threads = os.environ.get("OMP_NUM_THREADS", "1").split(",")[0]
     if not (threads.strip().isdecimal() and len(threads) < 9 and 1 <= int(threads) <= MAX_THREADS):
         raise UsageError(f"OMP_NUM_THREADS is {threads!r}, not a number of threads from 1 to {MAX_THREADS}")

@@ -46,7 +46,7 @@ class Group:
         return slice(self.rank * total // self.size, (self.rank + 1) * total // self.size)
 
     def check_consistent(self, settings: Mapping[str, Any]) -> None:
-        """Raises: SettingsMismatch, on every rank, if the settings differ between ranks."""
+        """Check that all ranks have the same settings. Raises: SettingsMismatch, on every rank."""
         first, *others = self.all_gather(dict(settings))
         for rank, theirs in enumerate(others, start=1):
             for name, value in first.items():
@@ -112,7 +112,7 @@ class Groups(NamedTuple):
 
 
 def wait_with_timeout(request: "MPI.Request") -> None:
-    """Wait for `request`, asleep most of the time: MPI's own wait spins on a core that another rank could use.
+    """Wait for `request`, polling with short sleeps: MPI's own wait spins on a core that another rank could use.
 
     The first 5 ms only yield the core, since a message of a few MB arrives within milliseconds and even a sleep of 0
     takes 50 µs. MPI advances multi-stage messages only inside calls such as Test.
@@ -129,7 +129,7 @@ def wait_with_timeout(request: "MPI.Request") -> None:
             time.sleep(POLL_SECONDS)
         if waited > 1 and timeout < math.inf and (waited > timeout or _world().Iprobe(tag=TIMEOUT_TAG)):
             missing = ", ".join(f"rank {rank}" for rank in _missing_ranks()) or "ranks that wait in another call"
-            raise CollectiveTimeout(f"waited {waited:.0f} s for {missing}")
+            raise CollectiveTimeout(f"waited {waited:.0f} s for {missing}; if it is only slow, use a larger --timeout")
 
 
 def _world() -> "MPI.Comm":

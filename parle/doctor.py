@@ -1,4 +1,4 @@
-"""--doctor: report what a run would find on this machine and what a synchronization costs.
+"""The report of --doctor: the environment of a run and the cost of a synchronization.
 
 python -m parle.doctor                    # versions, MPI, launcher and data only
 python parle_mpi.py -n 3 --doctor         # ranks, devices and measured costs too
@@ -21,13 +21,14 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-import loader
 from parle import cli, launcher
 from parle.algorithm import steps_per_round
 from parle.distributed import Group, available_cores
 from parle.experiment import Experiment
 from parle.optimizer import ParleBase
 from parle.training import LocalReplica, network_devices
+
+loader = cli.loader
 
 MAX_SYNC_FRACTION = 0.01  # of the time, for the advice on L
 MEASURE_SECONDS = 3.0  # spent on mini-batches, at least two
@@ -53,8 +54,7 @@ def print_rows(rows: Iterable[Row], is_first_rank: bool) -> bool:
 
 def check_environment(args: argparse.Namespace, mpi: bool) -> bool:
     """Print versions, MPI, launcher and data. Returns whether a run can start."""
-    rank, _ = launcher.rank_from_environment() or (0, None)
-    return print_rows(_environment(args, mpi), rank == 0)
+    return print_rows(_environment(args, mpi), launcher.is_first_rank())
 
 
 def _environment(args: argparse.Namespace, mpi: bool) -> Iterator[Row]:
@@ -152,9 +152,7 @@ def report_devices(experiment: Experiment, device_names: Sequence[str]) -> bool:
 
 def _costs(experiment: Experiment, message: str, between: str) -> list[Row]:
     args, replicas = experiment.args, experiment.replicas
-    batch, sync, gradient = measure(
-        experiment.optimizer, replicas, experiment.groups.world, experiment.args.amp == "bf16"
-    )
+    batch, sync, gradient = measure(experiment.optimizer, replicas, experiment.groups.world, args.amp == "bf16")
     floats = len(experiment.optimizer.master)
     several = f", in each of {len(replicas)} replicas" if len(replicas) > 1 else ""
     length = steps_per_round(args.sync_every, args.lr, args.gamma)
@@ -232,7 +230,7 @@ def min_sync_every(batch: float, sync: float) -> int:
 
 
 def main() -> None:
-    parser = cli.build_parser("parle.doctor", "Check this machine's versions, MPI, launcher and data for parle_mpi.py.")
+    parser = cli.build_parser("python -m parle.doctor", "Check versions, MPI, launcher and data.")
     try:
         args = cli.complete(cli.parse(parser), None)
     except cli.UsageError as error:

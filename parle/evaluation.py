@@ -27,7 +27,7 @@ def evaluate(
     replicas: Sequence[int],
     groups: Groups = Groups(),
 ) -> dict[str, Any]:
-    """Return the test errors of the master, of every replica and of the ensemble, the mean of their probabilities.
+    """Return the test errors of the master, of every replica and of the ensemble, which averages probabilities.
 
     Batch-norm statistics are recalibrated for each. `model` is overwritten by each in turn and holds the master
     afterwards; the training state does not change. Collective.
@@ -91,7 +91,10 @@ def _evaluate(
     replicas: Sequence[int],
     groups: Groups,
 ) -> dict[str, Any]:
-    """`set_statistics` sets the batch-norm statistics of `model` for a replica, or for the master (None)."""
+    """Return the fields of an `eval` event.
+
+    `set_statistics` sets the batch-norm statistics of `model` for a replica, or for the master (None).
+    """
     labels = data.test_labels
     total, classes, n = len(labels), data.classes, optimizer.num_replicas
     # one message: each replica's errors and distance, the sum of their probabilities, the master's loss and errors
@@ -137,7 +140,7 @@ def predict(model: nn.Module, images: Tensor, data: "Dataset") -> Tensor:
 def calibration_batches(data: "Dataset", batch_size: int, group: Group = Group()) -> Iterator[Tensor]:
     """Yield this rank's share of 100 mini-batches of training images without augmentation.
 
-    The group as a whole gets the same mini-batches whatever its size.
+    The mini-batches of the whole group do not depend on its size.
     """
     order = torch.randperm(len(data.train_labels), generator=torch.Generator().manual_seed(0))
     count = min(RECALIBRATION_BATCHES, len(order) // batch_size)

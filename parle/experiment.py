@@ -40,8 +40,8 @@ def load_data(
 ) -> tuple[argparse.Namespace, Dataset]:
     """Return the arguments and the data set that `load` returns for them.
 
-    If the default data set cannot be downloaded and the user asked for none, both are for digits instead, and the
-    first rank prints a warning.
+    If no data set was given and the default one cannot be downloaded, digits is used, and the first rank prints a
+    warning.
 
     Args:
         given, args: the command line before and after `cli.complete`.
@@ -99,7 +99,7 @@ def hyperparameters(args: argparse.Namespace, batches_per_epoch: int) -> dict[st
     return {name: getattr(args, name) for name in names} | dict(batches_per_epoch=batches_per_epoch)
 
 
-def schedule(args: argparse.Namespace) -> Schedule:
+def build_schedule(args: argparse.Namespace) -> Schedule:
     return Schedule(args.epochs, args.lr_drops, args.lr_decay, args.eval_every, args.checkpoint_every)
 
 
@@ -152,8 +152,14 @@ def open_logger(args: argparse.Namespace, resume: ResumePoint | None) -> RunLogg
             with contextlib.suppress(FileExistsError):
                 return RunLogger(Path("runs") / f"{name}{suffix}")
         raise FileExistsError(f"runs/{name}")
+    except FileExistsError as error:
+        if error.errno is None:  # another run is writing to it
+            raise cli.UsageError(f"--out: {error}; choose a new directory") from error
+        raise cli.UsageError(
+            f"--out {args.out} already contains a run: choose a new directory, or continue that run with --resume"
+        ) from error
     except OSError as error:
-        raise cli.UsageError(f"--out: {error}; choose a new directory") from error
+        raise cli.UsageError(f"--out {args.out}: {error.strerror}; choose a new directory") from error
 
 
 def _to_json(args: argparse.Namespace) -> dict[str, Any]:
@@ -175,7 +181,7 @@ def _note_how_to_resume(optimizer: ParleBase, folder: Path | None, command: str)
 
 @dataclasses.dataclass
 class Experiment:
-    """What this process contributes to a run: its replicas, the optimizer and the data they are evaluated on."""
+    """The share of a run that this process holds: its replicas, the optimizer and the data for evaluation."""
 
     args: argparse.Namespace
     data: Dataset  # on the device of the evaluation model
@@ -203,14 +209,16 @@ class Experiment:
             checkpoint.restore(resume.path, resume.manifest, self.optimizer, self.networks, self.groups.replica.rank)
         except checkpoint.CheckpointError as error:
             raise cli.UsageError(f"--resume: {error}") from error
-        plan, rounds_done = schedule(self.args), self.optimizer.rounds_done
+        schedule, rounds_done = build_schedule(self.args), self.optimizer.rounds_done
         if {"lr", "lr_drops", "lr_decay", "batch_size", "frac"} & resume.changes.keys():
-            drops = sum(milestone <= rounds_done for milestone in plan.lr_milestones(self.batches_per_epoch))
+            drops = sum(milestone <= rounds_done for milestone in schedule.lr_milestones(self.batches_per_epoch))
             for group in self.optimizer.param_groups:
                 group["lr"] = self.args.lr * self.args.lr_decay**drops
-        if rounds_done >= plan.num_rounds(self.batches_per_epoch):
+        if rounds_done >= schedule.num_rounds(self.batches_per_epoch):
+            epoch = rounds_done / self.batches_per_epoch
             raise cli.UsageError(
-                f"--resume: {resume.path} is the end of its run: continue with -B above {self.args.epochs:g}"
+                f"--resume: {resume.path} is at epoch {epoch:.2f}, and the run ends there or before with "
+                f"-B {self.args.epochs:g}: use a larger -B"
             )
 
     def run(self, logger: RunLogger | None, resume: ResumePoint | None, program: str, **environment: Any) -> bool:
@@ -224,7 +232,7 @@ class Experiment:
         """
         args, optimizer, groups = self.args, self.optimizer, self.groups
         evaluation_model = build_model(args, self.data)
-        plan = schedule(args)
+        schedule = build_schedule(args)
         start = {
             "event": "resume" if resume else "start",
             **environment_info(),
@@ -236,7 +244,7 @@ class Experiment:
             "num_parameters": sum(parameter.numel() for parameter in evaluation_model.parameters()),
             "num_train_images": len(self.data.train_labels),
             "batches_per_epoch": self.batches_per_epoch,
-            "num_rounds": plan.num_rounds(self.batches_per_epoch),
+            "num_rounds": schedule.num_rounds(self.batches_per_epoch),
             "threads_per_rank": torch.get_num_threads(),
             **environment,
         }
@@ -287,7 +295,7 @@ class Experiment:
             events = train(
                 self.replicas,
                 optimizer,
-                plan,
+                schedule,
                 evaluate=evaluate,
                 save=save,
                 state=state,
@@ -302,7 +310,8 @@ class Experiment:
                     logger(event)
                 if event["event"] == "nonfinite" and args.on_nan == "stop":
                     raise FloatingPointError(
-                        f"NaN or infinity in replicas {event['replicas']} in round {event['round']}"
+                        f"NaN or infinity in replicas {event['replicas']} in round {event['round']}: use a lower --lr, "
+                        "or --on-nan restart"
                     )
             finished = event["event"] == "finished"
             if not finished and save_error is not None:

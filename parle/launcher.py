@@ -50,18 +50,28 @@ def _detect_launcher(environment: Mapping[str, str]) -> tuple[str, int, int | No
     return None
 
 
+def is_first_rank() -> bool:
+    rank, _ = rank_from_environment() or (0, None)
+    return rank == 0
+
+
+def has_several_ranks() -> bool:
+    """Return whether a launcher started this process as one of several ranks, or does not give their number."""
+    return (rank_from_environment() or (0, 1))[1] != 1
+
+
 def is_started_by_parle() -> bool:
     """Return whether this process is a rank that `spawn_ranks` started."""
     return STATUS_DIR in os.environ
 
 
 def python_command() -> str:
-    """Return the shell word that runs this Python again."""
+    """Return the command that runs this Python, quoted for a shell."""
     return "python" if shutil.which("python") == sys.executable else shlex.quote(sys.executable)
 
 
 def find_mpiexec() -> str | None:
-    """Return the mpiexec beside this Python, which need not be on the PATH, or else the one on the PATH."""
+    """Return the mpiexec in the directory of this Python, or else the first one on the PATH."""
     beside = Path(sys.executable).with_name("mpiexec")
     return str(beside) if beside.exists() else shutil.which("mpiexec")
 
@@ -69,7 +79,8 @@ def find_mpiexec() -> str | None:
 def spawn_ranks(count: int) -> int | None:
     """Run this command again as `count` ranks and return their exit status; return None if one rank is enough.
 
-    Signals are forwarded. If a rank is killed, the last line on stderr names it and prints the command that resumes.
+    Signals are forwarded. If a rank is killed, the last line on stderr gives its number and the command that
+    resumes the run.
 
     Raises:
         OSError: there is no mpiexec, or its ranks cannot detect that they were launched.
@@ -100,7 +111,8 @@ def _supervise(command: list[str], folder: Path, count: int) -> int:
     for rank in range(count):  # the kernel reports closed pipes in the order in which they were closed
         os.mkfifo(folder / str(rank))
         streams.register(os.open(folder / str(rank), os.O_RDONLY | os.O_NONBLOCK), selectors.EVENT_READ, rank)
-    # In a process group of its own, mpiexec gets Ctrl-C once, from here; it must then not read from the terminal.
+    # mpiexec has its own process group, so that Ctrl-C reaches it once, through this process; it cannot read from
+    # the terminal then.
     mpiexec = subprocess.Popen(
         command,
         env=os.environ | {STATUS_DIR: str(folder)},
@@ -149,7 +161,7 @@ def _supervise(command: list[str], folder: Path, count: int) -> int:
 
 
 def _die_with_parent() -> None:
-    """Have mpiexec, and thereby its ranks, get SIGTERM if this process is killed: PR_SET_PDEATHSIG of Linux."""
+    """Make Linux send SIGTERM to mpiexec, which ends its ranks, if this process is killed (PR_SET_PDEATHSIG)."""
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
@@ -166,7 +178,7 @@ def open_status_pipe() -> Callable[[bytes], None]:
 
 
 def write_resume_command(command: str) -> None:
-    """Leave the command that resumes the run to the process that supervises this rank, if any."""
+    """Write the command that resumes the run where the supervising process, if any, reads it."""
     if is_started_by_parle() and rank_from_environment() is not None:
         folder, rank = Path(os.environ[STATUS_DIR]), rank_from_environment()[0]
         with contextlib.suppress(OSError):  # on a full disk the last line lacks this hint

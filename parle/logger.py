@@ -26,7 +26,7 @@ LINE_EVERY = 5.0  # seconds between lines about rounds
 
 
 class RunLogger:
-    """Writes each event of a run as a line of `folder`/log.jsonl and prints it.
+    """The writer of a run's events: each becomes a line of `folder`/log.jsonl and is printed.
 
     A resumed run keeps the first `log_bytes` of its log and repeats what came later.
 
@@ -100,7 +100,7 @@ class RunLogger:
         )
         columns = os.environ.get(launcher.TERMINAL_WIDTH)
         if sys.stdout and (columns or sys.stdout.isatty()):
-            with ignore_closed_stdout():  # on stdout like all other output: mpiexec does not keep the order with stderr
+            with ignore_closed_stdout():  # on stdout like all other output: mpiexec may reorder stdout and stderr
                 self.bar = tqdm(
                     total=event["num_rounds"],
                     initial=event.get("round", 0),
@@ -117,7 +117,8 @@ class RunLogger:
 
     def _nonfinite(self, event: dict[str, Any]) -> None:
         names = ", ".join(f"replica {number}" for number in event["replicas"])
-        self.print_line(f"WARNING: NaN or infinity in {names} in round {event['round']}: restarted from the master")
+        restarted = ": restarted from the master" if self.start["arguments"]["on_nan"] == "restart" else ""
+        self.print_line(f"WARNING: NaN or infinity in {names} in round {event['round']}{restarted}")
 
     def _checkpoint_failed(self, event: dict[str, Any]) -> None:
         self.print_line(f"WARNING: no checkpoint of round {event['round']}: {event['message']}")
@@ -174,7 +175,7 @@ class RunLogger:
             "mean of probabilities",
         ]
         header = "".join(f"{title:>15}" for title in columns) + "   (batch norm)" if len(columns) > 1 else ""
-        self.print_line(f"test error  {header}")
+        self.print_line(f"test error  {header}".rstrip())
         for name, *errors, note in zip(names, *columns.values(), notes, strict=True):
             self.print_line(f"  {name:10}{''.join(f'{error:13.2f} %' for error in errors)}   {note}")
         seconds, waiting = event["train_seconds"], event["straggler_seconds"]
@@ -190,7 +191,7 @@ class RunLogger:
         state = {name: value.cpu() for name, value in model.state_dict().items()}
         try:
             if not all(value.isfinite().all() for value in state.values()):
-                raise ValueError("it has NaN or infinity")
+                raise ValueError("the latest master has NaN or infinity")
             with open(temporary, "wb") as file:
                 torch.save(state, file)
                 file.flush()
@@ -232,7 +233,7 @@ def revision() -> str | None:
 
 @contextlib.contextmanager
 def ignore_closed_stdout() -> Iterator[None]:
-    """If the reader of stdout is gone or the disk is full, discard the output and let the run continue."""
+    """Discard output, and let the run continue, if the reader of stdout is gone or the disk is full."""
     try:
         yield
     except OSError:
@@ -254,7 +255,7 @@ def _errors(evaluation: dict[str, Any], prefix: str = "") -> list[float]:
     return [master, *replicas, ensemble]
 
 
-def pluralize(number: int | str, noun: str) -> str:
+def pluralize(number: int, noun: str) -> str:
     return f"{number} {noun if number == 1 else noun + 's'}"
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from parle.algorithm import COUPLING_MAX, GAMMA_MAX, inner_step, outer_step, scoped, steps_per_round
 
-PIGGYBACK_SIZE = 5  # floats of the caller that travel behind the weights in each round's message
+PIGGYBACK_SIZE = 5  # floats that the caller may append to the weights in each round's message
 # They are followed by the fraction of the replicas that are finite and by one float for the subclass.
 MESSAGE_TAIL = PIGGYBACK_SIZE + 2
 
@@ -69,7 +69,7 @@ class FlatReplica:
         return self.weights.device
 
     def use_message(self, message: Tensor) -> None:
-        """Compute the gradient in `message`, (P + MESSAGE_TAIL,), which all replicas of this device use in turn."""
+        """Use the start of `message`, (P + MESSAGE_TAIL,), as the gradient. All replicas of this device share it."""
         self.message, self.gradient = message, message[: len(self.weights)]
         self.gradient_views = self.views(self.gradient)
 
@@ -82,7 +82,7 @@ class FlatReplica:
         return views
 
     def check_parameters(self) -> None:
-        """Raises: RuntimeError, if they are no longer the parameters that Parle was built from."""
+        """Check that the parameters are still those that Parle was built from. Raises: RuntimeError."""
         if [parameter.data_ptr() for parameter in self.parameters] != self.addresses:
             raise RuntimeError("A parameter no longer shares the optimizer's memory: build Parle after model.to(...)")
         if any(parameter.grad is not None for parameter in self.frozen):
@@ -102,12 +102,12 @@ class FlatReplica:
 
 
 class ParleBase(torch.optim.Optimizer, abc.ABC):
-    """The torch.optim side of Parle: parameter groups, state, step. parle/algorithm.py has the equations; here
+    """The torch.optim side of Parle: parameter groups, state, step. The symbols of parle/algorithm.py:
 
-        y, x^a, z^a    are the parameters themselves and the states "anchor" and "inner_avg"
-        u, v           are the states "inner_momentum_buffer" and "outer_momentum_buffer"
-        x              is `master`, (P,): the trainable parameters of a replica as one flat vector
-        γ, ρ, L, s, μ' are gamma, rho, sync_every, outer_lr_scale, outer_momentum
+        y, x^a, z^a    the parameters themselves and the states "anchor" and "inner_avg"
+        u, v           the states "inner_momentum_buffer" and "outer_momentum_buffer"
+        x              `master`, (P,): the trainable parameters of a replica as one flat vector
+        γ, ρ, L, s, μ' gamma, rho, sync_every, outer_lr_scale, outer_momentum
 
     A parameter without a gradient counts as one with a zero gradient, so weight decay and momentum still move it; set
     requires_grad=False on frozen parameters before building Parle. Each group belongs to the replica that its key
@@ -124,9 +124,9 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
         gamma: initial coefficient of the coupling to the anchor; it grows up to 1.
         rho: initial coefficient of the coupling to the mean, per update of a replica; ρ L n grows up to 10.
         alpha: weight of the previous value in the running average z^a; 0 makes z^a the last iterate.
-        outer_lr_scale: step size of the outer update in units of lr. Unused, like alpha and gamma, where L = 1. The
-            mean of the outer updates is a step of s lr (1 + c_k) towards z: rounds may diverge while that, with c_k up
-            to 10, stays above (2 + 2 μ') / (1 + 2 μ').
+        outer_lr_scale: step size of the outer update in units of lr. Unused, like alpha and gamma, where L = 1. On
+            average the outer update is a step of s lr (1 + c_k) toward z. Training may diverge while this exceeds
+            (2 + 2 μ') / (1 + 2 μ'); c_k grows up to 10.
         outer_momentum: Nesterov momentum of the outer update; default: `momentum`.
         batches_per_epoch: mini-batches in one pass over the data; sets how fast gamma and rho grow.
 
@@ -277,7 +277,7 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
         nonfinite = []
         for number, replica in self._replicas.items():
             average = replica.weights if single_step else replica.state["inner_avg"]
-            # a sum is finite only if every element is; no other test reads the vector only once
+            # a finite sum proves that every element is finite, with a single read of the vector
             if not (average.sum() + replica.piggyback.sum()).isfinite():
                 nonfinite.append(number)
                 continue
@@ -288,7 +288,9 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
         finite_fraction = float(self._home.message[-2])
         self.nonfinite_replicas = [] if finite_fraction == 1 else self._union_over_processes(nonfinite)
         if not finite_fraction:
-            raise FloatingPointError(f"no replica is finite after round {self.rounds_done + 1}: try a lower lr")
+            raise FloatingPointError(
+                f"all replicas are NaN or infinite after round {self.rounds_done + 1}: use a lower lr"
+            )
         if self.nonfinite_replicas:
             for message in self._messages.values():
                 message[:-1].div_(finite_fraction)  # the mean over the finite replicas
@@ -312,7 +314,7 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
             for device, master in self._masters.items():
                 master.copy_(self._messages[device][: len(master)])
         if not self.master.sum().isfinite():
-            raise FloatingPointError(f"the master is not finite after round {self.rounds_done}: try a lower lr")
+            raise FloatingPointError(f"the master is NaN or infinite after round {self.rounds_done}: use a lower lr")
         for number in nonfinite:
             self._restart(self._replicas[number])
 
@@ -405,7 +407,7 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resume from `state_dict`, also within a round; load the model's own first. Tensors are copied."""
+        """Restore `state_dict`, also one saved within a round; load the model's own first. Tensors are copied."""
         own, theirs = (
             [
                 *(set(names) for _, names in sorted(state["state"].items())),
@@ -515,7 +517,7 @@ def _dense_strides(parameter: Tensor) -> tuple[int, ...]:
 
 
 def _check_parameters(parameters: list[nn.Parameter]) -> None:
-    """Raises: ValueError, if the trainable parameters of one replica cannot form one flat vector."""
+    """Check that the trainable parameters of one replica can form one flat vector. Raises: ValueError."""
     if not parameters:
         raise ValueError("Parle needs at least one parameter with requires_grad=True")
     if len(set(parameters)) < len(parameters):
@@ -530,7 +532,7 @@ def _check_parameters(parameters: list[nn.Parameter]) -> None:
 
 
 def _check_replicas_match(groups: list[dict[str, Any]]) -> None:
-    """Raises: ValueError, if replicas differ in anything but the device and the values of their parameters."""
+    """Check that replicas differ only in the device and the values of their parameters. Raises: ValueError."""
     kinds: dict[int, list[Any]] = {}
     for group in groups:
         tensors = [(p.shape, _dense_strides(p), p.dtype, p.requires_grad) for p in group["params"]]
@@ -543,7 +545,7 @@ def _check_replicas_match(groups: list[dict[str, Any]]) -> None:
 
 
 def _check_hyperparameters(group: dict[str, Any]) -> None:
-    """Raises: ValueError, as torch.optim does."""
+    """Check the values of a group. Raises: ValueError, as torch.optim does."""
     for name in ("lr", "weight_decay", "gamma", "rho", "outer_lr_scale"):
         if not 0.0 <= group[name] < math.inf:
             raise ValueError(f"Invalid {name} value: {group[name]}")

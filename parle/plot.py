@@ -38,6 +38,7 @@ UNLABELED = ("model", "dataset", "method")  # their values need no name beside t
 
 # Names of version 1 of the log that version 2 changed
 VERSION_1_EVENTS = {"lost": "nonfinite"}
+VERSION_1_ARGUMENTS = {"outer_step": "outer_lr_scale", "whiten": "zca"}
 VERSION_1_KEYS = {
     "seconds": "train_seconds",
     "loss": "train_loss",
@@ -81,7 +82,7 @@ def read(folder: Path) -> Run:
             np.array([event["round"] for event in by_kind["nonfinite"]], dtype=float),
         )
     except OSError as error:
-        raise cli.UsageError(f"{error}: give the output directory of a run") from error
+        raise cli.UsageError(f"{path}: {error.strerror}; use the output directory of a run") from error
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError) as error:
         raise cli.UsageError(f"{path} is not the log of a run ({type(error).__name__}: {error})") from error
 
@@ -90,11 +91,14 @@ def _upgrade(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Give the events of a version 1 log the names of version 2."""
     if not events or "log_version" in events[0]:
         return events
-    return [
-        {VERSION_1_KEYS.get(key, key): value for key, value in event.items()}
-        | {"event": VERSION_1_EVENTS.get(event["event"], event["event"])}
-        for event in events
-    ]
+    upgraded = []
+    for event in events:
+        new = {VERSION_1_KEYS.get(key, key): value for key, value in event.items()}
+        new["event"] = VERSION_1_EVENTS.get(event["event"], event["event"])
+        if "arguments" in event:
+            new["arguments"] = {VERSION_1_ARGUMENTS.get(key, key): value for key, value in event["arguments"].items()}
+        upgraded.append(new)
+    return upgraded
 
 
 def _columns(events: list[dict[str, Any]], *names: str) -> Columns:
@@ -250,7 +254,7 @@ def _legend(axes: Axes, **styles: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = cli.Parser(prog="parle.plot", description="Plot runs from their logs.", allow_abbrev=False)
+    parser = cli.Parser(prog="python -m parle.plot", description="Plot runs from their logs.", allow_abbrev=False)
     parser.add_argument(
         "runs", nargs="+", type=Path, metavar="RUN", help="output directory of a run; several are overlaid"
     )

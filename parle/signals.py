@@ -12,13 +12,13 @@ EXIT_RESUMABLE = os.EX_TEMPFAIL  # 75: the run was stopped by a signal and can b
 
 
 def ignore_sigusr1() -> None:
-    """Ignore SIGUSR1 before and after training: there is nothing to save, and a warning must not end the program."""
+    """Ignore SIGUSR1 before and after training: a warning from a cluster's scheduler must not end the program."""
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 @contextlib.contextmanager
 def handle_signals() -> Iterator[StopRequest]:
-    """Within the context, SIGINT and SIGTERM request to save and stop, SIGUSR1 to save and continue.
+    """Turn signals into requests: SIGINT and SIGTERM to save and stop, SIGUSR1 to save and continue.
 
     A second SIGINT raises KeyboardInterrupt.
     """

@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from loader import BatchLoader
 
 LOG_EVERY = 25  # steps per `round` event; with shorter rounds an event covers several
-# What the optimizer's piggyback carries: two sums since the last event, a squared distance, two requests
+# Slots of the optimizer's piggyback: two sums since the last event, a squared distance, two requests
 LOSS, ERRORS, DISTANCE, SAVE, STOP = range(5)
 
 
 class LocalReplica(NamedTuple):
-    """A replica that this process trains, alone or with other ranks."""
+    """A replica that this process trains, by itself or together with other ranks."""
 
     number: int
     network: nn.Module
@@ -34,7 +34,7 @@ class LocalReplica(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """How long to train, and when to lower lr, evaluate and save. Epochs are nb rounds each."""
+    """The length of a run, and when lr drops and the run is evaluated and saved. An epoch is nb rounds."""
 
     epochs: float
     lr_drops: Sequence[float] = ()  # epochs
@@ -47,7 +47,7 @@ class Schedule:
         return max(1, round(self.epochs * batches_per_epoch))
 
     def lr_milestones(self, batches_per_epoch: int) -> list[int]:
-        """Return the rounds after which lr drops: at least one."""
+        """Return the numbers of rounds after which lr drops, each at least 1."""
         return [max(1, round(epoch * batches_per_epoch)) for epoch in self.lr_drops]
 
 
@@ -58,7 +58,7 @@ class TrainState:
     steps_done: int = 0  # of each replica
     images_seen: int = 0  # by all replicas
     steps_since_log: int = 0
-    train_seconds: float = 0.0  # excludes evaluation and checkpoints
+    train_seconds: float = 0.0  # as of the last checkpoint; excludes evaluation and checkpoints
     train_seconds_logged: float = 0.0  # at the last `round` event
     sync_seconds: float = 0.0  # mean over the ranks
     straggler_seconds: float = 0.0  # the part of sync_seconds spent waiting for the slowest rank
@@ -68,7 +68,7 @@ class TrainState:
 
 
 class StopRequest:
-    """What a signal requests of a run: to `save` a checkpoint, or to save and `stop`."""
+    """Requests made by signals: to `save` a checkpoint, or to save and `stop`."""
 
     save = stop = False
 
@@ -105,8 +105,8 @@ def train(
 ) -> Iterator[dict[str, Any]]:
     """Train the local replicas and yield the log's `round`, `nonfinite`, `eval` and `finished` events. Collective.
 
-    On a stop request it ends without a `finished` event: after the current step in a single process, after the current
-    round if there are several, since every rank must stop at the same point.
+    A stop request ends the run without a `finished` event: after the current step in a single process, after the
+    current round if there are several, since every rank must stop at the same point.
 
     Args:
         replicas: in the order of the optimizer's.
@@ -126,10 +126,10 @@ def train(
         replica.batches.batches_drawn = state.steps_done
         replica.network.train()
     devices = [network_devices(replica.network) for replica in replicas]
-    sums = [piggyback.unbind() for piggyback in optimizer.piggyback]  # views
+    piggyback_slots = [piggyback.unbind() for piggyback in optimizer.piggyback]  # views
     precision = torch.autocast(devices[0][0].type, torch.bfloat16) if amp else contextlib.nullcontext()
     images_per_step = batch_size * optimizer.num_replicas
-    loss_scale = groups.replica.size / batch_size  # the mean over the ranks of a replica is then that of the batch
+    loss_scale = groups.replica.size / batch_size  # averaged over the ranks of a replica: the mean over the mini-batch
 
     started, timer = time.perf_counter(), TrainTimer(state.train_seconds)
     sync_seconds_logged = optimizer.sync_seconds
@@ -159,7 +159,7 @@ def train(
             yield run_evaluation(done)  # the run was killed between this round and its evaluation
     while optimizer.rounds_done < num_rounds:
         optimizer.zero_grad()
-        for replica, places, piggyback in zip(replicas, devices, sums, strict=True):
+        for replica, places, slots in zip(replicas, devices, piggyback_slots, strict=True):
             inputs, targets = next(replica.batches)
             for index, device in enumerate(places):
                 seed_device(device, replica.batches.dropout_seed(index))
@@ -167,10 +167,10 @@ def train(
                 logits = replica.network(inputs)
             loss = F.cross_entropy(logits.float(), targets, reduction="sum") * loss_scale
             loss.backward()
-            piggyback[LOSS].add_(loss.detach())
-            piggyback[ERRORS].add_((logits.detach().argmax(1) != targets).sum() * loss_scale)
-            piggyback[SAVE].fill_(request.save)
-            piggyback[STOP].fill_(request.stop)
+            slots[LOSS].add_(loss.detach())
+            slots[ERRORS].add_((logits.detach().argmax(1) != targets).sum() * loss_scale)
+            slots[SAVE].fill_(request.save)
+            slots[STOP].fill_(request.stop)
         optimizer.step()
         state.steps_done, state.steps_since_log = state.steps_done + 1, state.steps_since_log + 1
         state.images_seen += images_per_step
@@ -181,10 +181,10 @@ def train(
         if round_ended and optimizer.nonfinite_replicas:
             for statistics in (value for replica in replicas for value in running_stats(replica.network)):
                 if not statistics.isfinite().all():
-                    statistics.zero_()  # they recover from the running average of a finite network
+                    statistics.zero_()  # training the restarted replica fills them again
             yield {"event": "nonfinite", "round": done, "replicas": optimizer.nonfinite_replicas}
         saves, stops = request.save, request.stop
-        if groups.world.size > 1:  # what any rank was requested to do, which all ranks now know
+        if groups.world.size > 1:  # any rank's request, which the sync has sent to all
             saves, stops = (optimizer.piggyback[0][SAVE:] > 0).tolist()
         epoch_ended = round_ended and (done % nb == 0 or done == num_rounds)
         evaluates = round_ended and should_evaluate(done)
@@ -218,7 +218,7 @@ def train(
                 piggyback.zero_()
                 piggyback[DISTANCE] = distance**2
         if evaluates:
-            if stops and done < num_rounds:  # a scheduler that asked to stop may not wait for the evaluation
+            if stops and done < num_rounds:  # the time limit after a stop signal may be shorter than an evaluation
                 save_checkpoint()
             with timer.paused():
                 yield run_evaluation(done)
@@ -242,7 +242,7 @@ def train(
 def disable_malloc_trim() -> None:
     """Keep glibc from returning freed memory to the kernel.
 
-    Otherwise every step returns megabytes of activations and gets them back cleared, with a page fault for each page.
+    Otherwise every step frees megabytes of activations and allocates them again, with a page fault per page.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         trim_threshold, mmap_threshold = -1, -3  # malloc.h
@@ -261,7 +261,7 @@ def network_devices(network: nn.Module) -> list[torch.device]:
 def seed_device(device: torch.device, seed: int) -> None:
     """Seed the random numbers of `device`: dropout then depends on the mini-batch only."""
     if device.type == "cpu":
-        torch.default_generator.manual_seed(seed)  # 1 µs; torch.manual_seed takes 70 for all kinds of devices
+        torch.default_generator.manual_seed(seed)  # 1 µs; torch.manual_seed seeds every type of device in 70 µs
     else:
         with torch.accelerator.device_index(device.index):
             torch.get_device_module(device).manual_seed(seed)
@@ -272,10 +272,10 @@ def _add_sync_seconds(state: TrainState, seconds: list[float], world: Group) -> 
 
     The last rank to reach a sync waits for no other, so its time is the cost of the sync itself.
     """
-    table = torch.zeros(world.size, len(seconds), dtype=torch.float64)
-    table[world.rank] = torch.tensor(seconds, dtype=torch.float64)
-    world.all_reduce(table)
-    total = float(table.sum()) / world.size
+    seconds_by_rank = torch.zeros(world.size, len(seconds), dtype=torch.float64)
+    seconds_by_rank[world.rank] = torch.tensor(seconds, dtype=torch.float64)
+    world.all_reduce(seconds_by_rank)
+    total = float(seconds_by_rank.sum()) / world.size
     state.sync_seconds += total
-    state.straggler_seconds += total - float(table.amin(0).sum())
+    state.straggler_seconds += total - float(seconds_by_rank.amin(0).sum())
     seconds.clear()

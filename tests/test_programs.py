@@ -84,14 +84,14 @@ def runs(tmp_path_factory, python):
 
 @pytest.mark.timeout(300)
 def test_both_programs_train_identically(runs):
-    """Including each replica's order, augmentation and dropout: if one mini-batch differed, all numbers would."""
+    """Order, augmentation and dropout are equal for each replica: if one mini-batch differed, all numbers would."""
     gpu, mpi = (runs[program].log for program in PROGRAMS)
     assert [line["event"] for line in gpu] == [line["event"] for line in mpi]
     for event, keys in (("round", ROUND), ("eval", EVAL), ("finished", FINISHED)):
         for left, right in zip(select(gpu, event), select(mpi, event), strict=True):
             for key in keys:
                 assert left[key] == pytest.approx(right[key], rel=1e-6), f"{key} of {event} {left.get('round')}"
-    gpu_arguments, mpi_arguments = gpu[0]["arguments"], mpi[0]["arguments"]
+    gpu_arguments, mpi_arguments = dict(gpu[0]["arguments"]), dict(mpi[0]["arguments"])
     assert gpu_arguments.pop("program") != mpi_arguments.pop("program")
     assert gpu_arguments.items() >= mpi_arguments.items()
     last_evals = [select(log, "eval")[-1] for log in (gpu, mpi)]
