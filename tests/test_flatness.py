@@ -150,7 +150,7 @@ def test_sgd_runs_match_the_steps_and_the_compute_of_parle():
     steps = {}
     for name, flags in flatness.RUNS.items():
         args = parse(flags)
-        steps[name] = experiment.schedule(args).num_rounds(469) * args.sync_every
+        steps[name] = experiment.build_schedule(args).num_rounds(469) * args.sync_every
         drops = [drop / args.epochs for drop in args.lr_drops]
         assert name == "parle" or drops == pytest.approx([0.6, 0.8], abs=0.005)
     assert steps == {"parle": 1175, "sgd": 1175, "sgd-long": 3 * 1175}

@@ -18,7 +18,14 @@ from parle.logger import LOG_VERSION, RunLogger, environment_info, revision
 START = {
     "event": "start",
     "log_version": LOG_VERSION,
-    "arguments": {"model": "lenet", "method": "parle", "batch_size": 128, "epochs": 0.5, "lr_drops": []},
+    "arguments": {
+        "model": "lenet",
+        "method": "parle",
+        "batch_size": 128,
+        "epochs": 0.5,
+        "lr_drops": [],
+        "on_nan": "restart",
+    },
     "dataset": "mnist",
     "source_dir": None,
     "num_replicas": 3,
@@ -285,6 +292,13 @@ def test_incidents_are_printed_in_one_line_and_logged(event, patterns, logger, c
     (line,) = out.splitlines()
     assert mentions(line, *patterns) and err == ""
     assert json.loads(logger.log.read_text().splitlines()[-1]) == event
+
+
+@pytest.mark.parametrize(("on_nan", "restarted"), [("restart", True), ("stop", False)])
+def test_restart_of_a_replica_is_printed_only_if_it_happens(on_nan, restarted, logger, capsys):
+    logger(START | {"arguments": START["arguments"] | {"on_nan": on_nan}})
+    logger({"event": "nonfinite", "round": 7, "replicas": [1]})
+    assert ("restarted" in capsys.readouterr().out) == restarted
 
 
 @pytest.mark.parametrize(

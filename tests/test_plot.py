@@ -92,6 +92,8 @@ def test_log_of_version_1_is_plotted_like_version_2(write):
     old = [{old_names.get(key, key): value for key, value in event.items()} for event in new]
     old = [event | {"event": old_names.get(event["event"], event["event"])} for event in old]
     del old[0]["log_version"]
+    old[0]["arguments"] = old[0]["arguments"] | dict(outer_step=2.0, whiten=True)
+    new[0]["arguments"] = new[0]["arguments"] | dict(outer_lr_scale=2.0, zca=True)
     assert "log_version" not in json.dumps(old) and "train_" not in json.dumps(old)
     upgraded, expected = plot.read(write(old, "old")), plot.read(write(new, "new"))
     np.testing.assert_equal(upgraded._replace(folder=expected.folder)._asdict(), expected._asdict())
