@@ -152,14 +152,13 @@ def open_logger(args: argparse.Namespace, resume: ResumePoint | None) -> RunLogg
             with contextlib.suppress(FileExistsError):
                 return RunLogger(Path("runs") / f"{name}{suffix}")
         raise FileExistsError(f"runs/{name}")
-    except FileExistsError as error:
-        if error.errno is None:  # another run is writing to it
-            raise cli.UsageError(f"--out: {error}; choose a new directory") from error
-        raise cli.UsageError(
-            f"--out {args.out} already contains a run: choose a new directory, or continue that run with --resume"
-        ) from error
     except OSError as error:
-        raise cli.UsageError(f"--out {args.out}: {error.strerror}; choose a new directory") from error
+        if isinstance(error, FileExistsError) and error.filename and Path(error.filename).name == "log.jsonl":
+            raise cli.UsageError(
+                f"--out {args.out} already contains a run: choose a new directory, or continue that run with --resume"
+            ) from error
+        reason = f"{error.filename}: {error.strerror}" if error.filename else error
+        raise cli.UsageError(f"--out: {reason}; choose a new directory") from error
 
 
 def _to_json(args: argparse.Namespace) -> dict[str, Any]:

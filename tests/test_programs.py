@@ -375,7 +375,7 @@ def test_existing_run_is_not_overwritten(main, proc, tmp_path, capsys):
     with pytest.raises(SystemExit) as exit:
         main("-n", 1, "-d", "digits", "--proc", proc, "--out", tmp_path)
     (line,) = capsys.readouterr().err.splitlines()
-    assert exit.value.code == 2 and "--out" in line and str(tmp_path / "log.jsonl") in line
+    assert exit.value.code == 2 and f"--out {tmp_path}" in line and "--resume" in line
     assert (tmp_path / "log.jsonl").read_text() == "precious"
 
 
