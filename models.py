@@ -36,7 +36,7 @@ class AllCNN(nn.Sequential):
     """Convolutions only, each with batch norm and ReLU, as in the authors' code: 1,667,166 parameters on CIFAR-10.
 
     All-CNN-C (Springenberg et al., 2014) has no batch norm, and 1x1 kernels in its eighth layer. The first three layers
-    have `width` channels, the others twice as many.
+    have `width` channels, the others twice that number.
     """
 
     def __init__(self, channels: int, size: int, classes: int, dropout: float, width: int = 96):

@@ -160,7 +160,7 @@ def run(given: argparse.Namespace, args: argparse.Namespace) -> bool:
         raise cli.UsageError("one process trains all replicas: omit mpirun, or use mpirun -n 3 python parle_mpi.py")
     devices = cli.find_devices(args.device)
     replica_devices = assign_devices(devices, args)
-    if devices[0].type == "cpu":  # as many threads as a rank would have, so that both programs round identically
+    if devices[0].type == "cpu":  # the number of threads of a rank, so that both programs round identically
         cores = distributed.available_cores()
         torch.set_num_threads(distributed.threads_per_rank(len(cores), args.replicas))
 

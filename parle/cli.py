@@ -365,7 +365,7 @@ def apply_defaults(given: argparse.Namespace, num_ranks: int | None) -> argparse
     """Fill in the defaults that depend on the method, the model and the data set.
 
     A recipe's epochs are for the default L. With another L they are scaled to the same number of steps, so with L = 1
-    there are 25 times as many epochs.
+    the number of epochs is 25 times larger.
     """
     defaults: dict[str, Any] = {"replicas": num_ranks or 3, **models.COMMON, **models.RECIPES[given.model]}
     defaults |= {name: value for name, value in PRESETS[given.method].items() if value is not None}

@@ -212,7 +212,7 @@ def run_or_abort(main: Callable[[], None]) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         time.sleep(0.1)  # otherwise mpiexec may end before it has forwarded the output
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # MPI_Abort would print a last line of its own
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # MPI_Abort would print another last line
         mpi.COMM_WORLD.Abort(code)
 
 
