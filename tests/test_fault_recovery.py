@@ -429,6 +429,7 @@ def test_resume_keeps_replicas_of_several_ranks(start, tmp_path):
     process.terminate()
     done = wait_for_exit(process)
     assert done.status == 75
-    wait_for_success(start.shell(f"{find_resume_command(done.out)} -B 1"))
+    path = f"{MPIEXEC.parent}:{os.environ['PATH']}"  # as in the shell of a user who typed mpiexec
+    wait_for_success(start.shell(f"{find_resume_command(done.out)} -B 1", PATH=path))
     (event,) = read_log(out, "resume")
     assert (event["num_replicas"], event["num_ranks"], event["changes"].get("replicas")) == (2, 4, None)
