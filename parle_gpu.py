@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import DataParallel
 
+from parle import distributed
 from parle.optimizer import ParleBase
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class Parle(ParleBase):
     Args:
         replicas: for each replica, what any torch optimizer takes: parameters, named parameters or groups. Replicas
             may differ in their device only.
+        buffers: for each replica, the buffers of the model; all become the first one's. Give them if they are random.
         hyperparameters: lr, batches_per_epoch and the other arguments of `ParleBase`.
 
     Raises:
@@ -47,7 +49,9 @@ class Parle(ParleBase):
         TypeError: the parameters of one replica instead of a list with those of each.
     """
 
-    def __init__(self, replicas: Iterable[Iterable[Any]], **hyperparameters: Any):
+    def __init__(
+        self, replicas: Iterable[Iterable[Any]], *, buffers: Iterable[Iterable[Tensor]] = (), **hyperparameters: Any
+    ):
         replicas, groups = list(replicas), []
         for number, parameters in enumerate(replicas):
             is_named_parameter = isinstance(parameters, tuple) and isinstance((*parameters, None)[0], str)
@@ -56,17 +60,24 @@ class Parle(ParleBase):
             given = list(parameters)
             replica_groups = given if given and isinstance(given[0], dict) else [dict(params=given)]
             groups += [group | dict(replica=number) for group in replica_groups]
-        super().__init__(groups, len(replicas), **hyperparameters)
+        tensors = {number: list(own) for number, own in enumerate(buffers)}
+        kinds = [[(tensor.shape, tensor.dtype) for tensor in own] for own in tensors.values()]
+        if tensors and (len(tensors) != len(replicas) or any(kind != kinds[0] for kind in kinds)):
+            raise ValueError("Invalid buffers value: give the buffers of each replica, as [model.buffers(), ...]")
+        super().__init__(groups, len(replicas), tensors, **hyperparameters)
         self._timer = DeviceTimer(self._home.device)
+        self.reset()
 
     @property
     def sync_seconds(self) -> float:
         return self._timer.seconds
 
-    def _average_replicas(self) -> None:
-        first, *others = ([g["lr"] for g in self.param_groups if g["replica"] == a] for a in range(self.num_replicas))
-        if any(lrs != first for lrs in others):
-            raise RuntimeError(f"lr is {first} for replica 0 and differs for another: schedule every group identically")
+    def _compare_settings(self) -> None:
+        found = distributed.difference([self._settings(number) for number in self._replicas], "replica")
+        if found:
+            raise RuntimeError(f"{found}: schedule the groups of all replicas identically")
+
+    def _sum_over_replicas(self) -> None:
         home = self._messages[self._home.device]
         remote = [message for message in self._messages.values() if message is not home]
         # Between GPUs with peer access copy_ is one transfer from memory to memory that does not block the host. torch
@@ -75,7 +86,6 @@ class Parle(ParleBase):
         with self._timer:
             for message in remote:
                 home.add_(torch.empty_like(home).copy_(message))
-            home.div_(self.num_replicas)
             for message in remote:
                 message.copy_(home)
 
@@ -154,7 +164,7 @@ def run(given: argparse.Namespace, args: argparse.Namespace) -> bool:
         given, args: the command line before and after `cli.complete`.
     """
     import loader
-    from parle import cli, distributed, doctor, experiment, launcher
+    from parle import cli, doctor, experiment, launcher
 
     if launcher.has_several_ranks():
         raise cli.UsageError("one process trains all replicas: omit mpirun, or use mpirun -n 3 python parle_mpi.py")
@@ -232,7 +242,8 @@ def train(
             replica = replica._replace(network=network)
         replicas.append(replica)
     settings = hyperparameters(args, replicas[0].batches.per_epoch) | (doctor.SETTINGS if args.doctor else {})
-    optimizer = Parle([replica.network.parameters() for replica in replicas], **settings)
+    buffers = [replica.network.buffers() for replica in replicas]
+    optimizer = Parle([replica.network.parameters() for replica in replicas], buffers=buffers, **settings)
     experiment = Experiment(args, copies[replica_devices[0][0]], optimizer, replicas)
     names = [" + ".join(map(cli.device_name, devices)) for devices in replica_devices]
     if args.doctor:

@@ -8,10 +8,10 @@ mpirun -n 12 python parle_mpi.py -n 3         # 3 replicas, each data-parallel o
 import argparse
 import functools
 import importlib.metadata
-import math
 import shlex
 import sys
 import time
+import weakref
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from parle import distributed
-from parle.distributed import Groups, MPIGroup
-from parle.optimizer import MESSAGE_TAIL, FlatReplica, ParleBase
+from parle.distributed import CollectiveTimeout, Group, Groups, MPIGroup
+from parle.optimizer import FlatReplica, ParleBase
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -41,58 +41,91 @@ class Parle(ParleBase):
 
     Args:
         params: as for any torch optimizer; float32 (or all float64) and on one device.
-        comm: the communicator of all ranks of all replicas.
+        comm: the communicator of all ranks of all replicas. Parle uses a duplicate of its own.
         replicas: number of replicas; default: one per rank. With fewer, groups of comm.size / replicas neighboring
             ranks share a replica, data-parallel: `step()` averages their gradients before its update.
+        buffers: of the model, as model.buffers(): rank 0's are broadcast too. Give them if they are random.
+        timeout: seconds that a rank waits for others before it raises CollectiveTimeout, which names them.
         hyperparameters: lr, batches_per_epoch and the other arguments of `ParleBase`.
 
     Raises:
-        ValueError: an invalid value, or one that differs between ranks.
+        ValueError: an invalid value on any rank, or one that differs between ranks.
     """
 
-    def __init__(self, params: Iterable[Any], comm: "MPI.Comm", *, replicas: int | None = None, **hyperparameters: Any):
+    def __init__(
+        self,
+        params: Iterable[Any],
+        comm: "MPI.Comm",
+        *,
+        replicas: int | None = None,
+        buffers: Iterable[Tensor] = (),
+        timeout: float = 1800.0,
+        **hyperparameters: Any,
+    ):
         replicas = comm.size if replicas is None else replicas
         if not (isinstance(replicas, int) and replicas >= 1 and comm.size % replicas == 0):
             raise ValueError(f"Invalid replicas value: {replicas}, for {comm.size} ranks")
+        if not timeout > 0:
+            raise ValueError(f"Invalid timeout value: {timeout}")
         self.sync_seconds = 0.0
-        super().__init__(params, replicas, **hyperparameters)
-        settings = [{name: value for name, value in group.items() if name != "params"} for group in self.param_groups]
-        shapes = [tuple(parameter.shape) for parameter in self._home.parameters]
-        world = MPIGroup(comm)
-        world.check_consistent(dict(replicas=replicas, parameters=shapes, strides=self._home.strides, groups=settings))
-        self.groups = Groups(replica=world.split(comm.rank // (comm.size // replicas)), world=world)
+        self.ranks_per_replica = comm.size // replicas
+        self.replica_number, self.rank_in_replica = divmod(comm.rank, self.ranks_per_replica)
+        world = self._owned(MPIGroup(comm, timeout).duplicate()) if comm.size > 1 else Group()
+        build = functools.partial(super().__init__, params, replicas, {self.replica_number: buffers})
+        world.run_and_propagate_errors(functools.partial(build, **hyperparameters), ValueError, TypeError)
+        world.check_consistent(dict(replicas=replicas, **self._layout()))
+        shares_replica = 1 < self.ranks_per_replica < comm.size
+        replica = (
+            self._owned(world.split(self.replica_number)) if shares_replica else world if replicas == 1 else Group()
+        )
+        self.groups = Groups(replica, world)
         # The MPI libraries on PyPI cannot read GPU memory: messages are staged in host memory, pinned for CUDA's copies
         message = self._home.message
         device = message.device.type
         self._staging = (
             None if device == "cpu" else torch.empty_like(message, device="cpu", pin_memory=device == "cuda")
         )
-        with torch.no_grad():
-            for tensor in [self._home.weights, *self._home.frozen]:
-                host = tensor.cpu().contiguous()
-                world.broadcast(host)
-                tensor.copy_(host)
-            self._broadcast_initial()
+        self.reset()
+
+    def _owned(self, group: MPIGroup) -> MPIGroup:
+        """Free the group's communicator together with the optimizer."""
+        weakref.finalize(self, group.free).atexit = False  # at exit, MPI frees it
+        return group
+
+    def _layout(self) -> dict[str, Any]:
+        """Return what all ranks must have in common to exchange weights, by name."""
+        replica = self._home
+        tensors = dict(parameters=replica.parameters, frozen_parameters=replica.frozen, buffers=replica.buffers)
+        layout = {
+            f"{name} (shape and dtype)": [(tuple(tensor.shape), str(tensor.dtype)) for tensor in group]
+            for name, group in tensors.items()
+        }
+        return layout | dict(strides=replica.strides) | self._settings(self.replica_number)
+
+    def _broadcast(self, number: int) -> FlatReplica:
+        for tensor in self._home.replicated_tensors:
+            host = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)  # MPI does not know all dtypes
+            self.groups.world.broadcast(host, root=number * self.ranks_per_replica)
+            tensor.copy_(host.view(tensor.dtype).view(tensor.shape))
+        return self._home
+
+    def _any_process(self, flag: bool) -> bool:
+        return any(self.groups.world.all_gather(flag))
+
+    def _compare_settings(self) -> None:
+        found = distributed.difference(self.groups.world.all_gather(self._settings(self.replica_number)))
+        if found:
+            raise RuntimeError(f"{found}: use the same settings and schedule on every rank")
 
     def _average_gradient(self, replica: FlatReplica) -> None:
-        self._average(self.groups.replica, replica.gradient)
+        if self.ranks_per_replica > 1:
+            self._all_reduce(self.groups.replica, replica.gradient)
+            replica.gradient.div_(self.ranks_per_replica)
 
-    def _average_replicas(self) -> None:
-        message, lr = self._home.message, self.param_groups[0]["lr"]
-        message[-1] = lr
-        # the ranks of one replica hold the same z^a, so the mean over all ranks is the mean over the replicas
-        self._average(self.groups.world, message if self.num_replicas > 1 else message[-MESSAGE_TAIL:])
-        if not math.isclose(message[-1], lr, rel_tol=1e-5, abs_tol=1e-30):
-            raise RuntimeError(
-                f"lr is {lr} on this rank and {float(message[-1])} on average: use the same schedule on every rank"
-            )
+    def _sum_over_replicas(self) -> None:
+        self._all_reduce(self.groups.world, self._home.message if self.num_replicas > 1 else self._home.tail)
 
-    def _union_over_processes(self, replicas: list[int]) -> list[int]:
-        world, replica = self.groups.world, self.groups.replica
-        local = [world.rank // replica.size] if replicas else []  # locally, the only replica is number 0
-        return sorted({number for numbers in world.all_gather(local) for number in numbers})
-
-    def _average(self, group: MPIGroup, vector: Tensor) -> None:
+    def _all_reduce(self, group: Group, vector: Tensor) -> None:
         if group.size == 1:
             return
         if self._staging is not None:
@@ -102,10 +135,12 @@ class Parle(ParleBase):
         if self._staging is not None:
             host = self._staging[: len(vector)]
             host.copy_(vector)  # blocks until the copy is complete, so MPI reads the result
-        group.all_reduce(host)
+        try:
+            group.all_reduce(host)
+        except CollectiveTimeout as error:
+            raise CollectiveTimeout(f"in step {self.step_in_round} of round {self.rounds_done + 1}: {error}") from None
         if host is not vector:
             vector.copy_(host)
-        vector.div_(group.size)
         self.sync_seconds += time.perf_counter() - start
 
 
@@ -183,7 +218,7 @@ def run(given: argparse.Namespace, world: MPIGroup) -> bool:
 
     machine_specific = {"data", "proc", "out", "device"}
     world.check_consistent({name: value for name, value in vars(given).items() if name not in machine_specific})
-    distributed.timeout = given.timeout
+    world.timeout = given.timeout
     node = world.split_by_node()
     cores = set().union(
         *node.all_gather(distributed.available_cores())
@@ -204,7 +239,9 @@ def run(given: argparse.Namespace, world: MPIGroup) -> bool:
     number, shard = divmod(world.rank, ranks_per_replica)
     replica = build_replica(args, data, number, (shard, ranks_per_replica))
     settings = hyperparameters(args, replica.batches.per_epoch) | (doctor.SETTINGS if args.doctor else {})
-    optimizer = Parle(replica.network.parameters(), world.comm, replicas=args.replicas, **settings)
+    network = replica.network
+    own = dict(replicas=args.replicas, buffers=network.buffers(), timeout=args.timeout)
+    optimizer = Parle(network.parameters(), world.comm, **own, **settings)
     experiment = Experiment(args, data, optimizer, [replica], optimizer.groups)
     if args.doctor:
         return doctor.report_ranks(experiment, device, node)

@@ -189,12 +189,14 @@ def run_trial(task_name: str, config: Config, seed: int, raw: Path | None, proc:
         if optimizer.step_in_round == 0:  # a round has ended
             nonfinite += len(optimizer.nonfinite_replicas)
             if not full["keep_inner_momentum"]:
-                for vectors in optimizer.vectors:
-                    vectors["inner_momentum_buffer"].zero_()
+                for state in optimizer.state.values():
+                    state["inner_momentum_buffer"].zero_()
             if full["reset_replicas"]:
-                for vectors in optimizer.vectors:
-                    for name in ("weights", "anchor", "inner_avg"):
-                        vectors[name].copy_(optimizer.master)
+                for replica in networks:
+                    optimizer.copy_master_to(replica)
+                for parameter, state in optimizer.state.items():
+                    state["anchor"].copy_(parameter)
+                    state["inner_avg"].copy_(parameter)
         if step in drop_steps:
             decay_lr(optimizer, full)
         if step in eval_steps:

@@ -20,11 +20,13 @@ from torch import Tensor, nn
 from parle.distributed import Groups
 from parle.optimizer import ParleBase
 
-FORMAT = 2  # of a checkpoint's contents; increment it when they change
+FORMAT = 3  # of a checkpoint's contents; increment it when they change
 FOLDER = "checkpoints"  # within the output directory
 MAX_TO_KEEP = 2
 FIELDS = dict(files=dict, arguments=dict, train_state=dict, counters=dict, num_replicas=int, log_bytes=int)
 MANIFEST, SHARED = "manifest.json", "shared.pt"
+MASTER = ("master", "master_momentum_buffer")  # the states that all replicas share
+COUNTERS = ("rounds_done", "step_in_round", "steps_per_round", "gamma_k", "coupling_k", "lr")  # of every group
 
 
 class CheckpointError(Exception):
@@ -50,23 +52,29 @@ def save(
     path = folder / f"{optimizer.rounds_done:08}-{optimizer.step_in_round:04}"
     temporary = folder / f".{path.name}"
     checksums, failure = {}, None
+    states = _split(optimizer.state_dict())
+    shared, counters = {}, {name: optimizer.param_groups[0][name] for name in COUNTERS}
     try:
         temporary.mkdir(parents=True, exist_ok=True)
-        if groups.replica.rank == 0:
-            for number, vectors in zip(networks, optimizer.vectors, strict=True):
-                checksums[_replica_file(number)] = _write(temporary / _replica_file(number), vectors)
-        for number, network in networks.items():
+        for number, network, piggyback, (local, state) in zip(
+            networks, networks.values(), optimizer.piggyback, states.items(), strict=True
+        ):
+            shared |= _pop_master(state)
+            if groups.replica.rank == 0:
+                weights = [parameter.detach() for parameter in _parameters(optimizer, local)]
+                content = dict(weights=weights, optimizer=state, piggyback=piggyback)
+                checksums[_replica_file(number)] = _write(temporary / _replica_file(number), content)
             name = _buffers_file(number, groups.replica.rank)
-            checksums[name] = _write(temporary / name, dict(network.named_buffers()))
+            checksums[name] = _write(temporary / name, _buffers(network))
         if groups.world.rank == 0:
-            checksums[SHARED] = _write(temporary / SHARED, optimizer.shared)
+            checksums[SHARED] = _write(temporary / SHARED, shared)
     except OSError as error:
         failure = error
     results = groups.world.all_gather((checksums, failure))
     failure = next((failure for _, failure in results if failure is not None), None)
     if groups.world.rank == 0 and failure is None:
         files = {name: value for checksums, _ in results for name, value in checksums.items()}
-        manifest = dict(format=FORMAT, files=files, num_replicas=optimizer.num_replicas, counters=optimizer.counters)
+        manifest = dict(format=FORMAT, files=files, num_replicas=optimizer.num_replicas, counters=counters)
         try:
             _complete(temporary, path, manifest | metadata)
         except OSError as error:
@@ -176,47 +184,116 @@ def restore(
         CheckpointError: the checkpoint is from another network or method, or cannot be read.
     """
     then, now = manifest["num_replicas"], optimizer.num_replicas
-    shared = _read(path / SHARED)
-    if now < then:
-        source = "anchor" if manifest["counters"]["step_in_round"] else "weights"
-        shared["master"] = _mean(path, now, source, optimizer.master)
-        if "master_momentum_buffer" in shared:
-            shared["master_momentum_buffer"] = _mean(path, now, "outer_momentum_buffer", optimizer.master)
-    elif now > then and "master_momentum_buffer" in shared:  # additional replicas start without momentum
-        shared["master_momentum_buffer"] *= then / now
-    fresh = dict.fromkeys(("weights", "anchor", "inner_avg"), shared.get("master"))
-    fresh["piggyback"] = _read(path / _replica_file(0)).get("piggyback")  # equal for all between rounds
-    with torch.no_grad():
-        for number, vectors in zip(networks, optimizer.vectors, strict=True):
-            saved = _read(path / _replica_file(number)) if number < then else None
-            if saved is not None and saved.keys() != vectors.keys():
-                raise CheckpointError(f"{path} is from another network or method")
-            for name, vector in vectors.items():
-                value = fresh.get(name, torch.zeros(())) if saved is None else saved.get(name)
-                _put(path, name, value, vector, saved is None)
-        for name, vector in optimizer.shared.items():
-            _put(path, name, shared.get(name), vector, False)
-        for number, network in networks.items():
-            if _buffers_file(number, rank_in_replica) in manifest["files"]:  # missing for an additional replica or rank
-                saved = _read(path / _buffers_file(number, rank_in_replica))
-                for name, buffer in network.named_buffers():
-                    _put(path, name, saved.get(name), buffer, False)
-        optimizer.counters = manifest["counters"]
+    try:
+        shared = _read(path / SHARED)
+        if now != then:
+            _adapt_master(path, shared, then, now)
+        contents = []
+        for number, (local, own) in zip(networks, _split(optimizer.state_dict()).items(), strict=True):
+            content = _read(path / _replica_file(number if number < then else 0))
+            if number >= then:
+                _restart_at_master(content, shared)
+            if [w.shape for w in content["weights"]] != [p.shape for p in _parameters(optimizer, local)]:
+                raise ValueError("its weights have other shapes")
+            state = content["optimizer"]
+            for group, saved in zip(own["param_groups"], state["param_groups"], strict=True):
+                group |= {name: saved[name] for name in COUNTERS}
+            for position, values in shared.items() if not contents else ():
+                state["state"][position] |= values
+            contents.append(content | dict(optimizer=state | dict(param_groups=own["param_groups"])))
+        optimizer.load_state_dict(_join([content["optimizer"] for content in contents]))
+        with torch.no_grad():
+            for number, network, local, content, piggyback in zip(
+                networks, networks.values(), _split(optimizer.state_dict()), contents, optimizer.piggyback, strict=True
+            ):
+                for parameter, weights in zip(_parameters(optimizer, local), content["weights"], strict=True):
+                    parameter.copy_(weights)
+                piggyback.copy_(content["piggyback"])
+                files = (_buffers_file(number, rank) for rank in (rank_in_replica, 0))
+                file = next((name for name in files if name in manifest["files"]), None)
+                if file is not None:  # an additional replica has none
+                    _load_buffers(network, _read(path / file))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is from another network or method ({error})") from error
 
 
-def _mean(path: Path, count: int, name: str, like: Tensor) -> Tensor:
-    """Return the mean of the first `count` replicas' vectors `name`, with one of them in memory at a time."""
-    mean, vector = torch.zeros_like(like), torch.empty_like(like)
-    for number in range(count):
-        _put(path, name, _read(path / _replica_file(number)).get(name), vector, False)
-        mean.add_(vector, alpha=1 / count)
-    return mean
+def _split(state_dict: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """Return the state_dict of each local replica by itself: `state` by the parameter's position in its replica."""
+    states: dict[int, dict[str, Any]] = {}
+    for group in state_dict["param_groups"]:
+        own = states.setdefault(group["replica"], dict(state={}, param_groups=[]))
+        first = sum(len(previous["params"]) for previous in own["param_groups"])
+        positions = range(first, first + len(group["params"]))
+        own["state"] |= {
+            position: dict(state_dict["state"][index])
+            for position, index in zip(positions, group["params"], strict=True)
+            if index in state_dict["state"]  # a frozen parameter has none
+        }
+        own["param_groups"].append(group | dict(params=list(positions)))
+    return states
 
 
-def _put(path: Path, name: str, value: Tensor | None, vector: Tensor, fresh: bool) -> None:
-    if value is None or (not fresh and (value.shape != vector.shape or value.dtype != vector.dtype)):
-        raise CheckpointError(f"{path} is from another network or method ({name} does not fit)")
-    vector.copy_(value)
+def _join(states: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the state_dict of several replicas: the inverse of `_split`."""
+    joined: dict[str, Any] = dict(state={}, param_groups=[])
+    for state in states:
+        first = sum(len(group["params"]) for group in joined["param_groups"])
+        joined["state"] |= {first + position: values for position, values in state["state"].items()}
+        for group in state["param_groups"]:
+            joined["param_groups"].append(group | dict(params=[first + position for position in group["params"]]))
+    return joined
+
+
+def _pop_master(state: dict[str, Any]) -> dict[int, dict[str, Tensor]]:
+    """Remove the states of the master from a replica's and return them: by position, empty if it has none."""
+    shared = {
+        position: {name: values.pop(name) for name in MASTER if name in values}
+        for position, values in state["state"].items()
+    }
+    return {position: values for position, values in shared.items() if values}
+
+
+def _adapt_master(path: Path, shared: dict[int, dict[str, Tensor]], then: int, now: int) -> None:
+    """Make the master the mean of the first `now` replicas, or of the saved ones and new ones that start at it."""
+    if now > then:  # additional replicas start without momentum
+        for values in shared.values():
+            if "master_momentum_buffer" in values:
+                values["master_momentum_buffer"] *= then / now
+        return
+    for values in shared.values():
+        for value in values.values():
+            value.zero_()
+    for number in range(now):  # one of them in memory at a time
+        content = _read(path / _replica_file(number))
+        for position, values in shared.items():
+            state = content["optimizer"]["state"][position]
+            values["master"].add_(state.get("anchor", content["weights"][position]), alpha=1 / now)
+            if "master_momentum_buffer" in values:
+                values["master_momentum_buffer"].add_(state["outer_momentum_buffer"], alpha=1 / now)
+
+
+def _restart_at_master(content: dict[str, Any], shared: dict[int, dict[str, Tensor]]) -> None:
+    """Make a saved replica one that starts at the master, without momentum. Its piggyback is that of all replicas."""
+    for position, values in content["optimizer"]["state"].items():
+        for name, value in values.items():
+            values[name] = torch.zeros_like(value) if name.endswith("momentum_buffer") else shared[position]["master"]
+        content["weights"][position] = shared[position]["master"]
+
+
+def _parameters(optimizer: ParleBase, replica: int) -> list[nn.Parameter]:
+    groups = [group for group in optimizer.param_groups if group["replica"] == replica]
+    return [parameter for group in groups for parameter in group["params"]]
+
+
+def _buffers(network: nn.Module) -> dict[str, Tensor]:
+    return dict((network.module if isinstance(network, nn.DataParallel) else network).named_buffers())
+
+
+def _load_buffers(network: nn.Module, saved: dict[str, Tensor]) -> None:
+    for name, buffer in _buffers(network).items():
+        if saved[name].shape != buffer.shape:
+            raise ValueError(f"{name} has another shape")
+        buffer.copy_(saved[name])
 
 
 def _replica_file(number: int) -> str:
@@ -227,11 +304,11 @@ def _buffers_file(number: int, rank_in_replica: int) -> str:
     return f"buffers-{number}-{rank_in_replica}.pt"
 
 
-def _write(path: Path, content: dict[str, Tensor]) -> str:
+def _write(path: Path, content: dict[Any, Any]) -> str:
     """Write tensors to disk and return the file's checksum, read back from what was written."""
     with open(path, "wb") as file:
         try:
-            torch.save({name: tensor.cpu() for name, tensor in content.items()}, file)
+            torch.save(content, file)
         except RuntimeError as error:  # torch raises it for a full disk
             raise OSError(f"{path} could not be written; is the disk full? ({error})") from error
         file.flush()
@@ -255,12 +332,12 @@ def _fsync_directory(folder: Path) -> None:
         os.close(handle)
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def _read(path: Path) -> dict[Any, Any]:
     try:
         with warnings.catch_warnings(action="ignore"):  # torch warns about what it then rejects
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-            raise ValueError("it is not a dictionary of tensors")
+        if not isinstance(content, dict):
+            raise ValueError("it is not a dictionary")
         return content
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"{path} is damaged ({' '.join(str(error).split())[:200]})") from error

@@ -6,14 +6,13 @@ Importing this module does not start MPI.
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from mpi4py import MPI
     from torch import Tensor
 
-timeout = math.inf  # seconds that a rank waits for the others; must be the same on every rank
 TIMEOUT_TAG = 4711  # MPI tag of the message by which a rank that timed out notifies the others
 POLL_SECONDS = 2e-4  # between tests of a pending request: 5 % of a core; a longer sleep would delay large messages
 
@@ -26,6 +25,20 @@ class CollectiveTimeout(RuntimeError):
     """Some rank has not reached a collective call within the time limit."""
 
 
+def difference(settings: Sequence[Mapping[str, Any]], holder: str = "rank") -> str | None:
+    """Return the first setting that differs and its values, as a clause; None if all are equal.
+
+    Args:
+        settings: those of each `holder`, which have the same names.
+    """
+    first, *others = settings
+    for number, theirs in enumerate(others, start=1):
+        for name, value in first.items():
+            if theirs[name] != value:
+                return f"{name} is {value} on {holder} 0 and {theirs[name]} on {holder} {number}"
+    return None
+
+
 class Group:
     """The processes that share a piece of work; this base class is a group of one. All methods are collective."""
 
@@ -34,8 +47,8 @@ class Group:
     def all_reduce(self, tensor: "Tensor") -> None:
         """Sum a tensor in host memory over the group, in place."""
 
-    def broadcast(self, tensor: "Tensor") -> None:
-        """Overwrite a contiguous tensor in host memory with its values on rank 0."""
+    def broadcast(self, tensor: "Tensor", root: int = 0) -> None:
+        """Overwrite a contiguous tensor in host memory with its values on rank `root`."""
 
     def all_gather(self, value: Any) -> list[Any]:
         """Return the small object `value` of every rank, in rank order."""
@@ -47,13 +60,9 @@ class Group:
 
     def check_consistent(self, settings: Mapping[str, Any]) -> None:
         """Check that all ranks have the same settings. Raises: SettingsMismatch, on every rank."""
-        first, *others = self.all_gather(dict(settings))
-        for rank, theirs in enumerate(others, start=1):
-            for name, value in first.items():
-                if theirs[name] != value:
-                    raise SettingsMismatch(
-                        f"{name} is {value} on rank 0 and {theirs[name]} on rank {rank}: start every rank with the same"
-                    )
+        found = difference(self.all_gather(dict(settings)))
+        if found:
+            raise SettingsMismatch(f"{found}: start every rank with the same")
 
     def run_and_propagate_errors(
         self, action: Callable[[], Any], *errors: type[Exception], only_if: bool = True
@@ -75,33 +84,76 @@ class Group:
 
 
 class MPIGroup(Group):
-    """The ranks of an MPI communicator. Waiting ranks yield the core instead of spinning in MPI's own wait."""
+    """The ranks of an MPI communicator. Waiting ranks yield the core instead of spinning in MPI's own wait.
 
-    def __init__(self, comm: "MPI.Comm"):
+    Args:
+        timeout: seconds that a rank waits for the others; must be the same on every rank.
+        parent: the group that this one is a part of, whose ranks a rank that timed out notifies.
+    """
+
+    def __init__(self, comm: "MPI.Comm", timeout: float = math.inf, parent: "MPIGroup | None" = None):
         self.comm, self.rank, self.size = comm, comm.rank, comm.size
+        self.timeout, self.parent = timeout, parent
 
     def all_reduce(self, tensor: "Tensor") -> None:
         if self.size > 1:
             from mpi4py import MPI
 
-            wait_with_timeout(self.comm.Iallreduce(MPI.IN_PLACE, tensor))
+            self.wait(self.comm.Iallreduce(MPI.IN_PLACE, tensor))
 
-    def broadcast(self, tensor: "Tensor") -> None:
-        wait_with_timeout(self.comm.Ibcast(tensor))
+    def broadcast(self, tensor: "Tensor", root: int = 0) -> None:
+        self.wait(self.comm.Ibcast(tensor, root))
 
     def all_gather(self, value: Any) -> list[Any]:
-        wait_with_timeout(self.comm.Ibarrier())  # allgather itself would spin until the last rank arrives
+        self.wait(self.comm.Ibarrier())  # allgather itself would spin until the last rank arrives
         return self.comm.allgather(value)
 
+    def duplicate(self) -> "MPIGroup":
+        """Return a group of the same ranks whose messages cannot be mistaken for others'. `free` it."""
+        comm, request = self.comm.Idup()
+        self.wait(request)
+        return MPIGroup(comm, self.timeout)
+
     def split(self, color: int) -> "MPIGroup":
-        """Return the group of the ranks that pass the same `color`."""
-        return MPIGroup(self.comm.Split(color))
+        """Return the group of the ranks that pass the same `color`. `free` it."""
+        return MPIGroup(self.comm.Split(color), self.timeout, parent=self)
 
     def split_by_node(self) -> "MPIGroup":
         """Return the group of the ranks on this machine."""
         from mpi4py import MPI
 
-        return MPIGroup(self.comm.Split_type(MPI.COMM_TYPE_SHARED))
+        return MPIGroup(self.comm.Split_type(MPI.COMM_TYPE_SHARED), self.timeout, parent=self)
+
+    def free(self) -> None:
+        """Free the communicator, of which an MPI library has some 2,000, unless MPI has ended."""
+        from mpi4py import MPI
+
+        if not MPI.Is_finalized():
+            self.comm.Free()
+
+    def wait(self, request: "MPI.Request") -> None:
+        """Wait for `request`, polling with short sleeps: MPI's own wait spins on a core that another rank could use.
+
+        The first 5 ms only yield the core, since a message of a few MB arrives within milliseconds and even a sleep of
+        0 takes 50 µs. MPI advances multi-stage messages only inside calls such as Test.
+
+        Raises:
+            CollectiveTimeout: after `timeout` seconds, or when another rank timed out.
+        """
+        notices = (self.parent or self).comm
+        started = time.perf_counter()
+        while not request.Test():
+            waited = time.perf_counter() - started
+            if waited < 5e-3:
+                os.sched_yield()
+            else:
+                time.sleep(POLL_SECONDS)
+            if waited > 1 and self.timeout < math.inf and (waited > self.timeout or notices.Iprobe(tag=TIMEOUT_TAG)):
+                missing = ", ".join(f"rank {rank}" for rank in _missing_ranks(notices))
+                raise CollectiveTimeout(
+                    f"rank {notices.rank} waited {waited:.0f} s for {missing or 'ranks that wait in another call'}; "
+                    "if it is only slow, use a larger timeout"
+                )
 
 
 class Groups(NamedTuple):
@@ -111,41 +163,13 @@ class Groups(NamedTuple):
     world: Group = Group()  # all ranks
 
 
-def wait_with_timeout(request: "MPI.Request") -> None:
-    """Wait for `request`, polling with short sleeps: MPI's own wait spins on a core that another rank could use.
-
-    The first 5 ms only yield the core, since a message of a few MB arrives within milliseconds and even a sleep of 0
-    takes 50 µs. MPI advances multi-stage messages only inside calls such as Test.
-
-    Raises:
-        CollectiveTimeout: after `timeout` seconds, or when another rank timed out.
-    """
-    started = time.perf_counter()
-    while not request.Test():
-        waited = time.perf_counter() - started
-        if waited < 5e-3:
-            os.sched_yield()
-        else:
-            time.sleep(POLL_SECONDS)
-        if waited > 1 and timeout < math.inf and (waited > timeout or _world().Iprobe(tag=TIMEOUT_TAG)):
-            missing = ", ".join(f"rank {rank}" for rank in _missing_ranks()) or "ranks that wait in another call"
-            raise CollectiveTimeout(f"waited {waited:.0f} s for {missing}; if it is only slow, use a larger --timeout")
-
-
-def _world() -> "MPI.Comm":
-    from mpi4py import MPI
-
-    return MPI.COMM_WORLD
-
-
-def _missing_ranks() -> list[int]:
+def _missing_ranks(comm: "MPI.Comm") -> list[int]:
     """Return the ranks that are not waiting: those that send no notice within a second."""
-    world = _world()
-    others = set(range(world.size)) - {world.rank}
-    notices = [world.isend(None, dest=rank, tag=TIMEOUT_TAG) for rank in others]  # never completed: all ranks abort
+    others = set(range(comm.size)) - {comm.rank}
+    notices = [comm.isend(None, dest=rank, tag=TIMEOUT_TAG) for rank in others]  # never completed: all ranks abort
     deadline = time.perf_counter() + 1
     while others and time.perf_counter() < deadline:
-        others -= {rank for rank in others if world.iprobe(source=rank, tag=TIMEOUT_TAG)}
+        others -= {rank for rank in others if comm.iprobe(source=rank, tag=TIMEOUT_TAG)}
         time.sleep(1e-3)
     del notices
     return sorted(others)

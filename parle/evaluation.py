@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,7 +56,7 @@ def evaluate_running_stats(
 
     A replica uses its own running statistics, averaged over the ranks that share it; the master uses the mean of the
     replicas'. A replica with NaN in its statistics makes its error, the master's and the ensemble's NaN. A network
-    without batch norm gives no errors. Collective.
+    without running statistics gives no errors. Collective.
 
     Args:
         networks: the local replicas' networks by number.
@@ -153,48 +154,69 @@ def recalibrate_batch_norm(model: nn.Module, batches: Iterable[Tensor], group: G
     """Recompute batch-norm statistics as their mean over mini-batches of inputs, with dropout off. Collective.
 
     The statistics of averaged weights are not the average of the statistics. torch's update_bn leaves dropout on.
+    Draws no mini-batch for a model without running statistics. After an error the model is as before.
 
     Args:
         batches: this rank's mini-batches; the mean is over those of the whole group.
 
     Raises:
-        ValueError: there is no mini-batch.
+        ValueError: no rank has a mini-batch.
     """
     layers = _batch_norm_layers(model)
     if not layers:
         return
-    momenta = [layer.momentum for layer in layers]
-    was_training = [module.training for module in model.modules()]
-    model.eval()
-    for layer in layers:
-        layer.reset_running_stats()
-        layer.momentum = None  # a plain mean over the mini-batches
-        layer.train()
-    count = 0
-    for inputs in batches:
-        model(inputs)
-        count += 1
+    with _cumulative_statistics(model, layers):
+        count = 0
+        for inputs in batches:
+            model(inputs)
+            count += 1
 
-    statistics = running_stats(model)
-    sums = [value.cpu().double() * count for value in statistics]
-    message = torch.cat([*sums, torch.tensor([count], dtype=torch.float64)])
-    group.all_reduce(message)
-    if not message[-1]:
-        raise ValueError("recalibrate_batch_norm needs at least one mini-batch")
-    means = (message[:-1] / message[-1]).split([len(value) for value in statistics])
-    for value, mean in zip(statistics, means, strict=True):
-        value.copy_(mean)
-    for layer, momentum in zip(layers, momenta, strict=True):
-        layer.momentum = momentum
-        layer.num_batches_tracked.fill_(int(message[-1]))
-    for module, training in zip(model.modules(), was_training, strict=True):
-        module.training = training
+        statistics = running_stats(model)
+        sums = [value.cpu().double() * count for value in statistics]
+        message = torch.cat([*sums, torch.tensor([count], dtype=torch.float64)])
+        group.all_reduce(message)
+        if not message[-1]:
+            raise ValueError("recalibrate_batch_norm needs at least one mini-batch")
+        means = (message[:-1] / message[-1]).split([len(value) for value in statistics])
+        for value, mean in zip(statistics, means, strict=True):
+            value.copy_(mean)
+        for layer in layers:
+            layer.num_batches_tracked.fill_(int(message[-1]))
+
+
+@contextmanager
+def _cumulative_statistics(model: nn.Module, layers: Sequence[nn.Module]) -> Iterator[None]:
+    """Reset batch-norm layers and let only them train, so that their statistics become a plain mean over mini-batches.
+
+    Restores modes and momenta at the end and, after an error, the statistics.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    momenta = [layer.momentum for layer in layers]
+    saved = [(buffer, buffer.clone()) for layer in layers for buffer in layer.buffers(recurse=False)]
+    try:
+        model.eval()
+        for layer in layers:
+            layer.reset_running_stats()
+            layer.momentum = None  # a plain mean instead of a moving average
+            layer.train()
+        yield
+    except BaseException:  # KeyboardInterrupt too
+        for buffer, value in saved:
+            buffer.copy_(value)
+        raise
+    finally:
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum
+        for module, training in modes:
+            module.training = training  # train() would change its children too
 
 
 def running_stats(model: nn.Module) -> list[Tensor]:
-    """Return the running mean and variance of every batch-norm layer; not copies."""
+    """Return the running mean and variance of every batch-norm layer that has them; not copies."""
     return [value for layer in _batch_norm_layers(model) for value in (layer.running_mean, layer.running_var)]
 
 
 def _batch_norm_layers(model: nn.Module) -> list[nn.Module]:
-    return [layer for layer in model.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+    """Return the batch-norm layers with running statistics; those with track_running_stats=False have none."""
+    layers = (layer for layer in model.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm))
+    return [layer for layer in layers if layer.running_mean is not None]

@@ -1,7 +1,7 @@
 """Faults for the tests of fault tolerance: PARLE_FAULT=KIND:REPLICA:ROUND takes effect as that round begins.
 
 raise    raise an exception      kill     SIGKILL, as when memory runs out
-hang     sleep forever           nan      fill the replica's weights with NaN
+hang     sleep forever           nan      fill the replica's gradient with NaN
 """
 
 import os
@@ -34,6 +34,10 @@ def inject_fault(optimizer: ParleBase, replicas: list[int]) -> None:
         if kind == "hang":
             time.sleep(1e6)
         if kind == "nan":
-            optimizer.vectors[replicas.index(int(replica))]["weights"].fill_(float("nan"))
+            local = list(dict.fromkeys(group["replica"] for group in optimizer.param_groups))
+            number = local[replicas.index(int(replica))]
+            for group in optimizer.param_groups:
+                for parameter in group["params"] if group["replica"] == number else ():
+                    parameter.grad.fill_(float("nan"))
 
     optimizer.register_step_pre_hook(fault)

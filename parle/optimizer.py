@@ -1,13 +1,17 @@
 """ParleBase: the torch.optim API over flat vectors, shared by both Parle classes. Subclasses add communication.
 
-A subclass defines `_average_replicas`, over all replicas, and may define `_average_gradient`, over the processes that
-share one replica.
+A subclass defines `_sum_over_replicas` and `_compare_settings`, over all replicas, and may define `_average_gradient`
+and `_broadcast`, over the processes that share a replica and over all of them.
 """
 
 import abc
+import contextlib
 import math
 import numbers
-from collections.abc import Callable, Iterable
+import re
+import warnings
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -15,9 +19,11 @@ from torch import Tensor, nn
 
 from parle.algorithm import COUPLING_MAX, GAMMA_MAX, inner_step, outer_step, scoped, steps_per_round
 
-PIGGYBACK_SIZE = 5  # floats that the caller may append to the weights in each round's message
-# They are followed by the fraction of the replicas that are finite and by one float for the subclass.
-MESSAGE_TAIL = PIGGYBACK_SIZE + 2
+ALIGNMENT = 16  # bytes: what vector instructions and CUDA's kernels want
+# The end of each message: floats of the caller, a count of replicas that something else has changed, and for every
+# sender (a rank, or a replica of this process) the checksum of its settings, negative if it is not finite
+PIGGYBACK_SIZE = 5
+PIGGYBACK, CHANGED, SENDERS = slice(PIGGYBACK_SIZE), PIGGYBACK_SIZE, slice(PIGGYBACK_SIZE + 1, None)
 
 
 class GroupVectors(NamedTuple):
@@ -34,6 +40,7 @@ class GroupVectors(NamedTuple):
     outer_momentum: Tensor | None
     anchor: Tensor | None
     inner_avg: Tensor | None
+    replica_mean: Tensor  # z after a synchronization; a device's replicas share it
     master: Tensor | None
     master_momentum: Tensor | None
 
@@ -41,20 +48,33 @@ class GroupVectors(NamedTuple):
 class FlatReplica:
     """The flat vectors of one replica, each (P,), on its device. Its parameters become views into `weights`.
 
-    Views keep the strides of their parameter, channels_last included. P counts the trainable parameters.
+    P counts the trainable parameters and the zeros that fill up each one to a multiple of 16 bytes. Views keep the
+    strides of their parameter, channels_last included.
+
+    Args:
+        num_senders: length of the message's last part.
     """
 
-    def __init__(self, parameters: list[nn.Parameter], has_inner_loop: bool):
+    def __init__(
+        self, parameters: list[nn.Parameter], buffers: Iterable[Tensor], has_inner_loop: bool, num_senders: int
+    ):
         self.parameters = _trainable(parameters)
         self.frozen = [parameter for parameter in parameters if not parameter.requires_grad]
+        self.buffers = list(buffers)
         self.strides = [_dense_strides(parameter) for parameter in self.parameters]
-        size, like = sum(parameter.numel() for parameter in self.parameters), self.parameters[0]
-        self.weights = torch.empty(size, dtype=like.dtype, device=like.device)
-        self.piggyback = torch.zeros(PIGGYBACK_SIZE, dtype=like.dtype, device=like.device)
+        like = self.parameters[0]
+        self.weights = like.new_zeros(sum(_padded_size([parameter]) for parameter in self.parameters))
+        self.piggyback = like.new_zeros(PIGGYBACK_SIZE)
+        # The memory of the gradient carries the message: a synchronization needs no gradient
+        self.message = like.new_zeros(len(self.weights) + PIGGYBACK_SIZE + 1 + num_senders)
+        self.gradient, self.tail = self.message[: len(self.weights)], self.message[len(self.weights) :]
+        self.gradient_views = self.views(self.gradient)
         for parameter, view in zip(self.parameters, self.views(self.weights), strict=True):
             view.copy_(parameter)
             parameter.data = view  # no other way to move a parameter's storage keeps modules and autograd attached
         self.addresses = [parameter.data_ptr() for parameter in self.parameters]
+        self.has_gradient = True  # of any parameter, since the round started
+        self.is_changed = like.new_zeros(())  # 1 if something else changed the weights before the round started
 
         # keyed by the names that state_dict uses for each parameter
         self.state = {"inner_momentum_buffer": torch.zeros_like(self.weights)}
@@ -68,17 +88,26 @@ class FlatReplica:
     def device(self) -> torch.device:
         return self.weights.device
 
-    def use_message(self, message: Tensor) -> None:
-        """Use the start of `message`, (P + MESSAGE_TAIL,), as the gradient. All replicas of this device share it."""
-        self.message, self.gradient = message, message[: len(self.weights)]
-        self.gradient_views = self.views(self.gradient)
+    @property
+    def own_state(self) -> dict[str, Tensor]:
+        """The state without the master's."""
+        return {name: vector for name, vector in self.state.items() if not name.startswith("master")}
+
+    @property
+    def replicated_tensors(self) -> list[Tensor]:
+        """What all replicas start with: weights, frozen parameters and buffers."""
+        return [self.weights, *self.frozen, *self.buffers]
 
     def views(self, vector: Tensor) -> list[Tensor]:
-        """Return `vector` as tensors with the shapes and strides of the parameters."""
+        """Return `vector` as tensors with the shapes and strides of the parameters.
+
+        Each has a storage of its own over the same memory. Otherwise safetensors, pickle and others would take them for
+        shared tensors, and save them together, many times or not at all.
+        """
         views, start = [], vector.storage_offset()
         for parameter, strides in zip(self.parameters, self.strides, strict=True):
-            views.append(vector.as_strided(parameter.shape, strides, start))
-            start += parameter.numel()
+            views.append(torch.from_dlpack(vector.as_strided(parameter.shape, strides, start)))
+            start += _padded_size([parameter])
         return views
 
     def check_parameters(self) -> None:
@@ -87,6 +116,10 @@ class FlatReplica:
             raise RuntimeError("A parameter no longer shares the optimizer's memory: build Parle after model.to(...)")
         if any(parameter.grad is not None for parameter in self.frozen):
             raise RuntimeError("A parameter that was frozen when Parle was built now has a gradient: build a new Parle")
+        if not all(parameter.requires_grad for parameter in self.parameters):
+            raise RuntimeError(
+                "A parameter was frozen after Parle was built, which would still move it: build a new one"
+            )
 
     def collect_gradient(self) -> None:
         """Copy the parameters' gradients into `gradient`. None counts as zero: every rank sends the same message."""
@@ -97,8 +130,36 @@ class FlatReplica:
         ]
         if len(pairs) < len(self.parameters):
             self.gradient.zero_()
-        if pairs:
+        if not pairs:
+            return
+        self.has_gradient = True
+        try:
             torch._foreach_copy_(*zip(*pairs, strict=True))  # one call takes half the time of one call per tensor
+        except RuntimeError as error:
+            if any(gradient.layout != torch.strided for _, gradient in pairs):
+                raise RuntimeError(
+                    "Parle needs dense gradients, not sparse ones: use nn.Embedding(..., sparse=False)"
+                ) from error
+            raise
+
+    def return_gradient(self) -> None:
+        """Copy `gradient` into the parameters' gradients."""
+        for parameter, view in zip(self.parameters, self.gradient_views, strict=True):
+            if parameter.grad is None:
+                parameter.grad = view.clone()
+            else:
+                parameter.grad.copy_(view)
+
+    def write_message(self, average: Tensor, sender: int, checksum: int) -> None:
+        """Write `average`, (P,), and the piggyback into the message, or zeros if they are not finite."""
+        # a finite sum proves that every element is finite, with a single read of the vector
+        is_finite = (average.sum() + self.piggyback.sum()).isfinite()
+        zero = average.new_zeros(())
+        torch.where(is_finite, average, zero, out=self.gradient)
+        self.tail.zero_()
+        self.tail[PIGGYBACK] = torch.where(is_finite, self.piggyback, zero)
+        self.tail[CHANGED] = torch.where(is_finite, self.is_changed, zero)
+        self.tail[SENDERS][sender] = torch.where(is_finite, checksum, -checksum)
 
 
 class ParleBase(torch.optim.Optimizer, abc.ABC):
@@ -117,6 +178,7 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
     Args:
         params: as for any torch optimizer; the parameters of one replica are float32 (or all float64) on one device.
         num_replicas: n, including the replicas that live in other processes.
+        buffers: by replica, the buffers that must start identical.
         lr: step size of the inner and the outer update.
         momentum: Nesterov momentum of the inner update.
         weight_decay: L2 penalty, in the inner update only.
@@ -126,7 +188,7 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
         alpha: weight of the previous value in the running average z^a; 0 makes z^a the last iterate.
         outer_lr_scale: step size of the outer update in units of lr. Unused, like alpha and gamma, where L = 1. On
             average the outer update is a step of s lr (1 + c_k) toward z. Training may diverge while this exceeds
-            (2 + 2 μ') / (1 + 2 μ'); c_k grows up to 10.
+            (2 + 2 μ') / (1 + 2 μ'), of which a warning is given; c_k grows up to 10.
         outer_momentum: Nesterov momentum of the outer update; default: `momentum`.
         batches_per_epoch: mini-batches in one pass over the data; sets how fast gamma and rho grow.
 
@@ -135,11 +197,14 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
     """
 
     sync_seconds: float  # spent communicating, including waiting for other ranks
+    ranks_per_replica, rank_in_replica = 1, 0
+    replica_number = 0  # of groups that do not name their replica
 
     def __init__(
         self,
         params: Iterable[Any],
         num_replicas: int,
+        buffers: Mapping[int, Iterable[Tensor]],
         *,
         lr: float,
         momentum: float = 0.9,
@@ -155,49 +220,71 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
         self.num_replicas = num_replicas
         rates = dict(lr=lr, momentum=momentum, weight_decay=weight_decay)
         outer = dict(alpha=alpha, outer_lr_scale=outer_lr_scale, outer_momentum=outer_momentum)
-        coupling = dict(sync_every=sync_every, gamma=gamma, rho=rho, batches_per_epoch=batches_per_epoch, replica=0)
+        coupling = dict(sync_every=sync_every, gamma=gamma, rho=rho, batches_per_epoch=batches_per_epoch)
+        coupling |= dict(replica=self.replica_number)
         counters = dict(rounds_done=0, step_in_round=0, steps_per_round=0, gamma_k=0.0, coupling_k=0.0)
         super().__init__(params, rates | outer | coupling | counters)
 
-        sync_every, _ = self._shared("sync_every"), self._shared("batches_per_epoch")
-        has_inner_loop = sync_every != 1
+        _check_shared(self.param_groups)
+        self._kind = _kind(sync_every)
         _check_replicas_match(self.param_groups)
         owned: dict[int, list[nn.Parameter]] = {}
         for group in self.param_groups:
             owned.setdefault(group["replica"], []).extend(group["params"])
         for parameters in owned.values():
-            _check_parameters(_trainable(parameters))
+            _check_parameters(parameters)
+        self._params_built_from = [list(group["params"]) for group in self.param_groups]
+        self.nonfinite_replicas: list[int] = []
+        self._unread_flags: tuple[Tensor, torch.Event] | None = (
+            None  # the flags of the last sync, on their way to the host
+        )
+        self._is_first_step, self._gradients_are_averaged, self._holds_master = True, False, False
+        self._warned: set[str] = set()
         with torch.no_grad():
-            self._replicas = {a: FlatReplica(parameters, has_inner_loop) for a, parameters in owned.items()}
+            self._replicas = {
+                number: FlatReplica(parameters, buffers.get(number, ()), self._kind != 1, self._num_senders)
+                for number, parameters in owned.items()
+            }
             self._home = next(iter(self._replicas.values()))  # its device holds the master
-            self._messages: dict[torch.device, Tensor] = {}  # of each device, (P + MESSAGE_TAIL,)
+            self._messages: dict[torch.device, Tensor] = {}  # of each device: that of its first replica
             self._masters: dict[torch.device, Tensor] = {}  # other devices need one only where L may be 1
             for replica in self._replicas.values():
                 if replica.device not in self._messages:
-                    self._messages[replica.device] = replica.weights.new_zeros(len(replica.weights) + MESSAGE_TAIL)
-                    if replica is self._home or sync_every in (1, "auto"):
+                    self._messages[replica.device] = replica.message
+                    if replica is self._home or self._kind in (1, "auto"):
                         self._masters[replica.device] = torch.empty_like(replica.weights)
-                replica.use_message(self._messages[replica.device])
             self._home.state["master"] = self._masters[self._home.device]
-            if has_inner_loop:
+            if self._kind != 1:
                 self._home.state["master_momentum_buffer"] = torch.zeros_like(self._home.weights)
-            self._broadcast_initial()
-        self.nonfinite_replicas: list[int] = []
         self._split_into_groups()
-        self._link_state()
+        for replica in self._replicas.values():  # expose the flat vectors parameter by parameter
+            for name, vector in replica.state.items():
+                for parameter, view in zip(replica.parameters, replica.views(vector), strict=True):
+                    self.state[parameter][name] = view
 
     # Communication, defined by the subclass
+
+    @abc.abstractmethod
+    def _sum_over_replicas(self) -> None:
+        """Replace each of `_messages`, the sum over the replicas of its device, by the sum over all senders.
+
+        With one replica, which is its own mean, only the message's tail counts.
+        """
+
+    @abc.abstractmethod
+    def _compare_settings(self) -> None:
+        """Check that all replicas have the same settings and counters. Collective. Raises: RuntimeError."""
 
     def _average_gradient(self, replica: FlatReplica) -> None:
         """Average `replica.gradient` over the processes that share this replica, in place."""
 
-    @abc.abstractmethod
-    def _average_replicas(self) -> None:
-        """Replace each of `_messages`, the sum over the replicas of its device, by the mean over all replicas."""
+    def _broadcast(self, number: int) -> FlatReplica:
+        """Return a local replica with the parameters and buffers of replica `number`."""
+        return self._replicas[number]
 
-    def _union_over_processes(self, replicas: list[int]) -> list[int]:
-        """Return the replica numbers that any process passes, on every process."""
-        return replicas
+    def _any_process(self, flag: bool) -> bool:
+        """Return whether any process passes True."""
+        return flag
 
     # The algorithm
 
@@ -206,16 +293,23 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
         """Update every replica from its gradient; every L-th call ends the round with `sync()`.
 
         Every rank must make the same number of calls. Returns the value of `closure`, if given.
+
+        Raises:
+            RuntimeError: parameters, settings or weights were changed in a way that cannot be followed.
         """
+        self._check_weights_in_place()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._is_first_step:
+            self._start()
         if self.step_in_round == 0:
             self._begin_round()
         for replica in self._replicas.values():
             replica.collect_gradient()
-            self._average_gradient(replica)
+            if not self._gradients_are_averaged:
+                self._average_gradient(replica)
             for vectors in replica.groups:
                 group = self.param_groups[vectors.group]
                 single_step = group["steps_per_round"] == 1
@@ -232,13 +326,59 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
                 if not single_step:
                     vectors.inner_avg.lerp_(vectors.weights, 1 - group["alpha"])
                 group["step_in_round"] += 1
+            torch.autograd.graph.increment_version(replica.parameters)  # as if each had been updated in place
+        self._gradients_are_averaged = False
         if self.step_in_round == self.param_groups[0]["steps_per_round"]:
             self.sync()
         return loss
 
+    @torch.no_grad()
+    def average_gradients(self) -> None:
+        """Average the parameters' gradients over the ranks that share a replica. Collective.
+
+        `step()` does it unless this was called since. Call it after the last backward pass and before anything that
+        reads gradients, such as clipping. It does nothing where each replica has one rank.
+        """
+        self._check_weights_in_place()
+        if self.ranks_per_replica > 1:
+            for replica in self._replicas.values():
+                replica.collect_gradient()
+                self._average_gradient(replica)
+                replica.return_gradient()
+            self._gradients_are_averaged = True
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self._gradients_are_averaged = False
+        super().zero_grad(set_to_none)
+
+    def _start(self) -> None:
+        """Check before the first step that all ranks have the same settings, and adopt weights loaded since then."""
+        self._compare_settings()
+        self._is_first_step = False
+        if self.rounds_done or self.step_in_round:  # a state was loaded
+            return
+        is_changed = any(
+            not torch.equal(replica.weights, replica.state.get("anchor", self._masters.get(replica.device)))
+            for replica in self._replicas.values()
+        )
+        if self._any_process(is_changed):
+            warnings.warn(
+                "The weights were changed after Parle was built: all replicas start from those of replica 0. Load "
+                "weights before building Parle, or call reset()",
+                stacklevel=3,
+            )
+            self.reset()
+
     def _begin_round(self) -> None:
-        for replica in self._replicas.values():
+        self._check_groups()
+        for number, replica in self._replicas.items():
             replica.check_parameters()  # 50 µs of LeNet's 13 ms, so at both ends of a round instead of every step
+            if not replica.has_gradient:
+                self._warn_once(
+                    f"No parameter of replica {number} had a gradient in a whole round. If they were replaced, as by "
+                    "load_state_dict(assign=True), or frozen, build Parle afterwards"
+                )
+            replica.has_gradient = False
         first = self.param_groups[0]
         for group in self.param_groups:
             k, nb = group["rounds_done"], group["batches_per_epoch"]
@@ -247,11 +387,17 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
             group["coupling_k"] = scoped(
                 group["rho"] * group["steps_per_round"] * self.num_replicas, k, nb, COUPLING_MAX
             )
-        if first["steps_per_round"] > 1:
-            for replica in self._replicas.values():
-                replica.state["anchor"].copy_(replica.weights)
-                replica.state["inner_avg"].copy_(replica.weights)
-        elif first["sync_every"] == "auto":  # after a longer round only the home device has the master
+            outer_step_size = group["outer_lr_scale"] * group["lr"] * (1 + group["coupling_k"])
+            limit = (2 + 2 * group["outer_momentum"]) / (1 + 2 * group["outer_momentum"])
+            if group["steps_per_round"] > 1 and outer_step_size > limit:
+                self._warn_once(
+                    f"Training may diverge: the outer step, outer_lr_scale * lr * (1 + coupling_k), is "
+                    f"{outer_step_size:.3g}, and stable below {limit:.3g}: use a lower lr, outer_lr_scale or rho"
+                )
+        for replica in self._replicas.values() if self._kind != 1 else ():
+            replica.is_changed.copy_((replica.weights != replica.state["anchor"]).any())
+            replica.state["inner_avg"].copy_(replica.weights)
+        if self._kind == "auto" and first["steps_per_round"] == 1:  # after a longer round only the home device has it
             self._share_master()
 
     @torch.no_grad()
@@ -262,42 +408,39 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
         rank. It does nothing if there was no step since the last call.
 
         A replica whose weights or piggyback are not finite is left out of the mean, restarts from the master and is
-        listed in `nonfinite_replicas`.
+        listed in `nonfinite_replicas`. Accelerators do this, and raise errors, one sync later: by then their flags have
+        reached the host, which never waits for them.
 
         Raises:
             FloatingPointError: no replica is finite, or their mean is not.
+            RuntimeError: settings or counters differ between replicas, or weights were changed between two rounds.
         """
         if self.step_in_round == 0:
             return
+        self._check_weights_in_place()
         single_step = self.param_groups[0]["steps_per_round"] == 1
         for replica in self._replicas.values() if not single_step else ():
             replica.check_parameters()
-        for message in self._messages.values():
-            message.zero_()
-        nonfinite = []
+        nonfinite = self._read_flags()
+        self._restart(nonfinite)
         for number, replica in self._replicas.items():
             average = replica.weights if single_step else replica.state["inner_avg"]
-            # a finite sum proves that every element is finite, with a single read of the vector
-            if not (average.sum() + replica.piggyback.sum()).isfinite():
-                nonfinite.append(number)
-                continue
-            replica.gradient.add_(average)
-            replica.message[-MESSAGE_TAIL:-2].add_(replica.piggyback)
-            replica.message[-2] += 1
-        self._average_replicas()
-        finite_fraction = float(self._home.message[-2])
-        self.nonfinite_replicas = [] if finite_fraction == 1 else self._union_over_processes(nonfinite)
-        if not finite_fraction:
-            raise FloatingPointError(
-                f"all replicas are NaN or infinite after round {self.rounds_done + 1}: use a lower lr"
-            )
-        if self.nonfinite_replicas:
-            for message in self._messages.values():
-                message[:-1].div_(finite_fraction)  # the mean over the finite replicas
+            sender = number * self.ranks_per_replica + self.rank_in_replica
+            replica.write_message(average, sender, self._checksum(number))
+        self._sum()
+        on_cpu = self._home.device.type == "cpu"
+        if on_cpu:
+            nonfinite = self._check_tail(self._home.tail)
+        for message in self._messages.values():
+            vector, tail = self._split_message(message)
+            num_finite = (tail[SENDERS] > 0).sum()
+            tail[PIGGYBACK].div_(num_finite)
+            if self.num_replicas > 1:
+                vector.div_(num_finite)
         for replica in self._replicas.values():
-            replica.piggyback.copy_(replica.message[-MESSAGE_TAIL:-2])
+            replica.piggyback.copy_(self._split_message(self._messages[replica.device])[1][PIGGYBACK])
             for vectors in replica.groups:
-                group, mean = self.param_groups[vectors.group], vectors.gradient
+                group, mean = self.param_groups[vectors.group], vectors.replica_mean
                 outer = dict(
                     coupling=group["coupling_k"],
                     lr=group["outer_lr_scale"] * group["lr"],
@@ -308,53 +451,135 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
                     vectors.weights.copy_(vectors.anchor)
                     if replica is self._home:
                         outer_step(vectors.master, mean, mean, vectors.master_momentum, **outer)
+                elif vectors.anchor is not None:
+                    vectors.anchor.copy_(vectors.weights)
                 group["rounds_done"] += 1
                 group["step_in_round"] = 0
+            torch.autograd.graph.increment_version(replica.parameters)
         if single_step:
             for device, master in self._masters.items():
-                master.copy_(self._messages[device][: len(master)])
-        if not self.master.sum().isfinite():
+                master.copy_(self._split_message(self._messages[device])[0])
+        if on_cpu:
+            self._check_master(self._master.sum())
+            self._restart(nonfinite)
+        else:
+            flags = torch.cat([self._home.tail, self._master.sum().reshape(1)]).to("cpu", non_blocking=True)
+            event = torch.Event(self._home.device)
+            event.record(torch.accelerator.current_stream(self._home.device))
+            self._unread_flags = flags, event
+        self.nonfinite_replicas = nonfinite
+
+    def _sum(self) -> None:
+        """Add up the messages of all replicas, on each device and then over all of them."""
+        for replica in self._replicas.values():
+            message = self._messages[replica.device]
+            if replica.message is not message:
+                message.add_(replica.message)
+        self._sum_over_replicas()
+
+    def _split_message(self, message: Tensor) -> tuple[Tensor, Tensor]:
+        return message[: len(self._home.weights)], message[len(self._home.weights) :]
+
+    def _checksum(self, number: int) -> int:
+        """Return a checksum of a replica's settings and counters that float32 holds exactly; not 0."""
+        return zlib.crc32(repr(self._settings(number)).encode()) % 2**22 + 1
+
+    def _settings(self, number: int) -> dict[str, str]:
+        """Return the settings and counters of a replica's groups, rounded: schedules differ in the last digit."""
+        return {
+            f"{name} of group {index}": group[name] if group[name] == "auto" else f"{float(group[name]):.6g}"
+            for index, group in enumerate(self._groups_of(number))
+            for name in self.defaults
+            if name != "replica"
+        }
+
+    def _read_flags(self) -> list[int]:
+        """Return the replicas that were not finite at the last sync, if that is not known yet. Raises: as `sync`."""
+        if self._unread_flags is None:
+            return []
+        flags, event = self._unread_flags
+        self._unread_flags = None
+        event.synchronize()
+        nonfinite = self._check_tail(flags[:-1])
+        self._check_master(flags[-1])
+        return nonfinite
+
+    def _check_tail(self, tail: Tensor) -> list[int]:
+        """Return the replicas that are not finite, from the tail of the summed message. Raises: as `sync`."""
+        senders, num_changed = tail[SENDERS], int(tail[CHANGED])
+        if (senders.abs() != senders[0].abs()).any():
+            self._compare_settings()
+            raise RuntimeError(f"Settings differed between replicas in round {self.rounds_done + 1}")
+        if num_changed:
+            raise RuntimeError(
+                f"The weights of {num_changed} of {len(senders)} replicas or ranks were changed between two rounds, so "
+                "they no longer start at their anchor: call reset() after loading weights, and clip or project them "
+                "only while step_in_round > 0"
+            )
+        nonfinite = sorted({int(sender) // self.ranks_per_replica for sender in (senders < 0).nonzero()})
+        if len(nonfinite) == self.num_replicas:
+            raise FloatingPointError(
+                f"all replicas are NaN or infinite after round {self.rounds_done + 1}: use a lower lr"
+            )
+        return nonfinite
+
+    def _check_master(self, total: Tensor) -> None:
+        if not total.isfinite():
             raise FloatingPointError(f"the master is NaN or infinite after round {self.rounds_done}: use a lower lr")
-        for number in nonfinite:
-            self._restart(self._replicas[number])
 
-    def _restart(self, replica: FlatReplica) -> None:
-        """Restart a replica from the master, with zero momentum."""
-        for vector in replica.state.values():
-            if vector is not self.master and vector is not self._home.state.get("master_momentum_buffer"):
+    def _restart(self, nonfinite: list[int]) -> None:
+        """Restart replicas without momentum from the mean of the other anchors, which becomes the master."""
+        restarted = [self._replicas[number] for number in nonfinite if number in self._replicas]
+        for replica in restarted:
+            for vector in replica.own_state.values():
                 vector.zero_()
-        for vector in (replica.weights, *(replica.state[n] for n in ("anchor", "inner_avg") if n in replica.state)):
-            vector.copy_(self.master)
+        if nonfinite and self._kind != 1:
+            self._average("anchor", self.num_replicas - len(nonfinite), self._master)
+            self._average("outer_momentum_buffer", self.num_replicas, self._home.state["master_momentum_buffer"])
+        for replica in restarted:
+            for vector in (replica.weights, *map(replica.state.get, {"anchor", "inner_avg"} & replica.state.keys())):
+                vector.copy_(self._master)
+            replica.is_changed.zero_()
+            torch.autograd.graph.increment_version(replica.parameters)
 
-    # Contents of a checkpoint
+    def _average(self, name: str, num_replicas: int, mean: Tensor) -> None:
+        """Set `mean`, (P,), to the mean of a state over this number of replicas, by an additional message."""
+        for replica in self._replicas.values():
+            replica.message.zero_()
+            replica.gradient.copy_(replica.state[name])
+        self._sum()
+        torch.div(self._home.gradient, num_replicas * self.ranks_per_replica, out=mean)
 
-    @property
-    def vectors(self) -> list[dict[str, Tensor]]:
-        """The flat vectors and the piggyback of each local replica, by name; not copies."""
-        own = ("inner_momentum_buffer", "outer_momentum_buffer", "anchor", "inner_avg")
-        return [
-            dict(weights=replica.weights, piggyback=replica.piggyback)
-            | {name: replica.state[name] for name in own if name in replica.state}
-            for replica in self._replicas.values()
-        ]
+    @torch.no_grad()
+    def reset(self, from_replica: int = 0) -> None:
+        """Make the present weights of one replica those of all replicas, anchors and the master. Collective.
 
-    @property
-    def shared(self) -> dict[str, Tensor]:
-        """The master and its momentum; not copies."""
-        names = ("master", "master_momentum_buffer")
-        return {name: self._home.state[name] for name in names if name in self._home.state}
+        Call it on every rank after loading weights. Frozen parameters and buffers are copied too. All momentum is zero
+        afterwards, and the current round starts again; `rounds_done` stays, and with it γ_k and c_k.
 
-    @property
-    def counters(self) -> dict[str, float]:
-        """Counters and scheduled values of the groups. Set it after `vectors` and `shared`."""
-        names = ("rounds_done", "step_in_round", "steps_per_round", "gamma_k", "coupling_k", "lr")
-        return {name: self.param_groups[0][name] for name in names}
-
-    @counters.setter
-    def counters(self, values: dict[str, float]) -> None:
-        for group in self.param_groups:
-            group.update(values)
+        Raises:
+            ValueError: there is no such replica.
+        """
+        if from_replica not in range(self.num_replicas):
+            raise ValueError(f"Invalid from_replica value: {from_replica}, for {self.num_replicas} replicas")
+        self._check_weights_in_place()
+        for replica in self._replicas.values():
+            replica.check_parameters()
+        source = self._broadcast(from_replica)
+        for replica in self._replicas.values():
+            if replica is not source:
+                for target, tensor in zip(replica.replicated_tensors, source.replicated_tensors, strict=True):
+                    target.copy_(tensor)
+            for name, vector in replica.state.items():
+                if name.endswith("momentum_buffer"):
+                    vector.zero_()
+                else:
+                    vector.copy_(source.weights)
+            replica.is_changed.zero_()
+            torch.autograd.graph.increment_version(replica.parameters)
         self._share_master()
+        for group in self.param_groups:
+            group["step_in_round"] = 0
 
     # Read access
 
@@ -369,8 +594,11 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
 
     @property
     def master(self) -> Tensor:
-        """The mean of the anchors as of the last sync: (P,), the trainable parameters in group order."""
-        return self._home.state["master"]
+        """A copy of the mean of the anchors as of the last sync, (P,), as torch's `parameters_to_vector` arranges it.
+
+        It has the trainable parameters in group order.
+        """
+        return torch.cat([view.reshape(-1) for view in self._home.views(self._master)])
 
     @property
     def piggyback(self) -> list[Tensor]:
@@ -383,12 +611,14 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
 
         Between rounds y is the anchor.
         """
-        masters = {replica.device: self.master.to(replica.device) for replica in self._replicas.values()}
+        masters = {replica.device: self._master.to(replica.device) for replica in self._replicas.values()}
         pairs = ((replica.weights, masters[replica.device]) for replica in self._replicas.values())
         return [(weights - master).norm() / master.norm() for weights, master in pairs]
 
     def copy_master_to(self, target: nn.Module | Iterable[Tensor]) -> None:
         """Copy the master into an evaluation model. The caller recomputes batch-norm statistics.
+
+        Warns if there were steps since the last sync, which the master does not contain.
 
         Args:
             target: a model like the replicas, or its parameters in the optimizer's order. A model is enough if Parle
@@ -397,38 +627,87 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
         Raises:
             ValueError: the target's parameters do not match.
         """
-        self._copy_to(target, self._home, self.master)
+        self._warn_if_not_synchronized()
+        self._copy_to(target, self._home, self._master)
 
-    def copy_replica_to(self, target: nn.Module | Iterable[Tensor], replica: int = 0) -> None:
-        """Copy the weights of replica number `replica` into a model, as `copy_master_to` does with the master."""
-        self._copy_to(target, self._replicas[replica], self._replicas[replica].weights)
+    def copy_replica_to(self, target: nn.Module | Iterable[Tensor], index: int = 0) -> None:
+        """Copy the weights of this process's replica `index` into a model, as `copy_master_to` does with the master."""
+        replica = list(self._replicas.values())[index]
+        self._copy_to(target, replica, replica.weights)
+
+    @contextlib.contextmanager
+    def master_weights(self) -> Iterator[None]:
+        """Put the master into the parameters of the local replicas, and their own weights back afterwards.
+
+        For evaluation with the training model. The caller recomputes batch-norm statistics within the block, if there
+        are any. Warns as `copy_master_to` does. Calls of `step` and other changes raise RuntimeError within the block.
+        """
+        self._warn_if_not_synchronized()
+        self._check_weights_in_place()
+        with torch.no_grad():
+            for replica in self._replicas.values():
+                replica.gradient.copy_(replica.weights)  # its memory is free between steps
+                replica.weights.copy_(self._master)
+                torch.autograd.graph.increment_version(replica.parameters)
+        self._holds_master = True
+        try:
+            yield
+        finally:
+            self._holds_master = False
+            with torch.no_grad():
+                for replica in self._replicas.values():
+                    replica.weights.copy_(replica.gradient)
+                    torch.autograd.graph.increment_version(replica.parameters)
 
     # state_dict
 
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore `state_dict`, also one saved within a round; load the model's own first. Tensors are copied."""
-        own, theirs = (
-            [
-                *(set(names) for _, names in sorted(state["state"].items())),
-                *(group.get("sync_every") == "auto" for group in state["param_groups"]),
-            ]
-            for state in (self.state_dict(), state_dict)
-        )
-        if own != theirs:
-            raise ValueError(
-                "The state_dict is not from a Parle with the same parameters and the same kind of sync_every: "
-                "1, auto or another number"
-            )
-        for group in state_dict["param_groups"]:
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Copy a loaded state. `load_state_dict` calls this between its pre-hooks and its post-hooks.
+
+        Args:
+            state: "param_groups", and "state" by parameter.
+
+        Raises:
+            ValueError: the state does not fit. Nothing has changed then.
+        """
+        self._check_weights_in_place()
+        groups, values = state["param_groups"], state["state"]
+        for index, (group, own) in enumerate(zip(groups, self.param_groups, strict=True)):
+            missing = sorted(self.defaults.keys() - group.keys())
+            if missing:
+                raise ValueError(f"The state_dict is not from a Parle: group {index} has no {', '.join(missing)}")
             _check_hyperparameters(group)
-        super().load_state_dict(state_dict)
+            _check_counters(group)
+            if group["replica"] != own["replica"]:
+                raise ValueError(
+                    f"The state_dict is from replica {group['replica']}, and group {index} is of replica "
+                    f"{own['replica']}: every rank loads its own. To start from the weights of one replica, load them "
+                    "into the model and call reset()"
+                )
+        _check_shared(groups)
+        _check_replicas_match(groups)
+        if _kind(groups[0]["sync_every"]) != self._kind:
+            raise ValueError(
+                f"The state_dict has sync_every={groups[0]['sync_every']}, and this Parle {self._kind}: the kind of "
+                "sync_every, 1, auto or another number, must be the same"
+            )
+        for index, parameter in enumerate(self.state):
+            own, theirs = (
+                {name: tuple(getattr(value, "shape", ())) for name, value in source.get(parameter, {}).items()}
+                for source in (self.state, values)
+            )
+            if own != theirs:
+                raise ValueError(f"The state_dict does not fit parameter {index}: it has {theirs}, not {own}")
+        with torch.no_grad():
+            for parameter, vectors in self.state.items():
+                for name, vector in vectors.items():
+                    vector.copy_(values[parameter][name])
+        self.param_groups = groups
         for replica in self._replicas.values():
-            for name, vector in replica.state.items():
-                for parameter, view in zip(replica.parameters, replica.views(vector), strict=True):
-                    view.copy_(self.state[parameter][name])
+            replica.is_changed.zero_()
+            replica.has_gradient = True
+        self._unread_flags, self._gradients_are_averaged = None, False
         self._share_master()
-        self._link_state()
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("A Parle optimizer cannot be pickled or deep-copied: save its state_dict() and build a new one")
@@ -446,57 +725,74 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
 
     # Helpers
 
-    def _broadcast_initial(self) -> None:
-        """Copy the first replica's parameters to all local replicas, their anchors and the master."""
-        for replica in self._replicas.values():
-            if replica is not self._home:
-                replica.weights.copy_(self._home.weights)
-                for parameter, first in zip(replica.frozen, self._home.frozen, strict=True):
-                    parameter.copy_(first)
-            for name in {"anchor", "inner_avg"} & replica.state.keys():
-                replica.state[name].copy_(replica.weights)
-        self.master.copy_(self._home.weights)
-        self._share_master()
+    @property
+    def _master(self) -> Tensor:
+        return self._home.state["master"]
+
+    @property
+    def _num_senders(self) -> int:
+        return self.num_replicas * self.ranks_per_replica
+
+    def _groups_of(self, number: int) -> list[dict[str, Any]]:
+        return [group for group in self.param_groups if group["replica"] == number]
 
     def _share_master(self) -> None:
         for device, master in self._masters.items():
             if device != self._home.device:
-                master.copy_(self.master)
+                master.copy_(self._master)
 
     def _split_into_groups(self) -> None:
-        for replica in self._replicas.values():
-            groups = [i for i, group in enumerate(self.param_groups) if self._replicas[group["replica"]] is replica]
-            sizes = [sum(p.numel() for p in _trainable(self.param_groups[i]["params"])) for i in groups]
+        for number, replica in self._replicas.items():
+            indices = [i for i, group in enumerate(self.param_groups) if group["replica"] == number]
+            sizes = [_padded_size(_trainable(self.param_groups[i]["params"])) for i in indices]
             own = ("inner_momentum_buffer", "outer_momentum_buffer", "anchor", "inner_avg")
+            mean, _ = self._split_message(self._messages[replica.device])
             momentum = self._home.state.get("master_momentum_buffer") if replica is self._home else None
             vectors = [replica.weights, replica.gradient, *(replica.state.get(name) for name in own)]
-            vectors += [self._masters.get(replica.device), momentum]
-            columns = [[None] * len(groups) if vector is None else vector.split(sizes) for vector in vectors]
-            replica.groups = list(map(GroupVectors, groups, *columns))
+            vectors += [mean, self._masters.get(replica.device), momentum]
+            columns = [[None] * len(indices) if vector is None else vector.split(sizes) for vector in vectors]
+            replica.groups = list(map(GroupVectors, indices, *columns))
 
-    def _link_state(self) -> None:
-        """Expose the flat vectors as `self.state`, parameter by parameter."""
-        for replica in self._replicas.values():
-            for name, vector in replica.state.items():
-                for parameter, view in zip(replica.parameters, replica.views(vector), strict=True):
-                    self.state[parameter][name] = view
+    def _check_groups(self) -> None:
+        """Check that the groups are the original ones, with valid values. Raises: RuntimeError, ValueError."""
+        now = [list(map(id, group["params"])) for group in self.param_groups]
+        if now != [list(map(id, parameters)) for parameters in self._params_built_from]:
+            raise RuntimeError("The groups or their parameters were replaced or removed: build a new Parle")
+        for group in self.param_groups:
+            _check_hyperparameters(group)
+        _check_shared(self.param_groups)
+        if _kind(self.param_groups[0]["sync_every"]) != self._kind:
+            raise ValueError(
+                f"Invalid sync_every value: {self.param_groups[0]['sync_every']}; it cannot change from or to 1 or "
+                "auto: build a new Parle"
+            )
 
-    def _shared(self, name: str) -> Any:
-        values = [group[name] for group in self.param_groups]
-        if any(value != values[0] for value in values):
-            raise ValueError(f"Invalid {name} values: {values}; all groups must share one")
-        return values[0]
+    def _check_weights_in_place(self) -> None:
+        if self._holds_master:
+            raise RuntimeError("within master_weights() the parameters hold the master: leave the block first")
+
+    def _warn_if_not_synchronized(self) -> None:
+        if self.step_in_round:
+            warnings.warn(
+                f"The master does not contain the {self.step_in_round} steps since the last synchronization: call "
+                "sync() on every rank first",
+                stacklevel=4,
+            )
+
+    def _warn_once(self, text: str) -> None:
+        if text.split(":")[0] not in self._warned:
+            self._warned.add(text.split(":")[0])
+            warnings.warn(text, stacklevel=5)
 
     @torch.no_grad()
     def _copy_to(self, target: nn.Module | Iterable[Tensor], replica: FlatReplica, vector: Tensor) -> None:
-        groups = [group for group in self.param_groups if self._replicas[group["replica"]] is replica]
+        groups = [self.param_groups[vectors.group] for vectors in replica.groups]
         sources = [parameter for group in groups for parameter in group["params"]]
         values = dict(zip(replica.parameters, replica.views(vector), strict=True))
         if not isinstance(target, nn.Module):
             targets = list(target)
         elif "param_names" in groups[0]:
-            named = dict(target.named_parameters())
-            targets = [named[name] for group in groups for name in group["param_names"]]
+            targets = _parameters_by_name(target, [name for group in groups for name in group["param_names"]])
         elif len(groups) == 1:
             targets = list(target.parameters())
         else:
@@ -511,23 +807,60 @@ def _trainable(parameters: list[nn.Parameter]) -> list[nn.Parameter]:
     return [parameter for parameter in parameters if parameter.requires_grad]
 
 
+def _padded_size(parameters: list[nn.Parameter]) -> int:
+    """Return the number of elements that parameters take in a flat vector, in which each one is aligned."""
+    return sum(
+        -(-parameter.numel() * parameter.element_size() // ALIGNMENT) * ALIGNMENT // parameter.element_size()
+        for parameter in parameters
+    )
+
+
 def _dense_strides(parameter: Tensor) -> tuple[int, ...]:
     """Return the parameter's strides, or dense ones if it has gaps or overlaps."""
     return torch.empty_like(parameter, device="meta").stride()
 
 
+def _parameters_by_name(model: nn.Module, names: list[str]) -> list[nn.Parameter]:
+    """Return the parameters of `model` with these names, with or without wrappers. Raises: ValueError."""
+    named = dict(model.named_parameters())
+    if not named.keys() >= set(names):
+        named, names = {_without_wrappers(name): p for name, p in named.items()}, list(map(_without_wrappers, names))
+    missing = [name for name in names if name not in named]
+    if missing:
+        raise ValueError(f"The target has no parameters named {', '.join(missing)}")
+    return [named[name] for name in names]
+
+
+def _without_wrappers(name: str) -> str:
+    """Return a parameter's name without the prefixes of torch.compile, DataParallel and DistributedDataParallel."""
+    return re.sub(r"\b(_orig_mod|module)\.", "", name)
+
+
+def _kind(sync_every: int | str) -> int | str:
+    """Return what decides which vectors there are: 1, "auto", or 2 for any larger number."""
+    return min(sync_every, 2) if isinstance(sync_every, numbers.Integral) else sync_every
+
+
 def _check_parameters(parameters: list[nn.Parameter]) -> None:
     """Check that the trainable parameters of one replica can form one flat vector. Raises: ValueError."""
-    if not parameters:
+    trainable = _trainable(parameters)
+    if not trainable:
         raise ValueError("Parle needs at least one parameter with requires_grad=True")
-    if len(set(parameters)) < len(parameters):
+    for parameter in parameters:
+        if parameter.is_meta:
+            raise ValueError("A parameter is on the meta device: give the model its weights before building Parle")
+        if type(parameter.detach()) is not Tensor:
+            raise ValueError(
+                f"A parameter is a {type(parameter.detach()).__name__}, and Parle needs plain tensors: do not shard or "
+                "quantize a replica"
+            )
+    if len(set(trainable)) < len(trainable):
         raise ValueError("A parameter appears twice; give a shared one once, as model.parameters() does")
-    if len({parameter.data_ptr() for parameter in parameters if parameter.numel()}) < sum(
-        parameter.numel() > 0 for parameter in parameters
-    ):
+    nonempty = [parameter for parameter in trainable if parameter.numel()]
+    if len({parameter.data_ptr() for parameter in nonempty}) < len(nonempty):
         raise ValueError("Two parameters share their memory; tie them as one nn.Parameter instead")
-    kinds = {(parameter.dtype, parameter.device) for parameter in parameters}
-    if len(kinds) > 1 or parameters[0].dtype not in (torch.float32, torch.float64):
+    kinds = {(parameter.dtype, parameter.device) for parameter in trainable}
+    if len(kinds) > 1 or trainable[0].dtype not in (torch.float32, torch.float64):
         raise ValueError(f"The parameters of a replica must be float32 (or all float64) on one device, not {kinds}")
 
 
@@ -544,6 +877,14 @@ def _check_replicas_match(groups: list[dict[str, Any]]) -> None:
             raise ValueError(f"Replica {replica} and replica {first} differ in shapes, strides, dtypes or settings")
 
 
+def _check_shared(groups: list[dict[str, Any]]) -> None:
+    """Check that groups have one value where they must. Raises: ValueError."""
+    for name in ("sync_every", "batches_per_epoch", "rounds_done", "step_in_round", "steps_per_round"):
+        values = [group[name] for group in groups]
+        if any(value != values[0] for value in values):
+            raise ValueError(f"Invalid {name} values: {values}; all groups must share one")
+
+
 def _check_hyperparameters(group: dict[str, Any]) -> None:
     """Check the values of a group. Raises: ValueError, as torch.optim does."""
     for name in ("lr", "weight_decay", "gamma", "rho", "outer_lr_scale"):
@@ -555,4 +896,15 @@ def _check_hyperparameters(group: dict[str, Any]) -> None:
     for name in ("sync_every", "batches_per_epoch"):
         automatic = name == "sync_every" and group[name] == "auto" and group["gamma"] > 0
         if not automatic and not (isinstance(group[name], numbers.Integral) and group[name] >= 1):
+            raise ValueError(f"Invalid {name} value: {group[name]}")
+
+
+def _check_counters(group: dict[str, Any]) -> None:
+    """Check the counters of a loaded group. Raises: ValueError."""
+    limits = dict(rounds_done=math.inf, steps_per_round=math.inf, step_in_round=max(1, group["steps_per_round"]))
+    for name, limit in limits.items():
+        if not (isinstance(group[name], numbers.Integral) and 0 <= group[name] < limit):
+            raise ValueError(f"Invalid {name} value: {group[name]}")
+    for name in ("gamma_k", "coupling_k"):
+        if not 0.0 <= group[name] < math.inf:
             raise ValueError(f"Invalid {name} value: {group[name]}")

@@ -44,13 +44,17 @@ CASES = [
 class CountingComm:
     """A communicator that records the message size of every collective call."""
 
-    def __init__(self, comm):
-        self.comm, self.sizes = comm, []
+    def __init__(self, comm, sizes=None):
+        self.comm, self.sizes = comm, [] if sizes is None else sizes
 
     def __getattr__(self, name):
         if name.lower().startswith(("iall", "all", "ired", "red", "ibc", "bc", "isend", "send", "ibarrier", "barrier")):
             self.sizes.append(None)
         return getattr(self.comm, name)
+
+    def Idup(self):
+        comm, request = self.comm.Idup()
+        return CountingComm(comm, self.sizes), request
 
     def Iallreduce(self, in_place, tensor, *rest):
         self.sizes.append(tensor.numel())
@@ -201,7 +205,11 @@ def check(comm, replicas, dtype, tolerance, **settings):
 
     local = [(*divmod(comm.rank, ranks_per_replica), "cpu")]
     run = lockstep(build, local, replicas, ranks_per_replica, dtype, tolerance, counted.sizes, **settings)
-    for _, ended in run:
+    for step, (_, ended) in enumerate(run):
+        if step in (0, RESUME_AT):  # the first step of an optimizer compares settings and weights, too
+            counted.sizes[:] = [size for size in counted.sizes if size is not None]
+        if replicas == 1 < comm.size:  # the group of the only replica, which averages gradients, is that of all ranks
+            assert P <= counted.sizes.pop(0) <= P + EXTRA
         if not ended or comm.size == 1:
             assert counted.sizes == []
             continue

@@ -107,16 +107,85 @@ def test_recalibration_restores_modes_and_momenta():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_recalibration_without_batch_norm_does_nothing():
-    model, calls = mlp().train(), []
+def batches_until(error):
+    """Yield one mini-batch, then raise `error`."""
+    yield torch.ones(2, 1, 4, 4)
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("batches", "error"),
+    [
+        ([], ValueError),
+        ([torch.ones(2, 1, 4, 4), torch.ones(2, 1, 5, 5)], RuntimeError),  # fails between the two batch-norm layers
+        (batches_until(OSError()), OSError),
+        (batches_until(KeyboardInterrupt()), KeyboardInterrupt),
+    ],
+    ids=["empty", "model", "iterator", "interrupt"],
+)
+def test_failed_recalibration_changes_nothing(batches, error):
+    model = network().train()
+    model[2].eval()
+    model(torch.randn(8, 1, 4, 4))
+
+    def settings():
+        return [[module.training for module in model.modules()], [layer.momentum for layer in batch_norm_layers(model)]]
+
+    before, tensors = settings(), deepcopy(model.state_dict())
+    with pytest.raises(error):
+        evaluation.recalibrate_batch_norm(model, iter(batches))
+    assert settings() == before
+    assert all(map(torch.equal, model.state_dict().values(), tensors.values()))
+
+
+def test_recalibration_fails_on_every_rank_without_any_mini_batch():
+    models = [network(), network()]
+    randomize_stats(*models)
+    tensors = [deepcopy(model.state_dict()) for model in models]
+
+    def work(world):
+        with pytest.raises(ValueError, match="at least one mini-batch"):
+            evaluation.recalibrate_batch_norm(models[world.rank], [], world)
+
+    run_ranks(2, work)
+    for model, before in zip(models, tensors, strict=True):
+        assert all(map(torch.equal, model.state_dict().values(), before.values()))
+
+
+def untracked():
+    """Return a network whose batch norm has no running statistics."""
+    return nn.Sequential(nn.BatchNorm2d(1, track_running_stats=False), *mlp())
+
+
+@pytest.mark.parametrize("build", [mlp, untracked])
+def test_recalibration_without_running_statistics_does_nothing(build):
+    model, calls = build().train(), []
     model.register_forward_hook(lambda *args: calls.append(args))
-    recalibrate(model, dataset(), batch_size=8)
-    assert not calls and model.training
+    batches = iter([torch.ones(2, 1, 4, 4)])
+    evaluation.recalibrate_batch_norm(model, batches)
+    assert not calls and model.training and len(list(batches)) == 1
+
+
+def test_recalibration_skips_layers_without_running_statistics():
+    images = torch.randn(8, 1, 4, 4)
+    model = nn.Sequential(nn.BatchNorm2d(1, track_running_stats=False), nn.BatchNorm2d(1))
+    evaluation.recalibrate_batch_norm(model, [images])
+    torch.testing.assert_close(model[1].running_mean, model[0](images).mean((0, 2, 3)))
+    assert model[0].running_mean is None
+    assert all(map(torch.equal, evaluation.running_stats(model), [model[1].running_mean, model[1].running_var]))
+
+
+def test_recalibration_asks_to_initialize_lazy_layers():
+    model = nn.Sequential(nn.LazyBatchNorm2d()).train()
+    with pytest.raises(ValueError, match="uninitialized"):
+        evaluation.recalibrate_batch_norm(model, [torch.ones(2, 1, 4, 4)])
+    assert model[0].training and model[0].momentum == 0.1
 
 
 def test_recalibration_by_seven_ranks_equals_one_process():
     data, model = dataset(), network()
     copies = [deepcopy(model) for _ in range(7)]
+    batch_norm_layers(copies[0])[0].running_mean.fill_(float("nan"))  # on a rank without mini-batches
     recalibrate(model, data, batch_size=8)  # five mini-batches, so that some of the ranks have none
     run_ranks(7, lambda world: recalibrate(copies[world.rank], data, 8, world))
     for copy in copies:
@@ -153,7 +222,9 @@ def rank_optimizer(model, num_replicas, master):
     """Return the optimizer of one simulated rank, which holds one replica."""
     optimizer = build_optimizer(model)
     optimizer.num_replicas = num_replicas
-    optimizer.master.copy_(master)
+    sizes = [parameter.numel() for parameter in model.parameters()]
+    for parameter, values in zip(model.parameters(), master.split(sizes), strict=True):
+        optimizer.state[parameter]["master"].copy_(values.view_as(parameter))
     return optimizer
 
 
@@ -244,7 +315,8 @@ def test_evaluation_does_not_change_training_state(comm):
 
     train(6)  # into the middle of the second round
     tensors, settings = deepcopy(everything())
-    result = evaluation.evaluate(optimizer, evaluation_model, data, batch_size=8, replicas=[0])
+    with pytest.warns(UserWarning, match="2 steps"):
+        result = evaluation.evaluate(optimizer, evaluation_model, data, batch_size=8, replicas=[0])
     tensors_after, settings_after = everything()
     assert result["replica_distances"][0] > 0
     assert len(tensors) == len(tensors_after) and all(map(torch.equal, tensors, tensors_after))
@@ -338,7 +410,8 @@ def test_nonfinite_running_stats_give_nan_errors():
     assert result["running_stats_ensemble_error"] != result["running_stats_ensemble_error"]
 
 
-def test_no_running_stats_errors_without_batch_norm(monkeypatch):
+@pytest.mark.parametrize("build", [mlp, untracked])
+def test_no_running_stats_errors_without_running_statistics(build, monkeypatch):
     monkeypatch.setattr(evaluation, "predict", None)
-    model = mlp()
-    assert evaluation.evaluate_running_stats(build_optimizer(model), mlp(), dataset(), networks={0: model}) == {}
+    model = build()
+    assert evaluation.evaluate_running_stats(build_optimizer(model), build(), dataset(), networks={0: model}) == {}

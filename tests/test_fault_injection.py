@@ -11,6 +11,8 @@ from parle_gpu import Parle
 @pytest.fixture
 def optimizer():
     weights = [nn.Parameter(torch.ones(2)) for _ in range(2)]
+    for weight in weights:
+        weight.grad = torch.ones(2)
     return Parle([[w] for w in weights], lr=0.1, sync_every=2, batches_per_epoch=4)
 
 
@@ -37,6 +39,8 @@ def test_nan_affects_one_replica_in_one_round(replica, round, nonfinite, arm, op
     arm(f"nan:{replica}:{round}")
     seen = []
     for step in range(6):
+        for group in optimizer.param_groups:
+            group["params"][0].grad = torch.ones(2)
         optimizer.step()
         if step % 2:
             seen.append(optimizer.nonfinite_replicas)

@@ -67,10 +67,12 @@ def test_networks_are_loaded_from_the_latest_checkpoint(data, tmp_path):
     arguments = {name: value if not hasattr(value, "parts") else str(value) for name, value in vars(args).items()}
     metadata = dict(arguments=arguments, train_state={}, log_bytes=0)
     for _ in range(2):
-        for vectors in optimizer.vectors:
-            vectors["weights"].normal_()
-        optimizer.master.normal_()
-        optimizer.counters = optimizer.counters | dict(rounds_done=optimizer.rounds_done + 1, steps_per_round=25)
+        for parameter, state in optimizer.state.items():
+            parameter.data.normal_()
+            if "master" in state:
+                state["master"].normal_()
+        for group in optimizer.param_groups:
+            group |= dict(rounds_done=group["rounds_done"] + 1, steps_per_round=25)
         checkpoint.save(tmp_path / checkpoint.FOLDER, optimizer, dict(enumerate(replicas)), metadata, Groups())
     master, (first, second) = flatness.load_networks(tmp_path, data)
     evaluated = experiment.build_model(args, data)

@@ -282,7 +282,7 @@ def main():
     MPI.COMM_WORLD.Barrier()
     if rank == {killed}:
         os.kill(os.getpid(), signal.SIGKILL)
-    distributed.wait_with_timeout(MPI.COMM_WORLD.Ibarrier())
+    distributed.MPIGroup(MPI.COMM_WORLD).wait(MPI.COMM_WORLD.Ibarrier())
 
 launcher.run_or_abort(main)
 """
@@ -311,7 +311,7 @@ def test_silent_exit_of_all_ranks_is_a_failure(python, script):
 
 def test_exception_is_the_last_line(python, script):
     body = "from mpi4py import MPI\ndef main():\n    if rank == 1:\n        raise ValueError('wrong')\n"
-    body += "    distributed.wait_with_timeout(MPI.COMM_WORLD.Ibarrier())\nlauncher.run_or_abort(main)"
+    body += "    distributed.MPIGroup(MPI.COMM_WORLD).wait(MPI.COMM_WORLD.Ibarrier())\nlauncher.run_or_abort(main)"
     done = python(script(body))
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == "rank 1: ValueError: wrong"

@@ -25,6 +25,14 @@ needs_gpus = pytest.mark.skipif(not GPUS, reason="no CUDA device")
 @pytest.fixture
 def devices(monkeypatch):
     monkeypatch.setattr(FlatReplica, "device", property(lambda replica: device_of(replica.weights)))
+    from_dlpack = torch.from_dlpack
+
+    def with_device(tensor):
+        result = from_dlpack(tensor)
+        result.untyped_storage().simulated_device = device_of(tensor)
+        return result
+
+    monkeypatch.setattr(torch, "from_dlpack", with_device)
     with SimulatedDevices() as devices:
         yield devices
 
@@ -139,7 +147,7 @@ def test_resume_of_three_replicas_is_bitwise_identical(devices, tmp_path, sync_e
 
 def test_state_dict_of_fewer_replicas_is_rejected(devices):
     two, three = (build(networks(round_robin(count, 2))) for count in (2, 3))
-    with pytest.raises(ValueError, match="parameters"):
+    with pytest.raises(ValueError, match="number of parameter groups"):
         three.load_state_dict(two.state_dict())
 
 
@@ -260,7 +268,8 @@ def test_distances_are_relative_to_the_norm_of_the_master(devices):
     assert [float(distance) for distance in optimizer.distances()] == [0, 0, 0]
     train(replicas, optimizer, range(4))
     target = network()
-    optimizer.copy_master_to(target)
+    with pytest.warns(UserWarning, match="1 step"):
+        optimizer.copy_master_to(target)
     master = torch.tensor(weights(target).tolist())
     for model, distance in zip(replicas, optimizer.distances(), strict=True):
         assert device_of(distance) == device_of(model[0].weight)
@@ -272,6 +281,7 @@ def test_distances_are_relative_to_the_norm_of_the_master(devices):
 def test_piggyback_is_averaged_only_by_a_sync(devices, sync_every):
     replicas = networks(round_robin(3, 2))
     optimizer = build(replicas, sync_every=sync_every)
+    train(replicas, optimizer, range(sync_every))
     for number, piggyback in enumerate(optimizer.piggyback):
         piggyback[:3] += torch.tensor([1.0, 3 * number, number**2])
     for _ in range(sync_every):
@@ -301,8 +311,8 @@ def test_none_gradient_in_one_replica_counts_as_zero():
 def test_lr_that_differs_between_replicas_is_an_error_at_sync(devices, replica):
     replicas = networks(round_robin(3, 2))
     optimizer = build(replicas)
-    optimizer.param_groups[replica]["lr"] = 0.2
     train(replicas, optimizer, range(2))
+    optimizer.param_groups[replica]["lr"] = 0.2
     with pytest.raises(RuntimeError, match="lr"):
         train(replicas, optimizer, [2])
 
@@ -335,12 +345,12 @@ def test_memory_use_is_as_documented(devices, replicas, count, sync_every):
         3: 5 * replicas + 2,  # weights, two momenta, anchor, inner average; master and its momentum
         "auto": 5 * replicas + count + 1,
     }[sync_every]
-    vectors += count  # gradient and message
+    vectors += replicas  # gradients
     gc.collect()
     found = [item.untyped_storage() for item in gc.get_objects() if issubclass(type(item), torch.Tensor)]
     gc.unfreeze()
     added = sum({storage.data_ptr(): storage.nbytes() // 4 for storage in found}.values())
-    assert 1000 * vectors <= added < 1000 * (vectors + 0.1)
+    assert 1000 * vectors <= added < 1000 * (vectors + 0.2)
 
 
 def test_sync_seconds_grow_only_with_a_sync(devices):

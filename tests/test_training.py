@@ -179,7 +179,8 @@ def test_training_equals_torch_sgd_with_its_loss_and_error(comm):
         losses.append(loss.item())
         errors.append(100 * (logits.argmax(1) != targets).double().mean().item())
 
-    torch.testing.assert_close(model.state_dict(), reference.state_dict(), atol=1e-4, rtol=1e-3)
+    # batch norm over two images amplifies rounding errors, which differ between CPUs
+    torch.testing.assert_close(model.state_dict(), reference.state_dict(), atol=1e-3, rtol=1e-2)
     rounds = [0, 25, 31, 56, 62]
     for event, first, last in zip(of_kind("round", events), rounds[:-1], rounds[1:], strict=True):
         assert event["round"] == last
