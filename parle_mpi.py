@@ -20,7 +20,8 @@ from torch import Tensor
 
 from parle import distributed
 from parle.distributed import CollectiveTimeout, Group, Groups, MPIGroup
-from parle.optimizer import FlatReplica, ParleBase
+from parle.flat_replica import FlatReplica
+from parle.optimizer import ParleBase
 
 if TYPE_CHECKING:
     from mpi4py import MPI

@@ -36,7 +36,6 @@ from benchmarks import results
 from parle import distributed, launcher
 from parle.algorithm import PRESETS
 from parle.distributed import MPIGroup
-from parle.optimizer import MESSAGE_TAIL
 from parle_mpi import Parle
 
 if TYPE_CHECKING:
@@ -214,7 +213,7 @@ def measure_all(mbits: int) -> None:
 
 
 def message_bytes(network: str) -> int:
-    return 4 * (num_parameters(network) + MESSAGE_TAIL)
+    return 4 * num_parameters(network)
 
 
 def lenet_seconds() -> float:

@@ -31,7 +31,6 @@ import models
 from benchmarks import results
 from parle import distributed, launcher, training
 from parle.distributed import MPIGroup
-from parle.optimizer import MESSAGE_TAIL
 from parle_mpi import Parle
 
 NAME = Path(__file__).stem
@@ -135,7 +134,7 @@ def time_syncs(world: MPIGroup, network: str) -> Times:
 
     model = build_with_gradients(network)
     optimizer = Parle(model.parameters(), world.comm, lr=1e-6, sync_every=10**9, batches_per_epoch=469)
-    vector = torch.zeros(sum(parameter.numel() for parameter in model.parameters()) + MESSAGE_TAIL)
+    vector = torch.zeros(sum(parameter.numel() for parameter in model.parameters()))
     communication = []
 
     def sync() -> None:

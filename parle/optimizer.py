@@ -6,160 +6,25 @@ and `_broadcast`, over the processes that share a replica and over all of them.
 
 import abc
 import contextlib
-import math
-import numbers
 import re
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from parle.algorithm import COUPLING_MAX, GAMMA_MAX, inner_step, outer_step, scoped, steps_per_round
-
-ALIGNMENT = 16  # bytes: what vector instructions and CUDA's kernels want
-# The end of each message: floats of the caller, a count of replicas that something else has changed, and for every
-# sender (a rank, or a replica of this process) the checksum of its settings, negative if it is not finite
-PIGGYBACK_SIZE = 5
-PIGGYBACK, CHANGED, SENDERS = slice(PIGGYBACK_SIZE), PIGGYBACK_SIZE, slice(PIGGYBACK_SIZE + 1, None)
-
-
-class GroupVectors(NamedTuple):
-    """One parameter group's slices of its replica's vectors and of the master's, each (p,).
-
-    With L = 1 there is no outer momentum, anchor or inner average. `master` is None on a device that needs no copy of
-    it, and `master_momentum` is None everywhere but on the home replica.
-    """
-
-    group: int  # index into param_groups
-    weights: Tensor
-    gradient: Tensor
-    inner_momentum: Tensor
-    outer_momentum: Tensor | None
-    anchor: Tensor | None
-    inner_avg: Tensor | None
-    replica_mean: Tensor  # z after a synchronization; a device's replicas share it
-    master: Tensor | None
-    master_momentum: Tensor | None
-
-
-class FlatReplica:
-    """The flat vectors of one replica, each (P,), on its device. Its parameters become views into `weights`.
-
-    P counts the trainable parameters and the zeros that fill up each one to a multiple of 16 bytes. Views keep the
-    strides of their parameter, channels_last included.
-
-    Args:
-        num_senders: length of the message's last part.
-    """
-
-    def __init__(
-        self, parameters: list[nn.Parameter], buffers: Iterable[Tensor], has_inner_loop: bool, num_senders: int
-    ):
-        self.parameters = _trainable(parameters)
-        self.frozen = [parameter for parameter in parameters if not parameter.requires_grad]
-        self.buffers = list(buffers)
-        self.strides = [_dense_strides(parameter) for parameter in self.parameters]
-        like = self.parameters[0]
-        self.weights = like.new_zeros(sum(_padded_size([parameter]) for parameter in self.parameters))
-        self.piggyback = like.new_zeros(PIGGYBACK_SIZE)
-        # The memory of the gradient carries the message: a synchronization needs no gradient
-        self.message = like.new_zeros(len(self.weights) + PIGGYBACK_SIZE + 1 + num_senders)
-        self.gradient, self.tail = self.message[: len(self.weights)], self.message[len(self.weights) :]
-        self.gradient_views = self.views(self.gradient)
-        for parameter, view in zip(self.parameters, self.views(self.weights), strict=True):
-            view.copy_(parameter)
-            parameter.data = view  # no other way to move a parameter's storage keeps modules and autograd attached
-        self.addresses = [parameter.data_ptr() for parameter in self.parameters]
-        self.has_gradient = True  # of any parameter, since the round started
-        self.is_changed = like.new_zeros(())  # 1 if something else changed the weights before the round started
-
-        # keyed by the names that state_dict uses for each parameter
-        self.state = {"inner_momentum_buffer": torch.zeros_like(self.weights)}
-        if has_inner_loop:
-            self.state["outer_momentum_buffer"] = torch.zeros_like(self.weights)
-            self.state["anchor"] = torch.empty_like(self.weights)
-            self.state["inner_avg"] = torch.empty_like(self.weights)
-        self.groups: list[GroupVectors] = []
-
-    @property
-    def device(self) -> torch.device:
-        return self.weights.device
-
-    @property
-    def own_state(self) -> dict[str, Tensor]:
-        """The state without the master's."""
-        return {name: vector for name, vector in self.state.items() if not name.startswith("master")}
-
-    @property
-    def replicated_tensors(self) -> list[Tensor]:
-        """What all replicas start with: weights, frozen parameters and buffers."""
-        return [self.weights, *self.frozen, *self.buffers]
-
-    def views(self, vector: Tensor) -> list[Tensor]:
-        """Return `vector` as tensors with the shapes and strides of the parameters.
-
-        Each has a storage of its own over the same memory. Otherwise safetensors, pickle and others would take them for
-        shared tensors, and save them together, many times or not at all.
-        """
-        views, start = [], vector.storage_offset()
-        for parameter, strides in zip(self.parameters, self.strides, strict=True):
-            views.append(torch.from_dlpack(vector.as_strided(parameter.shape, strides, start)))
-            start += _padded_size([parameter])
-        return views
-
-    def check_parameters(self) -> None:
-        """Check that the parameters are still those that Parle was built from. Raises: RuntimeError."""
-        if [parameter.data_ptr() for parameter in self.parameters] != self.addresses:
-            raise RuntimeError("A parameter no longer shares the optimizer's memory: build Parle after model.to(...)")
-        if any(parameter.grad is not None for parameter in self.frozen):
-            raise RuntimeError("A parameter that was frozen when Parle was built now has a gradient: build a new Parle")
-        if not all(parameter.requires_grad for parameter in self.parameters):
-            raise RuntimeError(
-                "A parameter was frozen after Parle was built, which would still move it: build a new one"
-            )
-
-    def collect_gradient(self) -> None:
-        """Copy the parameters' gradients into `gradient`. None counts as zero: every rank sends the same message."""
-        pairs = [
-            (view, parameter.grad)
-            for view, parameter in zip(self.gradient_views, self.parameters, strict=True)
-            if parameter.grad is not None
-        ]
-        if len(pairs) < len(self.parameters):
-            self.gradient.zero_()
-        if not pairs:
-            return
-        self.has_gradient = True
-        try:
-            torch._foreach_copy_(*zip(*pairs, strict=True))  # one call takes half the time of one call per tensor
-        except RuntimeError as error:
-            if any(gradient.layout != torch.strided for _, gradient in pairs):
-                raise RuntimeError(
-                    "Parle needs dense gradients, not sparse ones: use nn.Embedding(..., sparse=False)"
-                ) from error
-            raise
-
-    def return_gradient(self) -> None:
-        """Copy `gradient` into the parameters' gradients."""
-        for parameter, view in zip(self.parameters, self.gradient_views, strict=True):
-            if parameter.grad is None:
-                parameter.grad = view.clone()
-            else:
-                parameter.grad.copy_(view)
-
-    def write_message(self, average: Tensor, sender: int, checksum: int) -> None:
-        """Write `average`, (P,), and the piggyback into the message, or zeros if they are not finite."""
-        # a finite sum proves that every element is finite, with a single read of the vector
-        is_finite = (average.sum() + self.piggyback.sum()).isfinite()
-        zero = average.new_zeros(())
-        torch.where(is_finite, average, zero, out=self.gradient)
-        self.tail.zero_()
-        self.tail[PIGGYBACK] = torch.where(is_finite, self.piggyback, zero)
-        self.tail[CHANGED] = torch.where(is_finite, self.is_changed, zero)
-        self.tail[SENDERS][sender] = torch.where(is_finite, checksum, -checksum)
+from parle.flat_replica import CHANGED, PIGGYBACK, SENDERS, FlatReplica, GroupVectors, padded_size, trainable
+from parle.validation import (
+    check_counters,
+    check_hyperparameters,
+    check_parameters,
+    check_replicas_match,
+    check_shared,
+    sync_kind,
+)
 
 
 class ParleBase(torch.optim.Optimizer, abc.ABC):
@@ -225,14 +90,14 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
         counters = dict(rounds_done=0, step_in_round=0, steps_per_round=0, gamma_k=0.0, coupling_k=0.0)
         super().__init__(params, rates | outer | coupling | counters)
 
-        _check_shared(self.param_groups)
-        self._kind = _kind(sync_every)
-        _check_replicas_match(self.param_groups)
+        check_shared(self.param_groups)
+        self._kind = sync_kind(sync_every)
+        check_replicas_match(self.param_groups)
         owned: dict[int, list[nn.Parameter]] = {}
         for group in self.param_groups:
             owned.setdefault(group["replica"], []).extend(group["params"])
         for parameters in owned.values():
-            _check_parameters(parameters)
+            check_parameters(parameters)
         self._params_built_from = [list(group["params"]) for group in self.param_groups]
         self.nonfinite_replicas: list[int] = []
         self._unread_flags: tuple[Tensor, torch.Event] | None = (
@@ -676,17 +541,17 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
             missing = sorted(self.defaults.keys() - group.keys())
             if missing:
                 raise ValueError(f"The state_dict is not from a Parle: group {index} has no {', '.join(missing)}")
-            _check_hyperparameters(group)
-            _check_counters(group)
+            check_hyperparameters(group)
+            check_counters(group)
             if group["replica"] != own["replica"]:
                 raise ValueError(
                     f"The state_dict is from replica {group['replica']}, and group {index} is of replica "
                     f"{own['replica']}: every rank loads its own. To start from the weights of one replica, load them "
                     "into the model and call reset()"
                 )
-        _check_shared(groups)
-        _check_replicas_match(groups)
-        if _kind(groups[0]["sync_every"]) != self._kind:
+        check_shared(groups)
+        check_replicas_match(groups)
+        if sync_kind(groups[0]["sync_every"]) != self._kind:
             raise ValueError(
                 f"The state_dict has sync_every={groups[0]['sync_every']}, and this Parle {self._kind}: the kind of "
                 "sync_every, 1, auto or another number, must be the same"
@@ -721,7 +586,7 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
         group = self.param_groups[-1]
         if group["outer_momentum"] is None:
             group["outer_momentum"] = group["momentum"]
-        _check_hyperparameters(group)
+        check_hyperparameters(group)
 
     # Helpers
 
@@ -744,7 +609,7 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
     def _split_into_groups(self) -> None:
         for number, replica in self._replicas.items():
             indices = [i for i, group in enumerate(self.param_groups) if group["replica"] == number]
-            sizes = [_padded_size(_trainable(self.param_groups[i]["params"])) for i in indices]
+            sizes = [padded_size(trainable(self.param_groups[i]["params"])) for i in indices]
             own = ("inner_momentum_buffer", "outer_momentum_buffer", "anchor", "inner_avg")
             mean, _ = self._split_message(self._messages[replica.device])
             momentum = self._home.state.get("master_momentum_buffer") if replica is self._home else None
@@ -759,9 +624,9 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
         if now != [list(map(id, parameters)) for parameters in self._params_built_from]:
             raise RuntimeError("The groups or their parameters were replaced or removed: build a new Parle")
         for group in self.param_groups:
-            _check_hyperparameters(group)
-        _check_shared(self.param_groups)
-        if _kind(self.param_groups[0]["sync_every"]) != self._kind:
+            check_hyperparameters(group)
+        check_shared(self.param_groups)
+        if sync_kind(self.param_groups[0]["sync_every"]) != self._kind:
             raise ValueError(
                 f"Invalid sync_every value: {self.param_groups[0]['sync_every']}; it cannot change from or to 1 or "
                 "auto: build a new Parle"
@@ -803,23 +668,6 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
             parameter.copy_(values.get(source, source))
 
 
-def _trainable(parameters: list[nn.Parameter]) -> list[nn.Parameter]:
-    return [parameter for parameter in parameters if parameter.requires_grad]
-
-
-def _padded_size(parameters: list[nn.Parameter]) -> int:
-    """Return the number of elements that parameters take in a flat vector, in which each one is aligned."""
-    return sum(
-        -(-parameter.numel() * parameter.element_size() // ALIGNMENT) * ALIGNMENT // parameter.element_size()
-        for parameter in parameters
-    )
-
-
-def _dense_strides(parameter: Tensor) -> tuple[int, ...]:
-    """Return the parameter's strides, or dense ones if it has gaps or overlaps."""
-    return torch.empty_like(parameter, device="meta").stride()
-
-
 def _parameters_by_name(model: nn.Module, names: list[str]) -> list[nn.Parameter]:
     """Return the parameters of `model` with these names, with or without wrappers. Raises: ValueError."""
     named = dict(model.named_parameters())
@@ -834,77 +682,3 @@ def _parameters_by_name(model: nn.Module, names: list[str]) -> list[nn.Parameter
 def _without_wrappers(name: str) -> str:
     """Return a parameter's name without the prefixes of torch.compile, DataParallel and DistributedDataParallel."""
     return re.sub(r"\b(_orig_mod|module)\.", "", name)
-
-
-def _kind(sync_every: int | str) -> int | str:
-    """Return what decides which vectors there are: 1, "auto", or 2 for any larger number."""
-    return min(sync_every, 2) if isinstance(sync_every, numbers.Integral) else sync_every
-
-
-def _check_parameters(parameters: list[nn.Parameter]) -> None:
-    """Check that the trainable parameters of one replica can form one flat vector. Raises: ValueError."""
-    trainable = _trainable(parameters)
-    if not trainable:
-        raise ValueError("Parle needs at least one parameter with requires_grad=True")
-    for parameter in parameters:
-        if parameter.is_meta:
-            raise ValueError("A parameter is on the meta device: give the model its weights before building Parle")
-        if type(parameter.detach()) is not Tensor:
-            raise ValueError(
-                f"A parameter is a {type(parameter.detach()).__name__}, and Parle needs plain tensors: do not shard or "
-                "quantize a replica"
-            )
-    if len(set(trainable)) < len(trainable):
-        raise ValueError("A parameter appears twice; give a shared one once, as model.parameters() does")
-    nonempty = [parameter for parameter in trainable if parameter.numel()]
-    if len({parameter.data_ptr() for parameter in nonempty}) < len(nonempty):
-        raise ValueError("Two parameters share their memory; tie them as one nn.Parameter instead")
-    kinds = {(parameter.dtype, parameter.device) for parameter in trainable}
-    if len(kinds) > 1 or trainable[0].dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"The parameters of a replica must be float32 (or all float64) on one device, not {kinds}")
-
-
-def _check_replicas_match(groups: list[dict[str, Any]]) -> None:
-    """Check that replicas differ only in the device and the values of their parameters. Raises: ValueError."""
-    kinds: dict[int, list[Any]] = {}
-    for group in groups:
-        tensors = [(p.shape, _dense_strides(p), p.dtype, p.requires_grad) for p in group["params"]]
-        settings = {name: value for name, value in group.items() if name not in ("params", "param_names", "replica")}
-        kinds.setdefault(group["replica"], []).append((tensors, settings))
-    first, *others = kinds
-    for replica in others:
-        if kinds[replica] != kinds[first]:
-            raise ValueError(f"Replica {replica} and replica {first} differ in shapes, strides, dtypes or settings")
-
-
-def _check_shared(groups: list[dict[str, Any]]) -> None:
-    """Check that groups have one value where they must. Raises: ValueError."""
-    for name in ("sync_every", "batches_per_epoch", "rounds_done", "step_in_round", "steps_per_round"):
-        values = [group[name] for group in groups]
-        if any(value != values[0] for value in values):
-            raise ValueError(f"Invalid {name} values: {values}; all groups must share one")
-
-
-def _check_hyperparameters(group: dict[str, Any]) -> None:
-    """Check the values of a group. Raises: ValueError, as torch.optim does."""
-    for name in ("lr", "weight_decay", "gamma", "rho", "outer_lr_scale"):
-        if not 0.0 <= group[name] < math.inf:
-            raise ValueError(f"Invalid {name} value: {group[name]}")
-    for name in ("momentum", "alpha", "outer_momentum"):
-        if not 0.0 <= group[name] < 1.0:
-            raise ValueError(f"Invalid {name} value: {group[name]}")
-    for name in ("sync_every", "batches_per_epoch"):
-        automatic = name == "sync_every" and group[name] == "auto" and group["gamma"] > 0
-        if not automatic and not (isinstance(group[name], numbers.Integral) and group[name] >= 1):
-            raise ValueError(f"Invalid {name} value: {group[name]}")
-
-
-def _check_counters(group: dict[str, Any]) -> None:
-    """Check the counters of a loaded group. Raises: ValueError."""
-    limits = dict(rounds_done=math.inf, steps_per_round=math.inf, step_in_round=max(1, group["steps_per_round"]))
-    for name, limit in limits.items():
-        if not (isinstance(group[name], numbers.Integral) and 0 <= group[name] < limit):
-            raise ValueError(f"Invalid {name} value: {group[name]}")
-    for name in ("gamma_k", "coupling_k"):
-        if not 0.0 <= group[name] < math.inf:
-            raise ValueError(f"Invalid {name} value: {group[name]}")

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 import loader
 import models
 from parle import training
-from parle.optimizer import FlatReplica
+from parle.flat_replica import FlatReplica
 from parle_gpu import DeviceTimer, Parle
 from tests.devices import SimulatedDevices, device_of
 from tests.lockstep import CASES, DOUBLE, EXTRA, SINGLE, P, lockstep

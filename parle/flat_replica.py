@@ -1,0 +1,166 @@
+"""FlatReplica: the parameters and states of one replica as flat vectors, and the message that it sends."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+ALIGNMENT = 16  # bytes: what vector instructions and CUDA's kernels want
+# The end of each message: floats of the caller, a count of replicas that something else has changed, and for every
+# sender (a rank, or a replica of this process) the checksum of its settings, negative if it is not finite
+PIGGYBACK_SIZE = 5
+PIGGYBACK, CHANGED, SENDERS = slice(PIGGYBACK_SIZE), PIGGYBACK_SIZE, slice(PIGGYBACK_SIZE + 1, None)
+
+
+class GroupVectors(NamedTuple):
+    """One parameter group's slices of its replica's vectors and of the master's, each (p,).
+
+    With L = 1 there is no outer momentum, anchor or inner average. `master` is None on a device that needs no copy of
+    it, and `master_momentum` is None everywhere but on the home replica.
+    """
+
+    group: int  # index into param_groups
+    weights: Tensor
+    gradient: Tensor
+    inner_momentum: Tensor
+    outer_momentum: Tensor | None
+    anchor: Tensor | None
+    inner_avg: Tensor | None
+    replica_mean: Tensor  # z after a synchronization; a device's replicas share it
+    master: Tensor | None
+    master_momentum: Tensor | None
+
+
+class FlatReplica:
+    """The flat vectors of one replica, each (P,), on its device. Its parameters become views into `weights`.
+
+    P counts the trainable parameters and the zeros that fill up each one to a multiple of 16 bytes. Views keep the
+    strides of their parameter, channels_last included.
+
+    Args:
+        num_senders: length of the message's last part.
+    """
+
+    def __init__(
+        self, parameters: list[nn.Parameter], buffers: Iterable[Tensor], has_inner_loop: bool, num_senders: int
+    ):
+        self.parameters = trainable(parameters)
+        self.frozen = [parameter for parameter in parameters if not parameter.requires_grad]
+        self.buffers = list(buffers)
+        self.strides = [dense_strides(parameter) for parameter in self.parameters]
+        like = self.parameters[0]
+        self.weights = like.new_zeros(sum(padded_size([parameter]) for parameter in self.parameters))
+        self.piggyback = like.new_zeros(PIGGYBACK_SIZE)
+        # The memory of the gradient carries the message: a synchronization needs no gradient
+        self.message = like.new_zeros(len(self.weights) + PIGGYBACK_SIZE + 1 + num_senders)
+        self.gradient, self.tail = self.message[: len(self.weights)], self.message[len(self.weights) :]
+        self.gradient_views = self.views(self.gradient)
+        for parameter, view in zip(self.parameters, self.views(self.weights), strict=True):
+            view.copy_(parameter)
+            parameter.data = view  # no other way to move a parameter's storage keeps modules and autograd attached
+        self.addresses = [parameter.data_ptr() for parameter in self.parameters]
+        self.has_gradient = True  # of any parameter, since the round started
+        self.is_changed = like.new_zeros(())  # 1 if something else changed the weights before the round started
+
+        # keyed by the names that state_dict uses for each parameter
+        self.state = {"inner_momentum_buffer": torch.zeros_like(self.weights)}
+        if has_inner_loop:
+            self.state["outer_momentum_buffer"] = torch.zeros_like(self.weights)
+            self.state["anchor"] = torch.empty_like(self.weights)
+            self.state["inner_avg"] = torch.empty_like(self.weights)
+        self.groups: list[GroupVectors] = []
+
+    @property
+    def device(self) -> torch.device:
+        return self.weights.device
+
+    @property
+    def own_state(self) -> dict[str, Tensor]:
+        """The state without the master's."""
+        return {name: vector for name, vector in self.state.items() if not name.startswith("master")}
+
+    @property
+    def replicated_tensors(self) -> list[Tensor]:
+        """What all replicas start with: weights, frozen parameters and buffers."""
+        return [self.weights, *self.frozen, *self.buffers]
+
+    def views(self, vector: Tensor) -> list[Tensor]:
+        """Return `vector` as tensors with the shapes and strides of the parameters.
+
+        Each has a storage of its own over the same memory. Otherwise safetensors, pickle and others would take them for
+        shared tensors, and save them together, many times or not at all.
+        """
+        views, start = [], vector.storage_offset()
+        for parameter, strides in zip(self.parameters, self.strides, strict=True):
+            views.append(torch.from_dlpack(vector.as_strided(parameter.shape, strides, start)))
+            start += padded_size([parameter])
+        return views
+
+    def check_parameters(self) -> None:
+        """Check that the parameters are still those that Parle was built from. Raises: RuntimeError."""
+        if [parameter.data_ptr() for parameter in self.parameters] != self.addresses:
+            raise RuntimeError("A parameter no longer shares the optimizer's memory: build Parle after model.to(...)")
+        if any(parameter.grad is not None for parameter in self.frozen):
+            raise RuntimeError("A parameter that was frozen when Parle was built now has a gradient: build a new Parle")
+        if not all(parameter.requires_grad for parameter in self.parameters):
+            raise RuntimeError(
+                "A parameter was frozen after Parle was built, which would still move it: build a new one"
+            )
+
+    def collect_gradient(self) -> None:
+        """Copy the parameters' gradients into `gradient`. None counts as zero: every rank sends the same message."""
+        pairs = [
+            (view, parameter.grad)
+            for view, parameter in zip(self.gradient_views, self.parameters, strict=True)
+            if parameter.grad is not None
+        ]
+        if len(pairs) < len(self.parameters):
+            self.gradient.zero_()
+        if not pairs:
+            return
+        self.has_gradient = True
+        try:
+            torch._foreach_copy_(*zip(*pairs, strict=True))  # one call takes half the time of one call per tensor
+        except RuntimeError as error:
+            if any(gradient.layout != torch.strided for _, gradient in pairs):
+                raise RuntimeError(
+                    "Parle needs dense gradients, not sparse ones: use nn.Embedding(..., sparse=False)"
+                ) from error
+            raise
+
+    def return_gradient(self) -> None:
+        """Copy `gradient` into the parameters' gradients."""
+        for parameter, view in zip(self.parameters, self.gradient_views, strict=True):
+            if parameter.grad is None:
+                parameter.grad = view.clone()
+            else:
+                parameter.grad.copy_(view)
+
+    def write_message(self, average: Tensor, sender: int, checksum: int) -> None:
+        """Write `average`, (P,), and the piggyback into the message, or zeros if they are not finite."""
+        # a finite sum proves that every element is finite, with a single read of the vector
+        is_finite = (average.sum() + self.piggyback.sum()).isfinite()
+        zero = average.new_zeros(())
+        torch.where(is_finite, average, zero, out=self.gradient)
+        self.tail.zero_()
+        self.tail[PIGGYBACK] = torch.where(is_finite, self.piggyback, zero)
+        self.tail[CHANGED] = torch.where(is_finite, self.is_changed, zero)
+        self.tail[SENDERS][sender] = torch.where(is_finite, checksum, -checksum)
+
+
+def trainable(parameters: list[nn.Parameter]) -> list[nn.Parameter]:
+    return [parameter for parameter in parameters if parameter.requires_grad]
+
+
+def padded_size(parameters: list[nn.Parameter]) -> int:
+    """Return the number of elements that parameters take in a flat vector, in which each one is aligned."""
+    return sum(
+        -(-parameter.numel() * parameter.element_size() // ALIGNMENT) * ALIGNMENT // parameter.element_size()
+        for parameter in parameters
+    )
+
+
+def dense_strides(parameter: Tensor) -> tuple[int, ...]:
+    """Return the parameter's strides, or dense ones if it has gaps or overlaps."""
+    return torch.empty_like(parameter, device="meta").stride()

@@ -1,0 +1,84 @@
+"""Checks of what the optimizer is given: parameters, groups and loaded counters. They raise ValueError."""
+
+import math
+import numbers
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from parle.flat_replica import dense_strides, trainable
+
+
+def sync_kind(sync_every: int | str) -> int | str:
+    """Return what decides which vectors there are: 1, "auto", or 2 for any larger number."""
+    return min(sync_every, 2) if isinstance(sync_every, numbers.Integral) else sync_every
+
+
+def check_parameters(parameters: list[nn.Parameter]) -> None:
+    """Check that the trainable parameters of one replica can form one flat vector. Raises: ValueError."""
+    trained = trainable(parameters)
+    if not trained:
+        raise ValueError("Parle needs at least one parameter with requires_grad=True")
+    for parameter in parameters:
+        if parameter.is_meta:
+            raise ValueError("A parameter is on the meta device: give the model its weights before building Parle")
+        if type(parameter.detach()) is not Tensor:
+            raise ValueError(
+                f"A parameter is a {type(parameter.detach()).__name__}, and Parle needs plain tensors: do not shard or "
+                "quantize a replica"
+            )
+    if len(set(trained)) < len(trained):
+        raise ValueError("A parameter appears twice; give a shared one once, as model.parameters() does")
+    nonempty = [parameter for parameter in trained if parameter.numel()]
+    if len({parameter.data_ptr() for parameter in nonempty}) < len(nonempty):
+        raise ValueError("Two parameters share their memory; tie them as one nn.Parameter instead")
+    kinds = {(parameter.dtype, parameter.device) for parameter in trained}
+    if len(kinds) > 1 or trained[0].dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"The parameters of a replica must be float32 (or all float64) on one device, not {kinds}")
+
+
+def check_replicas_match(groups: list[dict[str, Any]]) -> None:
+    """Check that replicas differ only in the device and the values of their parameters. Raises: ValueError."""
+    kinds: dict[int, list[Any]] = {}
+    for group in groups:
+        tensors = [(p.shape, dense_strides(p), p.dtype, p.requires_grad) for p in group["params"]]
+        settings = {name: value for name, value in group.items() if name not in ("params", "param_names", "replica")}
+        kinds.setdefault(group["replica"], []).append((tensors, settings))
+    first, *others = kinds
+    for replica in others:
+        if kinds[replica] != kinds[first]:
+            raise ValueError(f"Replica {replica} and replica {first} differ in shapes, strides, dtypes or settings")
+
+
+def check_shared(groups: list[dict[str, Any]]) -> None:
+    """Check that groups have one value where they must. Raises: ValueError."""
+    for name in ("sync_every", "batches_per_epoch", "rounds_done", "step_in_round", "steps_per_round"):
+        values = [group[name] for group in groups]
+        if any(value != values[0] for value in values):
+            raise ValueError(f"Invalid {name} values: {values}; all groups must share one")
+
+
+def check_hyperparameters(group: dict[str, Any]) -> None:
+    """Check the values of a group. Raises: ValueError, as torch.optim does."""
+    for name in ("lr", "weight_decay", "gamma", "rho", "outer_lr_scale"):
+        if not 0.0 <= group[name] < math.inf:
+            raise ValueError(f"Invalid {name} value: {group[name]}")
+    for name in ("momentum", "alpha", "outer_momentum"):
+        if not 0.0 <= group[name] < 1.0:
+            raise ValueError(f"Invalid {name} value: {group[name]}")
+    for name in ("sync_every", "batches_per_epoch"):
+        automatic = name == "sync_every" and group[name] == "auto" and group["gamma"] > 0
+        if not automatic and not (isinstance(group[name], numbers.Integral) and group[name] >= 1):
+            raise ValueError(f"Invalid {name} value: {group[name]}")
+
+
+def check_counters(group: dict[str, Any]) -> None:
+    """Check the counters of a loaded group. Raises: ValueError."""
+    limits = dict(rounds_done=math.inf, steps_per_round=math.inf, step_in_round=max(1, group["steps_per_round"]))
+    for name, limit in limits.items():
+        if not (isinstance(group[name], numbers.Integral) and 0 <= group[name] < limit):
+            raise ValueError(f"Invalid {name} value: {group[name]}")
+    for name in ("gamma_k", "coupling_k"):
+        if not 0.0 <= group[name] < math.inf:
+            raise ValueError(f"Invalid {name} value: {group[name]}")
