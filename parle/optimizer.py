@@ -293,8 +293,7 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
             sender = number * self.ranks_per_replica + self.rank_in_replica
             replica.write_message(average, sender, self._checksum(number))
         self._sum()
-        on_cpu = self._home.device.type == "cpu"
-        if on_cpu:
+        if self._host_reads_at_once:
             nonfinite = self._check_tail(self._home.tail)
         for message in self._messages.values():
             vector, tail = self._split_message(message)
@@ -324,7 +323,7 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
         if single_step:
             for device, master in self._masters.items():
                 master.copy_(self._split_message(self._messages[device])[0])
-        if on_cpu:
+        if self._host_reads_at_once:
             self._check_master(self._master.sum())
             self._restart(nonfinite)
         else:
@@ -593,6 +592,11 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
     @property
     def _master(self) -> Tensor:
         return self._home.state["master"]
+
+    @property
+    def _host_reads_at_once(self) -> bool:
+        """Whether the host reads the device's memory without waiting."""
+        return self._home.device.type == "cpu"
 
     @property
     def _num_senders(self) -> int:

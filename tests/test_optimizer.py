@@ -255,6 +255,21 @@ def test_each_parameter_and_state_has_its_own_aligned_storage():
             assert len(pickle.dumps(tensor)) < 1000 + tensor.numel() * tensor.element_size()
 
 
+def test_stale_graph_is_an_error_as_with_sgd():
+    for sync_every in (1, 2):
+        weight = nn.Parameter(torch.ones(3))
+        optimizer = build([weight], sync_every=sync_every)
+        loss = (weight**2).sum()
+        loss.backward(retain_graph=True)
+        optimizer.step()
+        with pytest.raises(RuntimeError, match="inplace operation"):
+            loss.backward()
+        loss = (weight**2).sum()
+        optimizer.sync() if sync_every > 1 else optimizer.reset()
+        with pytest.raises(RuntimeError, match="inplace operation"):
+            loss.backward()
+
+
 @pytest.mark.parametrize("moved", [0, 1])
 def test_moving_a_parameter_after_building_is_an_error(moved):
     model = network()
@@ -327,20 +342,90 @@ def test_load_state_dict_copies_tensors():
     assert torch.equal(optimizers[0].master, before)
 
 
-def test_unsuitable_state_dict_is_rejected_unchanged():
-    one, many, auto = (build([nn.Parameter(torch.ones(2))], sync_every=L) for L in (1, 3, "auto"))
-    sgd = torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.5)
-    wrong = many.state_dict()
-    wrong["param_groups"][0]["rho"] = math.nan
-    for other in (one, auto, sgd):
-        with pytest.raises(ValueError, match="sync_every"):
-            many.load_state_dict(other.state_dict())
-    with pytest.raises(ValueError, match="sync_every"):
-        auto.load_state_dict(many.state_dict())
-    with pytest.raises(ValueError, match="rho"):
-        many.load_state_dict(wrong)
-    many.step()
-    assert (many.param_groups[0]["sync_every"], many.param_groups[0]["lr"]) == (3, 0.1)
+def everything(optimizer):
+    """Return all that `load_state_dict` could change, for bitwise comparison."""
+    groups = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    vectors = [[parameter.tolist(), *map(repr, optimizer.state[parameter].items())] for parameter in parameters]
+    return copy.deepcopy(groups), vectors, optimizer.master.tolist(), list(map(id, parameters))
+
+
+def without(name):
+    return lambda state: [group.pop(name) for group in state["param_groups"]]
+
+
+def group_with(**values):
+    return lambda state: state["param_groups"][0].update(values)
+
+
+def state_with(**values):
+    return lambda state: state["state"][0].update(values)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (without("rounds_done"), "rounds_done"),
+        (without("lr"), "lr"),
+        (group_with(rho=math.nan), "rho"),
+        (group_with(lr=-1.0), "lr"),
+        (group_with(sync_every=1), "sync_every"),
+        (group_with(sync_every="auto"), "sync_every"),
+        (group_with(step_in_round=3), "step_in_round"),
+        (group_with(rounds_done=-1), "rounds_done"),
+        (group_with(rounds_done=1.5), "rounds_done"),
+        (group_with(coupling_k=math.nan), "coupling_k"),
+        (group_with(replica=1), "replica"),
+        (state_with(anchor=torch.zeros(2, 1)), "anchor"),
+        (state_with(anchor=torch.zeros(4)), "anchor"),
+        (state_with(anchor=None), "anchor"),
+        (state_with(exp_avg=torch.zeros(2, 2)), "exp_avg"),
+        (lambda state: state["state"][0].pop("anchor"), "anchor"),
+        (lambda state: state["state"].pop(1), "parameter 1"),
+        (lambda state: state["state"].clear(), "parameter 0"),
+        (lambda state: state["param_groups"].append(state["param_groups"][0]), "groups"),
+        (lambda state: state["param_groups"][0]["params"].append(2), "group"),
+    ],
+)
+def test_unsuitable_state_dict_is_rejected_and_changes_nothing(damage, words):
+    parameters = [nn.Parameter(torch.randn(2, 2)), nn.Parameter(torch.randn(3))]
+    optimizer = build(parameters)
+    for step in range(4):
+        for parameter in parameters:
+            parameter.grad = torch.full_like(parameter, step + 1.0)
+        optimizer.step()
+    state = copy.deepcopy(optimizer.state_dict())
+    optimizer.step()
+    damage(state)
+    before, anchor = everything(optimizer), optimizer.state[parameters[0]]["anchor"]
+    with pytest.raises(ValueError, match=words):
+        optimizer.load_state_dict(state)
+    assert everything(optimizer) == before
+    assert optimizer.state[parameters[0]]["anchor"] is anchor
+    for _ in range(2):
+        optimizer.step()
+    assert optimizer.rounds_done == 2 and not torch.equal(anchor, torch.zeros(2, 2))
+
+
+def test_state_dict_of_sgd_is_rejected():
+    with pytest.raises(ValueError, match="not from a Parle"):
+        build([nn.Parameter(torch.ones(2))]).load_state_dict(
+            torch.optim.SGD([nn.Parameter(torch.ones(2))]).state_dict()
+        )
+
+
+def test_load_state_dict_runs_hooks_around_its_own_checks():
+    """As with torch's optimizers: one hook wraps what is saved, and another one unwraps what is loaded."""
+    for optimizer in (build([nn.Parameter(torch.ones(2))]), torch.optim.SGD([nn.Parameter(torch.ones(2))])):
+        calls = []
+        optimizer.register_state_dict_post_hook(lambda _, state: dict(wrapped=state))
+        optimizer.register_load_state_dict_pre_hook(lambda _, state: calls.append("before") or state["wrapped"])  # noqa: B023
+        optimizer.register_load_state_dict_post_hook(lambda _: calls.append("after"))  # noqa: B023
+        state = optimizer.state_dict()
+        assert calls == []
+        state["wrapped"]["param_groups"][0]["lr"] = 0.03
+        optimizer.load_state_dict(state)
+        assert calls == ["before", "after"] and optimizer.param_groups[0]["lr"] == 0.03
 
 
 def test_deepcopy_is_rejected():
@@ -438,3 +523,243 @@ def test_state_of_the_first_replica_is_six_vectors():
         "master",
         "master_momentum_buffer",
     }
+
+
+# Weights and groups changed by other code
+
+
+@pytest.mark.parametrize("sync_every", [1, 3, "auto"])
+def test_weights_loaded_before_the_first_step_are_adopted(build_both, sync_every):
+    model, pretrained = network(), network()
+    optimizer = build_both(model.parameters(), sync_every=sync_every)
+    model.load_state_dict(pretrained.state_dict())
+    with pytest.warns(UserWarning, match=r"reset\(\)"):
+        train(model, optimizer, [0])
+    other = network()
+    other.load_state_dict(pretrained.state_dict())
+    expected = build_both(other.parameters(), sync_every=sync_every)
+    train(other, expected, [0])
+    train(model, optimizer, range(1, 7))
+    train(other, expected, range(1, 7))
+    assert torch.equal(weights(model), weights(other))
+    assert torch.equal(optimizer.master, expected.master)
+
+
+def test_weights_changed_between_rounds_are_an_error(build_both):
+    parameter = nn.Parameter(torch.ones(4))
+    optimizer = build_both([parameter])
+    parameter.grad = torch.ones(4)
+    for step in range(8):  # within a round it is the caller's business
+        if step in (1, 4):
+            parameter.data.clamp_(-0.5, 0.5)
+        optimizer.step()
+    optimizer.sync()
+    parameter.data.clamp_(-0.1, 0.1)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match=r"reset\(\)"):
+        optimizer.sync()
+
+
+def test_reset_adopts_weights_and_clears_momentum(build_both):
+    parameter = nn.Parameter(torch.ones(4))
+    optimizer = build_both([parameter], sync_every=3)
+    parameter.grad = torch.ones(4)
+    for _ in range(5):
+        optimizer.step()
+    with torch.no_grad():
+        parameter.copy_(torch.arange(4))
+    optimizer.reset()
+    assert (optimizer.rounds_done, optimizer.step_in_round) == (1, 0)
+    assert optimizer.master.tolist() == parameter.tolist() == [0, 1, 2, 3]
+    fresh = nn.Parameter(torch.arange(4.0))
+    fresh.grad = torch.ones(4)
+    other = build_both([fresh], sync_every=3)
+    other.param_groups[0]["rounds_done"] = 1
+    for _ in range(7):
+        optimizer.step()
+        other.step()
+        assert torch.equal(parameter, fresh) and torch.equal(optimizer.master, other.master)
+
+
+def replace_parameter(optimizer, model):
+    optimizer.param_groups[0]["params"][0] = nn.Parameter(torch.ones(4, 2, 3, 3))
+
+
+def delete_group(optimizer, model):
+    del optimizer.param_groups[1]
+
+
+def freeze(optimizer, model):
+    model[0].weight.requires_grad_(False)
+
+
+def set_group(**values):
+    def change(optimizer, model):
+        for group in optimizer.param_groups:
+            group |= values
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (replace_parameter, RuntimeError, "build a new Parle"),
+        (delete_group, RuntimeError, "build a new Parle"),
+        (freeze, RuntimeError, "frozen"),
+        (set_group(sync_every=1), ValueError, "sync_every"),
+        (set_group(sync_every="auto"), ValueError, "sync_every"),
+        (set_group(sync_every=0), ValueError, "sync_every"),
+        (set_group(lr=-0.1), ValueError, "lr"),
+        (set_group(momentum=math.nan), ValueError, "momentum"),
+    ],
+)
+def test_impossible_changes_are_errors_at_the_next_round(change, error, words):
+    model = network()
+    optimizer = build([dict(params=[model[0].weight]), dict(params=[p for p in model.parameters()][1:])])
+    train(model, optimizer, range(3))
+    before, rounds = weights(model), optimizer.rounds_done
+    change(optimizer, model)
+    with pytest.raises(error, match=words):
+        train(model, optimizer, [3])
+    assert torch.equal(weights(model), before) and rounds == 1
+
+
+def test_sync_every_may_change_to_another_number():
+    model = network()
+    optimizer = build(model.parameters())
+    train(model, optimizer, range(3))
+    optimizer.param_groups[0]["sync_every"] = 2
+    train(model, optimizer, range(3, 7))
+    assert (optimizer.rounds_done, optimizer.step_in_round) == (3, 0)
+
+
+def test_parameters_replaced_by_assign_are_reported():
+    model = network()
+    optimizer = build(model.parameters())
+    train(model, optimizer, range(3))
+    model.load_state_dict(network().state_dict(), assign=True)
+    train(model, optimizer, range(3, 6))
+    with pytest.warns(UserWarning, match="assign=True"):
+        train(model, optimizer, [6])
+    train(model, optimizer, range(7, 12))  # once
+
+
+def test_unstable_outer_step_is_reported_once():
+    parameter = nn.Parameter(torch.ones(2))
+    optimizer = build([parameter], lr=1.0, momentum=0.5)  # the limit is 1.5
+    parameter.grad = torch.zeros(2)
+    for _ in range(3):
+        optimizer.step()
+    optimizer.param_groups[0]["lr"] = 1.5
+    with pytest.warns(UserWarning, match=r"diverge.*1\.5"):
+        optimizer.step()
+    for _ in range(6):
+        optimizer.step()
+    single = build([nn.Parameter(torch.ones(2))], lr=5.0, sync_every=1)
+    single.step()
+
+
+# The master in the training model
+
+
+@pytest.mark.parametrize("sync_every", [1, 3])
+def test_master_weights_swaps_the_master_in_and_out(build_both, sync_every):
+    models = [network(), network()]
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers = [build_both(model.parameters(), sync_every=sync_every) for model in models]
+    for start in (0, 3, 6):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            train(model, optimizer, range(start, start + 3))
+        before, target = weights(models[0]), network()
+        optimizers[0].copy_master_to(target)
+        with pytest.raises(KeyError), optimizers[0].master_weights():
+            assert torch.equal(weights(models[0]), weights(target))
+            for call in (
+                optimizers[0].step,
+                optimizers[0].reset,
+                optimizers[0].average_gradients,
+                lambda: optimizers[0].load_state_dict(optimizers[0].state_dict()),
+                optimizers[0].master_weights().__enter__,
+            ):
+                with pytest.raises(RuntimeError, match="master_weights"):
+                    call()
+            raise KeyError
+        assert torch.equal(weights(models[0]), before)
+        optimizers[0].step()
+        optimizers[1].step()
+        assert torch.equal(weights(models[0]), weights(models[1]))
+        optimizers[0].sync()
+        optimizers[1].sync()
+
+
+def test_evaluating_the_master_within_a_round_warns():
+    model = network()
+    optimizer = build(model.parameters())
+    train(model, optimizer, range(5))
+    with pytest.warns(UserWarning, match=r"2 steps.*sync\(\)"):
+        optimizer.copy_master_to(network())
+    with pytest.warns(UserWarning, match="2 steps"), optimizer.master_weights():
+        pass
+    optimizer.sync()
+    optimizer.copy_master_to(network())
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel, lambda model: torch.compile(nn.DataParallel(model))])
+def test_names_of_wrapped_models_are_accepted(wrap):
+    """The wrapped model is not called, so nothing is compiled."""
+    for train_wrapped, target_wrapped in ((True, False), (False, True), (True, True)):
+        model, target = network(), network()
+        named = (wrap(model) if train_wrapped else model).named_parameters()
+        optimizer = build(sorted(named, key=lambda item: item[1].ndim))
+        optimizer.copy_master_to(wrap(target) if target_wrapped else target)
+        assert torch.equal(weights(model), weights(target))
+    with pytest.raises(ValueError, match=r"0\.weight"):
+        optimizer.copy_master_to(nn.ModuleDict(dict(other=nn.Linear(1, 1))))
+
+
+def test_tensor_subclasses_are_rejected():
+    class Sharded(torch.Tensor):
+        pass
+
+    with pytest.raises(ValueError, match="Sharded"):
+        build([nn.Parameter(torch.ones(2).as_subclass(Sharded))])
+
+
+def test_flags_of_an_accelerator_are_read_at_the_next_sync(monkeypatch):
+    """A host that does not wait restarts the replica, and raises, one sync later."""
+
+    class Event:
+        def __init__(self, device):
+            pass
+
+        def record(self, stream):
+            pass
+
+        def synchronize(self):
+            pass
+
+    monkeypatch.setattr(torch, "Event", Event)
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda device: None)
+    monkeypatch.setattr(parle_gpu.Parle, "_host_reads_at_once", False)
+    parameters = [nn.Parameter(torch.ones(4)) for _ in range(3)]
+    optimizer = parle_gpu.Parle([[parameter] for parameter in parameters], **SETTINGS)
+    seen = []
+    for step in range(15):
+        for number, parameter in enumerate(parameters):
+            parameter.grad = torch.full((4,), math.nan if (step, number) == (4, 1) else number + 1.0)
+        optimizer.step()
+        seen.append(optimizer.nonfinite_replicas)
+        assert optimizer.master.isfinite().all()
+        assert parameters[1].isfinite().all() == (step not in range(4, 8))
+        anchors = [optimizer.state[parameter]["anchor"] for parameter in parameters]
+        if step not in range(5, 8):
+            torch.testing.assert_close(optimizer.master, torch.stack(anchors).mean(0))
+    assert seen == [[]] * 8 + [[1]] * 3 + [[]] * 4
+    for parameter in parameters:
+        parameter.grad.fill_(math.nan)
+    for _ in range(3):
+        optimizer.step()
+    with pytest.raises(FloatingPointError):
+        for _ in range(3):
+            optimizer.step()

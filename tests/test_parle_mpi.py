@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 
 import pytest
@@ -34,6 +35,15 @@ def test_every_rank_matches_the_reference_at_each_step(python, ranks):
     done = python(ROOT / "tests" / "lockstep.py", ranks=ranks, timeout=240, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("all equal\n")
+
+
+@pytest.mark.timeout(300)
+def test_class_on_four_ranks(python):
+    done = python(ROOT / "tests" / "mpi_checks.py", ranks=4, timeout=240, OMP_NUM_THREADS="1")
+    assert done.stdout == "all checks passed\n", done.stderr
+    assert done.returncode != 0
+    for rank in (0, 1, 3):  # rank 2 left out a step
+        assert re.search(rf"rank {rank}: in step 2 of round 3: rank {rank} waited \d s for rank 2;", done.stderr)
 
 
 @pytest.mark.slow

@@ -1,0 +1,317 @@
+"""What parle_mpi.Parle does on several ranks beyond the equations of lockstep.py.
+
+mpiexec -n 4 python tests/mpi_checks.py
+"""
+
+import copy
+import functools
+import gc
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import loader
+from parle import evaluation, launcher, training
+from parle.distributed import CollectiveTimeout, MPIGroup
+from parle_mpi import Parle
+
+SETTINGS = dict(lr=0.1, sync_every=2, batches_per_epoch=10)
+
+
+def identical(comm, tensor):
+    """Return whether a tensor is bitwise the same on all ranks."""
+    return len(set(comm.allgather(tensor.detach().numpy().tobytes()))) == 1
+
+
+def message_of(error, action):
+    """Return the message of the error that `action` must raise."""
+    try:
+        action()
+    except error as caught:
+        return str(caught)
+    raise AssertionError(f"no {error.__name__}")
+
+
+def weighted_steps(optimizer, count, comm):
+    """Take steps whose gradients differ between ranks and steps."""
+    for step in range(count):
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = torch.full_like(parameter, step + comm.rank + 1.0)
+        optimizer.step()
+
+
+def check_data_parallel(comm, single):
+    """Several ranks of one replica train as one rank does, although their shards of a mini-batch differ in size."""
+    random = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (330, 4, 4, 1), dtype=torch.uint8, generator=random)
+    labels = (images.float().mean((1, 2, 3)) > 128).long()
+    data = loader.Dataset("random", images[:300], labels[:300], images[300:], labels[300:], *torch.ones(2, 1) * 128, 2)
+    results = []
+    for world in (comm, single):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(16, 20), nn.ReLU(), nn.Linear(20, 2))
+        batches = loader.BatchLoader(data, batch_size=50, seed=5, shard=(world.rank, world.size))
+        optimizer = Parle(model.parameters(), world, lr=0.05, sync_every=5, batches_per_epoch=10, replicas=1)
+        groups = dict(groups=optimizer.groups)
+        evaluate = functools.partial(
+            evaluation.evaluate, optimizer, copy.deepcopy(model), data, batch_size=50, replicas=[0], **groups
+        )
+        replicas = [training.LocalReplica(0, model, batches)]
+        schedule = training.Schedule(epochs=1)
+        events = list(training.train(replicas, optimizer, schedule, evaluate=evaluate, **groups))
+        train, test = events[-3], events[-2]
+        results.append((optimizer.master, train["train_loss"], test["master_loss"], test["master_error"]))
+    for ours, expected in zip(*results, strict=True):
+        assert torch.allclose(torch.as_tensor(ours), torch.as_tensor(expected), rtol=1e-5, atol=1e-6), (ours, expected)
+
+
+def check_clipping_equals_one_process(comm, single):
+    """With average_gradients(), clip_grad_norm_ sees the gradient of the whole mini-batch."""
+    random = torch.Generator().manual_seed(0)
+    inputs, targets = torch.randn(12 * comm.size, 6, generator=random), torch.arange(12 * comm.size) % 3
+    trained = []
+    for world in (comm, single):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+        optimizer = Parle(model.parameters(), world, replicas=1, **SETTINGS)
+        own = slice(world.rank, None, world.size)
+        for step in range(6):
+            optimizer.zero_grad()
+            F.cross_entropy(model(inputs[own].double()), targets[own]).backward()
+            if step == 3:
+                optimizer.average_gradients()  # as if a GradScaler skipped the step
+                optimizer.zero_grad()
+                F.cross_entropy(model(inputs[own].double()), targets[own]).backward()
+            if step != 4:  # step() then averages by itself
+                optimizer.average_gradients()
+                norm = nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+                assert norm > 0.05
+            optimizer.step()
+        trained.append(torch.nn.utils.parameters_to_vector(model.parameters()))
+    torch.testing.assert_close(*trained, rtol=1e-6, atol=0)
+
+
+def check_identical_ranks(comm):
+    """Ranks start from rank 0's parameters and buffers; all hold the same master."""
+    torch.manual_seed(comm.rank)
+    parameters = [nn.Parameter(torch.randn(1000)), nn.Parameter(torch.randn(3), requires_grad=False)]
+    buffers = [
+        torch.randn(4, 3).t(),
+        torch.tensor(comm.rank),
+        torch.randn(5).bfloat16() > 0,
+        torch.randn(()).bfloat16(),
+    ]
+    optimizer = Parle(parameters, comm, lr=0.1, sync_every=3, batches_per_epoch=10, replicas=comm.size // 2 or 1)
+    assert all(identical(comm, parameter) for parameter in parameters)
+    replica_comm = comm.Split(comm.rank // (comm.size // optimizer.num_replicas))
+    for _ in range(7):
+        parameters[0].grad = torch.randn(1000)
+        optimizer.step()
+        assert identical(comm, optimizer.master)
+        assert identical(replica_comm, parameters[0])
+    weights = comm.allgather(parameters[0].detach().numpy().tobytes())
+    assert len(set(weights)) == optimizer.num_replicas
+    Parle([nn.Parameter(torch.zeros(2))], comm, buffers=buffers, **SETTINGS)
+    assert all(identical(comm, buffer.float()) for buffer in buffers)
+
+
+def check_piggyback(comm):
+    optimizer = Parle([nn.Parameter(torch.randn(5))], comm, **SETTINGS)
+    optimizer.piggyback[0][1] = comm.rank
+    optimizer.step()
+    assert optimizer.piggyback[0].tolist() == [0, comm.rank, 0, 0, 0]
+    optimizer.step()
+    assert optimizer.piggyback[0].tolist() == [0, (comm.size - 1) / 2, 0, 0, 0]
+
+
+def check_mismatched_construction(comm):
+    last = comm.rank == comm.size - 1
+    frozen = nn.Parameter(torch.zeros(3 + last), requires_grad=False)
+    for parameters, settings, words in (
+        ([nn.Parameter(torch.zeros(5))], dict(lr=0.1 + last), ["lr of group 0", "0.1", "1.1"]),
+        ([nn.Parameter(torch.zeros(5 + last))], {}, ["parameters", "5", "6"]),
+        ([nn.Parameter(torch.zeros(4, 3) if not last else torch.zeros(3, 4).t())], {}, ["strides"]),
+        ([nn.Parameter(torch.zeros(5).to(torch.float64 if last else torch.float32))], {}, ["float32", "float64"]),
+        ([nn.Parameter(torch.zeros(5)), frozen], {}, ["frozen_parameters", "3", "4"]),
+        ([nn.Parameter(torch.zeros(5))], dict(buffers=[torch.zeros(2 + last)]), ["buffers", "2", "3"]),
+        ([nn.Parameter(torch.zeros(5))], dict(rho=-1.0 if last else 0.01), ["Invalid rho value: -1"]),
+        ([nn.Parameter(torch.zeros(5).to("meta" if last else "cpu"))], {}, ["meta"]),
+    ):
+        message = message_of(ValueError, lambda: Parle(parameters, comm, **SETTINGS | settings))  # noqa: B023
+        assert all(word in message for word in words), message
+
+
+def check_mismatch_between_ranks(comm):
+    """Whatever differs between ranks, every rank raises at the next sync, and names group, setting and values."""
+    wanted = dict(lr=[0.1, 0.2, 0.15], rho=[0.01, 0.02], outer_lr_scale=[1.0, 2.0], momentum=[0.9, 0.8])
+    wanted |= dict(weight_decay=[0.0, 0.1], alpha=[0.75, 0.5], gamma=[0.01, 0.1], rounds_done=[1, 7])
+    for index, (name, values) in enumerate(wanted.items()):
+        group, start = index % 2, index % 3 != 0
+        optimizer = Parle([dict(params=[nn.Parameter(torch.zeros(5))]) for _ in range(2)], comm, **SETTINGS)
+        weighted_steps(optimizer, 2 if start else 0, comm)
+        if name == "rounds_done":
+            for each in optimizer.param_groups:
+                each[name] = values[comm.rank % len(values)]
+        else:
+            optimizer.param_groups[group][name] = values[comm.rank % len(values)]
+        message = message_of(RuntimeError, lambda: weighted_steps(optimizer, 2, comm))  # noqa: B023
+        shown = (
+            f"{name} of group {0 if name == 'rounds_done' else group} is {values[0]:.6g} on rank 0 and {values[1]:.6g}"
+        )
+        assert shown in message, message
+
+
+def check_state_loaded_on_one_rank(comm):
+    """The counters of one rank alone change: an error on every rank, before and after the first step."""
+    for steps in (0, 2):
+        optimizer, other = (Parle([nn.Parameter(torch.zeros(5))], comm, **SETTINGS) for _ in range(2))
+        weighted_steps(other, 4, comm)
+        weighted_steps(optimizer, steps, comm)
+        if comm.rank == 1:
+            optimizer.load_state_dict(other.state_dict())
+        assert "rounds_done" in message_of(RuntimeError, lambda: weighted_steps(optimizer, 2, comm))  # noqa: B023
+
+
+def check_state_of_another_replica_is_rejected(comm):
+    """All ranks load what rank 0 saved: then the master would not be the mean of the anchors."""
+    optimizer = Parle([nn.Parameter(torch.zeros(5))], comm, **SETTINGS)
+    weighted_steps(optimizer, 3, comm)
+    state = comm.bcast(optimizer.state_dict())
+    if comm.rank == 0:
+        optimizer.load_state_dict(state)
+    else:
+        assert "reset()" in message_of(ValueError, lambda: optimizer.load_state_dict(state))
+
+
+def check_weights_loaded_after_building(comm):
+    """Before the first step rank 0's weights become everybody's, with a warning; later it is an error on every rank."""
+    for sync_every in (1, 2, "auto"):
+        parameter, frozen = nn.Parameter(torch.zeros(5)), nn.Parameter(torch.zeros(2), requires_grad=False)
+        optimizer = Parle([parameter, frozen], comm, **SETTINGS | dict(sync_every=sync_every))
+        with torch.no_grad():
+            parameter.fill_(3.0 + comm.rank)
+            frozen.fill_(comm.rank)
+        parameter.grad = torch.zeros(5)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            optimizer.step()
+        assert "reset()" in str(caught[0].message)
+        optimizer.sync()
+        assert parameter.tolist() == optimizer.master.tolist() == [3.0] * 5 and frozen.tolist() == [0, 0]
+    optimizer = Parle([parameter], comm, **SETTINGS)
+    weighted_steps(optimizer, 2, comm)
+    if comm.rank == 1:
+        parameter.data.clamp_(-0.01, 0.01)
+    assert "reset()" in message_of(RuntimeError, lambda: weighted_steps(optimizer, 2, comm))
+    for source in (0, comm.size - 1):
+        with torch.no_grad():
+            parameter.fill_(comm.rank)
+        optimizer.reset(source)
+        assert parameter.tolist() == optimizer.master.tolist() == [source] * 5
+        weighted_steps(optimizer, 4, comm)
+    assert "from_replica" in message_of(ValueError, lambda: optimizer.reset(comm.size))
+
+
+def check_nonfinite(comm, sync_every):
+    """Every rank lists the replica with NaN, which restarts from the mean of the others without momentum."""
+    failed = comm.size - 1
+    parameter = nn.Parameter(torch.zeros(5))
+    optimizer = Parle([parameter], comm, lr=0.1, sync_every=sync_every, batches_per_epoch=10)
+    for number in range(3):
+        if number == 1 and comm.rank == failed:
+            with torch.no_grad():
+                parameter.fill_(torch.nan)
+        for _ in range(sync_every):
+            parameter.grad = torch.full((5,), comm.rank + 1.0)
+            optimizer.step()
+        assert optimizer.nonfinite_replicas == ([failed] if number == 1 else [])
+        assert optimizer.master.isfinite().all() and parameter.isfinite().all()
+        assert identical(comm, optimizer.master)
+        anchors = torch.tensor(comm.allgather(parameter.tolist()))
+        torch.testing.assert_close(optimizer.master, anchors.mean(0))
+        if number == 1 and comm.rank == failed:
+            assert torch.equal(parameter, optimizer.master)
+            assert not optimizer.state[parameter]["inner_momentum_buffer"].any()
+
+
+def check_nonfinite_rank_of_a_replica(comm):
+    """All ranks of a replica restart together, also if only one of them is not finite."""
+    for sync_every in (1, 2):
+        parameter = nn.Parameter(torch.ones(5))
+        optimizer = Parle([parameter], comm, lr=0.1, sync_every=sync_every, batches_per_epoch=10, replicas=2)
+        for _ in range(sync_every):
+            parameter.grad = torch.ones(5)
+            optimizer.piggyback[0][0] = torch.inf if comm.rank == 1 else 1.0
+            optimizer.step()
+        assert optimizer.nonfinite_replicas == [0]
+        assert identical(comm, optimizer.master) and optimizer.piggyback[0][0] == 1
+        replicas = torch.tensor(comm.allgather(parameter.tolist()))
+        assert replicas.isfinite().all() and torch.equal(replicas[0], replicas[1])
+        torch.testing.assert_close(optimizer.master, replicas.mean(0))
+        optimizer = Parle([parameter], comm, lr=0.1, sync_every=sync_every, batches_per_epoch=10, replicas=1)
+        optimizer.piggyback[0][0] = torch.inf if comm.rank == 1 else 1.0
+        assert "all replicas" in message_of(FloatingPointError, lambda: weighted_steps(optimizer, 2, comm))  # noqa: B023
+        assert identical(comm, optimizer.master) and identical(comm, parameter)
+
+
+def check_communicators(comm, single):
+    """Optimizers use a duplicate of the caller's communicator, which is freed with them; MPICH has 2,048."""
+    for _ in range(2_100):
+        Parle([nn.Parameter(torch.ones(2))], single, **SETTINGS)
+    for _ in range(1_100):  # each takes two
+        optimizer = Parle([nn.Parameter(torch.ones(2))], comm, replicas=comm.size // 2, **SETTINGS)
+    request = comm.Irecv(bytearray(1))  # of any tag: must not receive the optimizer's messages
+    weighted_steps(optimizer, 2, comm)
+    assert not request.Test()
+    request.Cancel()
+    request.Wait()
+    del optimizer
+    gc.collect()
+
+
+def check_timeout(comm):
+    """A rank that skips a step is named by the others; must be the last check, since it aborts all ranks."""
+    optimizer = Parle([nn.Parameter(torch.ones(2))], comm, timeout=1.5, **SETTINGS)
+    weighted_steps(optimizer, 4, comm)
+    weighted_steps(optimizer, 1 if comm.rank == 2 else 2, comm)
+    time.sleep(60)
+
+
+def main():
+    from mpi4py import MPI
+
+    comm, single = MPI.COMM_WORLD, MPI.COMM_SELF
+    check_data_parallel(comm, single)
+    check_clipping_equals_one_process(comm, single)
+    for sync_every in (1, 2):
+        check_nonfinite(comm, sync_every)
+    check_nonfinite_rank_of_a_replica(comm)
+    check_identical_ranks(comm)
+    check_piggyback(comm)
+    check_mismatched_construction(comm)
+    check_mismatch_between_ranks(comm)
+    check_state_loaded_on_one_rank(comm)
+    check_state_of_another_replica_is_rejected(comm)
+    check_weights_loaded_after_building(comm)
+    check_communicators(comm, single)
+    MPIGroup(comm).all_gather(None)
+    if comm.rank == 0:
+        print("all checks passed", flush=True)
+    try:
+        check_timeout(comm)
+    except CollectiveTimeout as error:
+        print(f"rank {comm.rank}: {error}", file=sys.stderr, flush=True)
+        time.sleep(2)  # the others print theirs
+        comm.Abort(3)
+
+
+if __name__ == "__main__":
+    launcher.run_or_abort(main)
