@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from parle import cli
 from parle.algorithm import COUPLING_MAX, GAMMA_MAX, nesterov_step, scoped
 from parle.distributed import Group, MPIGroup
-from parle.optimizer import FlatReplica
+from parle.flat_replica import FlatReplica
 from parle_mpi import Parle
 
 GRID = {"lr": [0.1, 0.05], "lr_drops": [[0.5, 0.75], [0.7, 0.9]]}  # lr_drops are fractions of the run
@@ -97,7 +97,6 @@ class PublishedParle(torch.optim.Optimizer):
         self.world, self.nb, self.sync_every = world, nb, sync_every
         self.gamma, self.coupling = gamma, rho * sync_every * world.size
         self.replica = flatten(model)
-        self.replica.use_message(torch.zeros_like(self.replica.weights))
         self.y, self.steps_done = self.replica.weights, 0
         self.anchor, self.z = self.y.clone(), self.y.clone()
         self.u, self.v = torch.zeros_like(self.y), torch.zeros_like(self.y)

@@ -193,13 +193,17 @@ def restore(
             content = _read(path / _replica_file(number if number < then else 0))
             if number >= then:
                 _restart_at_master(content, shared)
-            if [w.shape for w in content["weights"]] != [p.shape for p in _parameters(optimizer, local)]:
-                raise ValueError("its weights have other shapes")
             state = content["optimizer"]
             for group, saved in zip(own["param_groups"], state["param_groups"], strict=True):
                 group |= {name: saved[name] for name in COUNTERS}
             for position, values in shared.items() if not contents else ():
                 state["state"][position] |= values
+            for position, (weights, parameter) in enumerate(
+                zip(content["weights"], _parameters(optimizer, local), strict=True)
+            ):
+                tensors = (weights, *state["state"].get(position, {}).values())
+                if any((tensor.shape, tensor.dtype) != (parameter.shape, parameter.dtype) for tensor in tensors):
+                    raise ValueError(f"parameter {position} has another shape or dtype")
             contents.append(content | dict(optimizer=state | dict(param_groups=own["param_groups"])))
         optimizer.load_state_dict(_join([content["optimizer"] for content in contents]))
         with torch.no_grad():

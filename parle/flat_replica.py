@@ -43,7 +43,12 @@ class FlatReplica:
     """
 
     def __init__(
-        self, parameters: list[nn.Parameter], buffers: Iterable[Tensor], has_inner_loop: bool, num_senders: int
+        self,
+        parameters: list[nn.Parameter],
+        buffers: Iterable[Tensor] = (),
+        *,
+        has_inner_loop: bool,
+        num_senders: int = 1,
     ):
         self.parameters = trainable(parameters)
         self.frozen = [parameter for parameter in parameters if not parameter.requires_grad]

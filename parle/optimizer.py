@@ -107,7 +107,12 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
         self._warned: set[str] = set()
         with torch.no_grad():
             self._replicas = {
-                number: FlatReplica(parameters, buffers.get(number, ()), self._kind != 1, self._num_senders)
+                number: FlatReplica(
+                    parameters,
+                    buffers.get(number, ()),
+                    has_inner_loop=self._kind != 1,
+                    num_senders=self._num_senders,
+                )
                 for number, parameters in owned.items()
             }
             self._home = next(iter(self._replicas.values()))  # its device holds the master

@@ -223,9 +223,16 @@ def test_manifest_with_wrong_content_is_rejected(saved):
         checkpoint.read_manifest(saved)
 
 
+def doubled(value):
+    if isinstance(value, dict):
+        return {key: doubled(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [doubled(item) for item in value]
+    return value.double() if isinstance(value, torch.Tensor) else value
+
+
 def write_doubles(path):
-    content = torch.load(path, weights_only=True)
-    torch.save({name: vector.double() for name, vector in content.items()}, path)
+    torch.save(doubled(torch.load(path)), path)
 
 
 @pytest.mark.parametrize("damage", [write_doubles, make_unreadable])

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import math
 import os
 import shutil
 import sys
@@ -19,7 +18,7 @@ import loader
 import models
 import parle_gpu
 import parle_mpi
-from parle import cli, distributed, evaluation, experiment, launcher, signals, training
+from parle import cli, evaluation, experiment, launcher, signals, training
 from tests.conftest import OFFLINE, ROOT
 from tests.test_docs import documented_fields
 
@@ -190,7 +189,6 @@ def test_every_flag_reaches_what_it_controls(program, monkeypatch, proc, tmp_pat
     folders = ["--proc", str(proc), "--out", str(tmp_path / "run")]
     monkeypatch.setattr(sys, "argv", [program, *FLAGS.split(), *others, *folders, "--checkpoint-every", "4"])
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(distributed, "timeout", math.inf)  # is set by parle_mpi.py
     monkeypatch.setattr("mpi4py.MPI.Finalize", lambda: None)
     with pytest.raises(SystemExit) as exit:
         main.main()
