@@ -100,9 +100,7 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
             check_parameters(parameters)
         self._params_built_from = [list(group["params"]) for group in self.param_groups]
         self.nonfinite_replicas: list[int] = []
-        self._unread_flags: tuple[Tensor, torch.Event] | None = (
-            None  # the flags of the last sync, on their way to the host
-        )
+        self._unread_flags: tuple[Tensor, torch.Event] | None = None  # of the last sync, on their way to the host
         self._is_first_step, self._gradients_are_averaged, self._holds_master = True, False, False
         self._warned: set[str] = set()
         with torch.no_grad():
@@ -277,9 +275,9 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
         `step()` calls it. Call it yourself only to end a round early, as at the end of training, and then on every
         rank. It does nothing if there was no step since the last call.
 
-        A replica whose weights or piggyback are not finite is left out of the mean, restarts from the master and is
-        listed in `nonfinite_replicas`. Accelerators do this, and raise errors, one sync later: by then their flags have
-        reached the host, which never waits for them.
+        A replica whose weights or piggyback are not finite is left out of the mean, restarts without momentum from the
+        mean of the other anchors, which becomes the master, and is listed in `nonfinite_replicas`. With an accelerator
+        the restart, or the error, comes one sync later: by then its flags have reached the host, which does not wait.
 
         Raises:
             FloatingPointError: no replica is finite, or their mean is not.
@@ -301,13 +299,27 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
         if self._host_reads_at_once:
             nonfinite = self._check_tail(self._home.tail)
         for message in self._messages.values():
-            vector, tail = self._split_message(message)
+            mean, tail = self._split_message(message)
             num_finite = (tail[SENDERS] > 0).sum()
             tail[PIGGYBACK].div_(num_finite)
             if self.num_replicas > 1:
-                vector.div_(num_finite)
+                mean.div_(num_finite)
+        self._end_round(single_step)
+        if self._host_reads_at_once:
+            self._check_master(self._master.sum())
+            self._restart(nonfinite)
+        else:
+            flags = torch.cat([self._home.tail, self._master.sum().reshape(1)]).to("cpu", non_blocking=True)
+            event = torch.Event(self._home.device)
+            event.record(torch.accelerator.current_stream(self._home.device))
+            self._unread_flags = flags, event
+        self.nonfinite_replicas = nonfinite
+
+    def _end_round(self, single_step: bool) -> None:
+        """Move the anchors and the master by the mean in the messages."""
         for replica in self._replicas.values():
-            replica.piggyback.copy_(self._split_message(self._messages[replica.device])[1][PIGGYBACK])
+            _, tail = self._split_message(self._messages[replica.device])
+            replica.piggyback.copy_(tail[PIGGYBACK])
             for vectors in replica.groups:
                 group, mean = self.param_groups[vectors.group], vectors.replica_mean
                 outer = dict(
@@ -327,16 +339,8 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
             torch.autograd.graph.increment_version(replica.parameters)
         if single_step:
             for device, master in self._masters.items():
-                master.copy_(self._split_message(self._messages[device])[0])
-        if self._host_reads_at_once:
-            self._check_master(self._master.sum())
-            self._restart(nonfinite)
-        else:
-            flags = torch.cat([self._home.tail, self._master.sum().reshape(1)]).to("cpu", non_blocking=True)
-            event = torch.Event(self._home.device)
-            event.record(torch.accelerator.current_stream(self._home.device))
-            self._unread_flags = flags, event
-        self.nonfinite_replicas = nonfinite
+                mean, _ = self._split_message(self._messages[device])
+                master.copy_(mean)
 
     def _sum(self) -> None:
         """Add up the messages of all replicas, on each device and then over all of them."""
@@ -443,7 +447,7 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
                 if name.endswith("momentum_buffer"):
                     vector.zero_()
                 else:
-                    vector.copy_(source.weights)
+                    vector.copy_(replica.weights)
             replica.is_changed.zero_()
             torch.autograd.graph.increment_version(replica.parameters)
         self._share_master()
