@@ -78,8 +78,8 @@ class Parle(ParleBase):
             raise RuntimeError(f"{found}: schedule the groups of all replicas identically")
 
     def _sum_over_replicas(self) -> None:
-        home = self._messages[self._home.device]
-        remote = [message for message in self._messages.values() if message is not home]
+        home = self._home.message
+        remote = [first.message for first in self._first_on.values() if first is not self._home]
         # Between GPUs with peer access copy_ is one transfer from memory to memory that does not block the host. torch
         # queues it on the current stream of the source, behind the computation of the message, and makes the current
         # streams of both devices wait: nothing is read too early or overwritten while it is still read.

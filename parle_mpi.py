@@ -68,7 +68,6 @@ class Parle(ParleBase):
             raise ValueError(f"Invalid replicas value: {replicas}, for {comm.size} ranks")
         if not timeout > 0:
             raise ValueError(f"Invalid timeout value: {timeout}")
-        self.sync_seconds = 0.0
         self.ranks_per_replica = comm.size // replicas
         self.replica_number, self.rank_in_replica = divmod(comm.rank, self.ranks_per_replica)
         world = self._owned(MPIGroup(comm, timeout).duplicate()) if comm.size > 1 else Group()
@@ -142,7 +141,7 @@ class Parle(ParleBase):
             raise CollectiveTimeout(f"in step {self.step_in_round} of round {self.rounds_done + 1}: {error}") from None
         if host is not vector:
             vector.copy_(host)
-        self.sync_seconds += time.perf_counter() - start
+        self._status.sync_seconds += time.perf_counter() - start
 
 
 def main() -> None:

@@ -6,7 +6,10 @@ and `_broadcast`, over the processes that share a replica and over all of them.
 
 import abc
 import contextlib
+import dataclasses
+import math
 import re
+import struct
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -25,6 +28,23 @@ from parle.validation import (
     check_shared,
     sync_kind,
 )
+
+
+@dataclasses.dataclass
+class Status:
+    """What the optimizer assigns between steps, besides its groups.
+
+    An object of its own, since wrappers such as Lightning's and Fabric's inherit from the class and would keep for
+    themselves what its methods assign.
+    """
+
+    nonfinite_replicas: list[int] = dataclasses.field(default_factory=list)
+    unread_flags: tuple[Tensor, torch.Event] | None = None  # of the last sync, on their way to the host
+    is_first_step: bool = True
+    gradients_are_averaged: bool = False
+    holds_master: bool = False
+    sync_seconds: float = 0.0
+    valid_settings: list[Any] | None = None  # of the groups, when they were last checked
 
 
 class ParleBase(torch.optim.Optimizer, abc.ABC):
@@ -61,7 +81,6 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
         ValueError: an invalid value.
     """
 
-    sync_seconds: float  # spent communicating, including waiting for other ranks
     ranks_per_replica, rank_in_replica = 1, 0
     replica_number = 0  # of groups that do not name their replica
 
@@ -98,10 +117,9 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
             owned.setdefault(group["replica"], []).extend(group["params"])
         for parameters in owned.values():
             check_parameters(parameters)
+        self._compared_names = [name for name in self.defaults if name != "replica"]
         self._params_built_from = [list(group["params"]) for group in self.param_groups]
-        self.nonfinite_replicas: list[int] = []
-        self._unread_flags: tuple[Tensor, torch.Event] | None = None  # of the last sync, on their way to the host
-        self._is_first_step, self._gradients_are_averaged, self._holds_master = True, False, False
+        self._status = Status()
         self._warned: set[str] = set()
         with torch.no_grad():
             self._replicas = {
@@ -114,11 +132,11 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
                 for number, parameters in owned.items()
             }
             self._home = next(iter(self._replicas.values()))  # its device holds the master
-            self._messages: dict[torch.device, Tensor] = {}  # of each device: that of its first replica
+            self._first_on: dict[torch.device, FlatReplica] = {}  # its message collects those of its device
             self._masters: dict[torch.device, Tensor] = {}  # other devices need one only where L may be 1
             for replica in self._replicas.values():
-                if replica.device not in self._messages:
-                    self._messages[replica.device] = replica.message
+                if replica.device not in self._first_on:
+                    self._first_on[replica.device] = replica
                     if replica is self._home or self._kind in (1, "auto"):
                         self._masters[replica.device] = torch.empty_like(replica.weights)
             self._home.state["master"] = self._masters[self._home.device]
@@ -134,7 +152,7 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
 
     @abc.abstractmethod
     def _sum_over_replicas(self) -> None:
-        """Replace each of `_messages`, the sum over the replicas of its device, by the sum over all senders.
+        """Replace the message of each of `_first_on`, the sum over its device, by the sum over all senders.
 
         With one replica, which is its own mean, only the message's tail counts.
         """
@@ -170,13 +188,13 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._is_first_step:
+        if self._status.is_first_step:
             self._start()
         if self.step_in_round == 0:
             self._begin_round()
         for replica in self._replicas.values():
             replica.collect_gradient()
-            if not self._gradients_are_averaged:
+            if not self._status.gradients_are_averaged:
                 self._average_gradient(replica)
             for vectors in replica.groups:
                 group = self.param_groups[vectors.group]
@@ -195,7 +213,7 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
                     vectors.inner_avg.lerp_(vectors.weights, 1 - group["alpha"])
                 group["step_in_round"] += 1
             torch.autograd.graph.increment_version(replica.parameters)  # as if each had been updated in place
-        self._gradients_are_averaged = False
+        self._status.gradients_are_averaged = False
         if self.step_in_round == self.param_groups[0]["steps_per_round"]:
             self.sync()
         return loss
@@ -213,16 +231,16 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
                 replica.collect_gradient()
                 self._average_gradient(replica)
                 replica.return_gradient()
-            self._gradients_are_averaged = True
+            self._status.gradients_are_averaged = True
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        self._gradients_are_averaged = False
+        self._status.gradients_are_averaged = False
         super().zero_grad(set_to_none)
 
     def _start(self) -> None:
         """Check before the first step that all ranks have the same settings, and adopt weights loaded since then."""
         self._compare_settings()
-        self._is_first_step = False
+        self._status.is_first_step = False
         if self.rounds_done or self.step_in_round:  # a state was loaded
             return
         is_changed = any(
@@ -263,7 +281,7 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
                     f"{outer_step_size:.3g}, and stable below {limit:.3g}: use a lower lr, outer_lr_scale or rho"
                 )
         for replica in self._replicas.values() if self._kind != 1 else ():
-            replica.is_changed.copy_((replica.weights != replica.state["anchor"]).any())
+            replica.detect_change()
             replica.state["inner_avg"].copy_(replica.weights)
         if self._kind == "auto" and first["steps_per_round"] == 1:  # after a longer round only the home device has it
             self._share_master()
@@ -298,12 +316,11 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
         self._sum()
         if self._host_reads_at_once:
             nonfinite = self._check_tail(self._home.tail)
-        for message in self._messages.values():
-            mean, tail = self._split_message(message)
-            num_finite = (tail[SENDERS] > 0).sum()
-            tail[PIGGYBACK].div_(num_finite)
+        for first in self._first_on.values():
+            num_finite = (first.tail[SENDERS] > 0).sum()
+            first.tail[PIGGYBACK].div_(num_finite)
             if self.num_replicas > 1:
-                mean.div_(num_finite)
+                first.gradient.div_(num_finite)
         self._end_round(single_step)
         if self._host_reads_at_once:
             self._check_master(self._master.sum())
@@ -312,14 +329,13 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
             flags = torch.cat([self._home.tail, self._master.sum().reshape(1)]).to("cpu", non_blocking=True)
             event = torch.Event(self._home.device)
             event.record(torch.accelerator.current_stream(self._home.device))
-            self._unread_flags = flags, event
-        self.nonfinite_replicas = nonfinite
+            self._status.unread_flags = flags, event
+        self._status.nonfinite_replicas = nonfinite
 
     def _end_round(self, single_step: bool) -> None:
         """Move the anchors and the master by the mean in the messages."""
         for replica in self._replicas.values():
-            _, tail = self._split_message(self._messages[replica.device])
-            replica.piggyback.copy_(tail[PIGGYBACK])
+            replica.piggyback.copy_(self._first_on[replica.device].tail[PIGGYBACK])
             for vectors in replica.groups:
                 group, mean = self.param_groups[vectors.group], vectors.replica_mean
                 outer = dict(
@@ -339,39 +355,37 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
             torch.autograd.graph.increment_version(replica.parameters)
         if single_step:
             for device, master in self._masters.items():
-                mean, _ = self._split_message(self._messages[device])
-                master.copy_(mean)
+                master.copy_(self._first_on[device].gradient)
 
     def _sum(self) -> None:
         """Add up the messages of all replicas, on each device and then over all of them."""
         for replica in self._replicas.values():
-            message = self._messages[replica.device]
-            if replica.message is not message:
-                message.add_(replica.message)
+            first = self._first_on[replica.device]
+            if replica is not first:
+                first.message.add_(replica.message)
         self._sum_over_replicas()
 
-    def _split_message(self, message: Tensor) -> tuple[Tensor, Tensor]:
-        return message[: len(self._home.weights)], message[len(self._home.weights) :]
-
     def _checksum(self, number: int) -> int:
-        """Return a checksum of a replica's settings and counters that float32 holds exactly; not 0."""
-        return zlib.crc32(repr(self._settings(number)).encode()) % 2**22 + 1
+        """Return a checksum of a replica's settings and counters, of 22 bits so that float32 holds it; not 0."""
+        values = [group[name] for group in self._groups_of(number) for name in self._compared_names]
+        values = [-1.0 if value == "auto" else min(value, 3e38) for value in values]
+        # in float32, since a schedule computed on another machine may differ in the last digits
+        return zlib.crc32(struct.pack(f"{len(values)}f", *values)) % 2**22 + 1
 
     def _settings(self, number: int) -> dict[str, str]:
-        """Return the settings and counters of a replica's groups, rounded: schedules differ in the last digit."""
+        """Return the settings and counters of a replica's groups, with the precision of `_checksum`, by name."""
         return {
-            f"{name} of group {index}": group[name] if group[name] == "auto" else f"{float(group[name]):.6g}"
+            f"{name} of group {index}": group[name] if group[name] == "auto" else f"{float(group[name]):.7g}"
             for index, group in enumerate(self._groups_of(number))
-            for name in self.defaults
-            if name != "replica"
+            for name in self._compared_names
         }
 
     def _read_flags(self) -> list[int]:
         """Return the replicas that were not finite at the last sync, if that is not known yet. Raises: as `sync`."""
-        if self._unread_flags is None:
+        if self._status.unread_flags is None:
             return []
-        flags, event = self._unread_flags
-        self._unread_flags = None
+        flags, event = self._status.unread_flags
+        self._status.unread_flags = None
         event.synchronize()
         nonfinite = self._check_tail(flags[:-1])
         self._check_master(flags[-1])
@@ -379,8 +393,9 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
 
     def _check_tail(self, tail: Tensor) -> list[int]:
         """Return the replicas that are not finite, from the tail of the summed message. Raises: as `sync`."""
-        senders, num_changed = tail[SENDERS], int(tail[CHANGED])
-        if (senders.abs() != senders[0].abs()).any():
+        flags = tail.tolist()
+        senders, num_changed = flags[SENDERS], int(flags[CHANGED])
+        if any(abs(sender) != abs(senders[0]) for sender in senders):
             self._compare_settings()
             raise RuntimeError(f"Settings differed between replicas in round {self.rounds_done + 1}")
         if num_changed:
@@ -389,7 +404,7 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
                 "they no longer start at their anchor: call reset() after loading weights, and clip or project them "
                 "only while step_in_round > 0"
             )
-        nonfinite = sorted({int(sender) // self.ranks_per_replica for sender in (senders < 0).nonzero()})
+        nonfinite = sorted({index // self.ranks_per_replica for index, sender in enumerate(senders) if sender < 0})
         if len(nonfinite) == self.num_replicas:
             raise FloatingPointError(
                 f"all replicas are NaN or infinite after round {self.rounds_done + 1}: use a lower lr"
@@ -397,7 +412,7 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
         return nonfinite
 
     def _check_master(self, total: Tensor) -> None:
-        if not total.isfinite():
+        if not math.isfinite(total):
             raise FloatingPointError(f"the master is NaN or infinite after round {self.rounds_done}: use a lower lr")
 
     def _restart(self, nonfinite: list[int]) -> None:
@@ -455,6 +470,16 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
             group["step_in_round"] = 0
 
     # Read access
+
+    @property
+    def nonfinite_replicas(self) -> list[int]:
+        """The replicas that the last sync restarted."""
+        return self._status.nonfinite_replicas
+
+    @property
+    def sync_seconds(self) -> float:
+        """Seconds spent communicating, including waiting for other ranks."""
+        return self._status.sync_seconds
 
     @property
     def rounds_done(self) -> int:
@@ -522,11 +547,11 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
                 replica.gradient.copy_(replica.weights)  # its memory is free between steps
                 replica.weights.copy_(self._master)
                 torch.autograd.graph.increment_version(replica.parameters)
-        self._holds_master = True
+        self._status.holds_master = True
         try:
             yield
         finally:
-            self._holds_master = False
+            self._status.holds_master = False
             with torch.no_grad():
                 for replica in self._replicas.values():
                     replica.weights.copy_(replica.gradient)
@@ -579,7 +604,7 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
         for replica in self._replicas.values():
             replica.is_changed.zero_()
             replica.has_gradient = True
-        self._unread_flags, self._gradients_are_averaged = None, False
+        self._status.unread_flags, self._status.gradients_are_averaged = None, False
         self._share_master()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -624,7 +649,7 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
             indices = [i for i, group in enumerate(self.param_groups) if group["replica"] == number]
             sizes = [padded_size(trainable(self.param_groups[i]["params"])) for i in indices]
             own = ("inner_momentum_buffer", "outer_momentum_buffer", "anchor", "inner_avg")
-            mean, _ = self._split_message(self._messages[replica.device])
+            mean = self._first_on[replica.device].gradient
             momentum = self._home.state.get("master_momentum_buffer") if replica is self._home else None
             vectors = [replica.weights, replica.gradient, *(replica.state.get(name) for name in own)]
             vectors += [mean, self._masters.get(replica.device), momentum]
@@ -636,6 +661,9 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
         now = [list(map(id, group["params"])) for group in self.param_groups]
         if now != [list(map(id, parameters)) for parameters in self._params_built_from]:
             raise RuntimeError("The groups or their parameters were replaced or removed: build a new Parle")
+        settings = [[group[name] for name in self._compared_names] for group in self.param_groups]
+        if settings == self._status.valid_settings:
+            return
         for group in self.param_groups:
             check_hyperparameters(group)
         check_shared(self.param_groups)
@@ -644,9 +672,10 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
                 f"Invalid sync_every value: {self.param_groups[0]['sync_every']}; it cannot change from or to 1 or "
                 "auto: build a new Parle"
             )
+        self._status.valid_settings = settings
 
     def _check_weights_in_place(self) -> None:
-        if self._holds_master:
+        if self._status.holds_master:
             raise RuntimeError("within master_weights() the parameters hold the master: leave the block first")
 
     def _warn_if_not_synchronized(self) -> None:

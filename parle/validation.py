@@ -28,6 +28,10 @@ def check_parameters(parameters: list[nn.Parameter]) -> None:
                 f"A parameter is a {type(parameter.detach()).__name__}, and Parle needs plain tensors: do not shard or "
                 "quantize a replica"
             )
+    if any(parameter.is_cpu and parameter.is_shared() for parameter in trained):
+        raise ValueError(
+            "A parameter is in shared memory, which Parle would leave: share the model's weights afterwards"
+        )
     if len(set(trained)) < len(trained):
         raise ValueError("A parameter appears twice; give a shared one once, as model.parameters() does")
     nonempty = [parameter for parameter in trained if parameter.numel()]

@@ -763,3 +763,40 @@ def test_flags_of_an_accelerator_are_read_at_the_next_sync(monkeypatch):
     with pytest.raises(FloatingPointError):
         for _ in range(3):
             optimizer.step()
+
+
+class Wrapper:
+    """A wrapper like Lightning's and Fabric's: it inherits from the optimizer's class and reads its attributes."""
+
+    def __init__(self, optimizer):
+        self.wrapped = optimizer
+        self.__class__ = type("Wrapped", (Wrapper, type(optimizer)), {})
+
+    def step(self, closure=None):
+        return self.wrapped.step(closure)
+
+    def __getattr__(self, name):
+        return getattr(self.wrapped, name)
+
+
+def test_wrappers_that_inherit_share_the_status(build_both):
+    parameter = nn.Parameter(torch.ones(2))
+    optimizer = build_both([parameter])
+    wrapper = Wrapper(optimizer)
+    parameter.grad = torch.ones(2)
+    wrapper.step()
+    with pytest.warns(UserWarning, match="1 step"), wrapper.master_weights():
+        for each in (wrapper, optimizer):
+            with pytest.raises(RuntimeError, match="master_weights"):
+                each.step()
+    wrapper.sync()
+    optimizer.step()
+    optimizer.sync()
+    assert (wrapper.rounds_done, wrapper.sync_seconds) == (optimizer.rounds_done, optimizer.sync_seconds)
+    assigned = wrapper.__dict__.keys() - {"wrapped"}
+    assert not assigned
+
+
+def test_shared_memory_is_rejected():
+    with pytest.raises(ValueError, match="shared memory"):
+        build(nn.Linear(2, 2).share_memory().parameters())
