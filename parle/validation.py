@@ -73,6 +73,7 @@ def check_hyperparameters(group: dict[str, Any]) -> None:
             raise ValueError(f"Invalid {name} value: {group[name]}")
     for name in ("sync_every", "batches_per_epoch"):
         automatic = name == "sync_every" and group[name] == "auto" and group["gamma"] > 0
+        automatic = automatic and group["lr"] / group["gamma"] < 2**53  # steps of the first round
         if not automatic and not (isinstance(group[name], numbers.Integral) and group[name] >= 1):
             raise ValueError(f"Invalid {name} value: {group[name]}")
 

@@ -82,9 +82,14 @@ def test_invalid_number_of_replicas_is_named(comm, value):
         parle_mpi.Parle([nn.Parameter(torch.zeros(2))], comm, lr=0.1, batches_per_epoch=4, replicas=value)
 
 
-def test_auto_sync_every_needs_a_gamma():
+@pytest.mark.parametrize("gamma", [0, 1e-320])
+def test_auto_sync_every_needs_a_gamma(gamma):
     with pytest.raises(ValueError, match=r"sync_every.*auto"):
-        build([nn.Parameter(torch.zeros(2))], sync_every="auto", gamma=0)
+        build([nn.Parameter(torch.zeros(2))], sync_every="auto", gamma=gamma)
+    optimizer = build([nn.Parameter(torch.zeros(2))], sync_every="auto")
+    optimizer.param_groups[0]["gamma"] = gamma
+    with pytest.raises(ValueError, match=r"sync_every.*auto"):
+        optimizer.step()
 
 
 def test_lr_and_batches_per_epoch_are_required():
