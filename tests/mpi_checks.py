@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import loader
 from parle import evaluation, launcher, training
-from parle.distributed import CollectiveTimeout, MPIGroup
+from parle.distributed import CollectiveTimeout, Group, MPIGroup
 from parle_mpi import Parle
 
 SETTINGS = dict(lr=0.1, sync_every=2, batches_per_epoch=10)
@@ -263,18 +263,21 @@ def check_nonfinite_rank_of_a_replica(comm):
 
 
 def check_communicators(comm, single):
-    """Optimizers use a duplicate of the caller's communicator, which is freed with them; MPICH has 2,048."""
-    for _ in range(2_100):
-        Parle([nn.Parameter(torch.ones(2))], single, **SETTINGS)
-    for _ in range(1_100):  # each takes two
-        optimizer = Parle([nn.Parameter(torch.ones(2))], comm, replicas=comm.size // 2, **SETTINGS)
-    request = comm.Irecv(bytearray(1))  # of any tag: must not receive the optimizer's messages
-    weighted_steps(optimizer, 2, comm)
-    assert not request.Test()
-    request.Cancel()
-    request.Wait()
-    del optimizer
-    gc.collect()
+    """Optimizers use duplicates of the caller's communicator, which are freed with them, and none for a single rank."""
+    alone = Parle([nn.Parameter(torch.ones(2))], single, **SETTINGS)
+    assert type(alone.groups.world) is type(alone.groups.replica) is Group
+    for replicas in (comm.size, comm.size // 2, 1):
+        optimizer = Parle([nn.Parameter(torch.ones(2))], comm, replicas=replicas, **SETTINGS)
+        request = comm.Irecv(bytearray(1))  # of any tag: must not receive the optimizer's messages
+        weighted_steps(optimizer, 2, comm)
+        assert not request.Test()
+        request.Cancel()
+        request.Wait()
+        groups = optimizer.groups
+        assert (type(groups.replica) is Group) == (replicas == comm.size)
+        del optimizer
+        gc.collect()
+        assert not groups.world.comm and not getattr(groups.replica, "comm", None)  # MPI.COMM_NULL
 
 
 def check_timeout(comm):
