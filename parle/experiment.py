@@ -8,6 +8,7 @@ import json
 import os
 import shlex
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -178,6 +179,14 @@ def _note_how_to_resume(optimizer: ParleBase, folder: Path | None, command: str)
         raise
 
 
+@contextlib.contextmanager
+def _print_warnings(logger: RunLogger | None) -> Iterator[None]:
+    """Print warnings as lines of the program's output, once and not on every rank."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: logger and logger.print_line(f"WARNING: {message}")
+        yield
+
+
 @dataclasses.dataclass
 class Experiment:
     """The share of a run that this process holds: its replicas, the optimizer and the data for evaluation."""
@@ -290,7 +299,8 @@ class Experiment:
             )
             return recalibrated | running_stats
 
-        with signals.handle_signals() as stop_request, _note_how_to_resume(optimizer, folder, resume_command):
+        note_how_to_resume = _note_how_to_resume(optimizer, folder, resume_command)
+        with signals.handle_signals() as stop_request, note_how_to_resume, _print_warnings(logger):
             events = train(
                 self.replicas,
                 optimizer,

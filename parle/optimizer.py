@@ -251,7 +251,7 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
             warnings.warn(
                 "The weights were changed after Parle was built: all replicas start from those of replica 0. Load "
                 "weights before building Parle, or call reset()",
-                stacklevel=3,
+                stacklevel=5,
             )
             self.reset()
 
@@ -525,7 +525,7 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
         Raises:
             ValueError: the target's parameters do not match.
         """
-        self._warn_if_not_synchronized()
+        self._warn_if_not_synchronized(stacklevel=3)
         self._copy_to(target, self._home, self._master)
 
     def copy_replica_to(self, target: nn.Module | Iterable[Tensor], index: int = 0) -> None:
@@ -540,7 +540,7 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
         For evaluation with the training model. The caller recomputes batch-norm statistics within the block, if there
         are any. Warns as `copy_master_to` does. Calls of `step` and other changes raise RuntimeError within the block.
         """
-        self._warn_if_not_synchronized()
+        self._warn_if_not_synchronized(stacklevel=4)
         self._check_weights_in_place()
         with torch.no_grad():
             for replica in self._replicas.values():
@@ -678,18 +678,18 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
         if self._status.holds_master:
             raise RuntimeError("within master_weights() the parameters hold the master: leave the block first")
 
-    def _warn_if_not_synchronized(self) -> None:
+    def _warn_if_not_synchronized(self, stacklevel: int) -> None:
         if self.step_in_round:
             warnings.warn(
-                f"The master does not contain the {self.step_in_round} steps since the last synchronization: call "
-                "sync() on every rank first",
-                stacklevel=4,
+                f"The master does not contain the last {self.step_in_round} step{'s' * (self.step_in_round > 1)}, which "
+                "have not been synchronized: call sync() on every rank first",
+                stacklevel=stacklevel,
             )
 
     def _warn_once(self, text: str) -> None:
         if text.split(":")[0] not in self._warned:
             self._warned.add(text.split(":")[0])
-            warnings.warn(text, stacklevel=5)
+            warnings.warn(text, stacklevel=6)  # of the caller of step(), which torch wraps twice
 
     @torch.no_grad()
     def _copy_to(self, target: nn.Module | Iterable[Tensor], replica: FlatReplica, vector: Tensor) -> None:

@@ -243,7 +243,7 @@ class RecordingLogger:
     folder, log_bytes = Path("run"), 1234
 
     def __init__(self, then=lambda event: None):
-        self.record, self.then = [], then
+        self.record, self.then, self.lines = [], then, []
 
     def __call__(self, event):
         self.record.append(json.loads(json.dumps(event)))
@@ -251,6 +251,9 @@ class RecordingLogger:
 
     def save_master(self, model):
         self.record.append(deepcopy(model))
+
+    def print_line(self, text):
+        self.lines.append(text)
 
     @property
     def kinds(self):
@@ -323,6 +326,18 @@ def test_checkpoints_are_in_the_output_directory(every, kept, folder):
     assert manifest["arguments"] == vars(trial.args) | dict(proc="proc")
     assert (manifest["log_bytes"], manifest["num_replicas"]) == (1234, 2)
     assert manifest["train_state"]["images_seen"] == 12 * 2 * 8 * 2
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.usefixtures("small_network")
+def test_warnings_are_lines_of_the_first_rank(capsys):
+    for logger in (RecordingLogger(), None):
+        trial = build_experiment("-d digits -n 2 -b 8 -L 2 -B 0.5 --outer-lr-scale 30")
+        trial.run(logger, None, COMMAND, devices=[])
+        if logger:
+            (line,) = logger.lines
+            assert line.startswith("WARNING: ") and "diverge" in line
+    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.usefixtures("small_network")
