@@ -64,16 +64,21 @@ class Parle(ParleBase):
         **hyperparameters: Any,
     ):
         replicas = comm.size if replicas is None else replicas
-        if not (isinstance(replicas, int) and replicas >= 1 and comm.size % replicas == 0):
-            raise ValueError(f"Invalid replicas value: {replicas}, for {comm.size} ranks")
-        if not timeout > 0:
-            raise ValueError(f"Invalid timeout value: {timeout}")
-        self.ranks_per_replica = comm.size // replicas
-        self.replica_number, self.rank_in_replica = divmod(comm.rank, self.ranks_per_replica)
         world = self._owned(MPIGroup(comm, timeout).duplicate()) if comm.size > 1 else Group()
-        build = functools.partial(super().__init__, params, replicas, {self.replica_number: buffers})
-        world.run_and_propagate_errors(functools.partial(build, **hyperparameters), ValueError, TypeError)
-        world.check_consistent(dict(replicas=replicas, **self._layout()))
+
+        def build() -> None:
+            if not (isinstance(replicas, int) and replicas >= 1 and comm.size % replicas == 0):
+                raise ValueError(f"Invalid replicas value: {replicas}, for {comm.size} ranks")
+            if not timeout > 0:
+                raise ValueError(f"Invalid timeout value: {timeout}")
+            self.ranks_per_replica = comm.size // replicas
+            self.replica_number, self.rank_in_replica = divmod(comm.rank, self.ranks_per_replica)
+            super(Parle, self).__init__(params, replicas, {self.replica_number: buffers}, **hyperparameters)
+
+        world.run_and_propagate_errors(build, ValueError, TypeError)
+        world.check_consistent(
+            dict(replicas=replicas, timeout=timeout, groups=len(self.param_groups), **self._layout())
+        )
         shares_replica = 1 < self.ranks_per_replica < comm.size
         replica = (
             self._owned(world.split(self.replica_number)) if shares_replica else world if replicas == 1 else Group()

@@ -25,17 +25,18 @@ class CollectiveTimeout(RuntimeError):
     """Some rank has not reached a collective call within the time limit."""
 
 
-def difference(settings: Sequence[Mapping[str, Any]], holder: str = "rank") -> str | None:
+def difference(settings: Sequence[dict[str, Any]], holder: str = "rank") -> str | None:
     """Return the first setting that differs and its values, as a clause; None if all are equal.
 
     Args:
-        settings: those of each `holder`, which have the same names.
+        settings: those of each `holder`, by name.
     """
     first, *others = settings
     for number, theirs in enumerate(others, start=1):
-        for name, value in first.items():
-            if theirs[name] != value:
-                return f"{name} is {value} on {holder} 0 and {theirs[name]} on {holder} {number}"
+        for name in first | theirs:
+            ours, other = first.get(name, "missing"), theirs.get(name, "missing")
+            if ours != other:
+                return f"{name} is {ours} on {holder} 0 and {other} on {holder} {number}"
     return None
 
 

@@ -680,9 +680,10 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
 
     def _warn_if_not_synchronized(self, stacklevel: int) -> None:
         if self.step_in_round:
+            steps = f"{self.step_in_round} step{'s' * (self.step_in_round > 1)}"
             warnings.warn(
-                f"The master does not contain the last {self.step_in_round} step{'s' * (self.step_in_round > 1)}, which "
-                "have not been synchronized: call sync() on every rank first",
+                f"The master does not contain the {steps} since the last synchronization: call sync() on every rank "
+                "first",
                 stacklevel=stacklevel,
             )
 

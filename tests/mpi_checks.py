@@ -143,6 +143,9 @@ def check_mismatched_construction(comm):
         ([nn.Parameter(torch.zeros(5)), frozen], {}, ["frozen_parameters", "3", "4"]),
         ([nn.Parameter(torch.zeros(5))], dict(buffers=[torch.zeros(2 + last)]), ["buffers", "2", "3"]),
         ([nn.Parameter(torch.zeros(5))], dict(rho=-1.0 if last else 0.01), ["Invalid rho value: -1"]),
+        ([nn.Parameter(torch.zeros(5))], dict(replicas=3 if last else 1), ["Invalid replicas value: 3"]),
+        ([nn.Parameter(torch.zeros(5))], dict(replicas=comm.size if last else 1), ["replicas is 1", "rank 3"]),
+        ([dict(params=[nn.Parameter(torch.zeros(5))]) for _ in range(1 + last)], {}, ["groups is 1", "2 on rank 3"]),
         ([nn.Parameter(torch.zeros(5).to("meta" if last else "cpu"))], {}, ["meta"]),
     ):
         message = message_of(ValueError, lambda: Parle(parameters, comm, **SETTINGS | settings))  # noqa: B023

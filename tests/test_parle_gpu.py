@@ -411,6 +411,37 @@ def test_lockstep_with_reference_over_gpus(dtype, tolerance):
 
 @pytest.mark.cuda
 @needs_gpus
+def test_parameters_on_a_gpu_have_their_own_aligned_storages():
+    model = network().to(GPUS[0])
+    optimizer = build([model])
+    train([model], optimizer, range(4))
+    for parameter in model.parameters():
+        for tensor in (parameter, *optimizer.state[parameter].values()):
+            assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+            assert tensor.data_ptr() % 16 == 0
+    loss = (model[4].weight ** 2).sum()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.cuda
+@needs_gpus
+def test_nonfinite_replica_on_a_gpu_restarts_one_round_later():
+    replicas = [network().to(GPUS[number % len(GPUS)]) for number in range(3)]
+    optimizer, seen = build(replicas), []
+    for step in range(9):
+        if step == 4:
+            replicas[1][4].weight.data[0] = torch.nan
+        train(replicas, optimizer, [step])
+        seen.append(optimizer.nonfinite_replicas)
+        assert optimizer.master.isfinite().all()
+    assert seen == [[]] * 8 + [[1]]
+    assert weights(replicas[1]).isfinite().all()
+
+
+@pytest.mark.cuda
+@needs_gpus
 def test_gpus_train_as_the_cpu():
     trained = []
     for devices in ([torch.device("cpu")], GPUS):
@@ -439,11 +470,6 @@ def test_steps_on_a_gpu_do_not_block_the_host(tmp_path, sync_every):
     def forbid(*_):  # from the second mini-batch until train reads the piggyback
         torch.cuda.set_sync_debug_mode("default" if optimizer.rounds_done == 3 else "error")
 
-    def allow(*_):  # at the end of a round, where the host reads whether the replicas are finite
-        if optimizer.step_in_round == sync_every - 1:
-            torch.cuda.set_sync_debug_mode("default")
-
-    optimizer.register_step_pre_hook(allow)
     optimizer.register_step_post_hook(forbid)
     schedule = training.Schedule(epochs=3 / batches[0].per_epoch)
     try:
