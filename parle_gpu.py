@@ -40,13 +40,13 @@ class Parle(ParleBase):
 
     Args:
         replicas: for each replica, what any torch optimizer takes: parameters, named parameters or groups. Replicas
-            may differ in their device only.
-        buffers: for each replica, the buffers of the model; all become the first one's. Give them if they are random.
+            may differ only in their device.
+        buffers: for each replica, its model.buffers(), needed if they are random: all become the first one's.
         hyperparameters: lr, batches_per_epoch and the other arguments of `ParleBase`.
 
     Raises:
         ValueError: an invalid value, or replicas that differ.
-        TypeError: the parameters of one replica instead of a list with those of each.
+        TypeError: the parameters of one model, not a list with the parameters of each.
     """
 
     def __init__(
@@ -56,16 +56,22 @@ class Parle(ParleBase):
         for number, parameters in enumerate(replicas):
             is_named_parameter = isinstance(parameters, tuple) and isinstance((*parameters, None)[0], str)
             if is_named_parameter or isinstance(parameters, Tensor | nn.Module | dict | str):
-                raise TypeError("Give a list with the parameters of each replica: Parle([model.parameters()], ...)")
+                raise TypeError(
+                    "These are the parameters of one model: pass a list with the parameters of each replica, "
+                    "Parle([model.parameters()], ...)"
+                )
             given = list(parameters)
             replica_groups = given if given and isinstance(given[0], dict) else [dict(params=given)]
             groups += [group | dict(replica=number) for group in replica_groups]
         tensors = {number: list(own) for number, own in enumerate(buffers)}
         kinds = [[(tensor.shape, tensor.dtype) for tensor in own] for own in tensors.values()]
         if tensors and (len(tensors) != len(replicas) or any(kind != kinds[0] for kind in kinds)):
-            raise ValueError("Invalid buffers value: give the buffers of each replica, as [model.buffers(), ...]")
+            raise ValueError(
+                "Invalid buffers value: replicas differ in the number, shape or dtype of their buffers; pass "
+                "[model.buffers(), ...] with one entry per replica"
+            )
         super().__init__(groups, len(replicas), tensors, **hyperparameters)
-        self._timer = DeviceTimer(self._home.device)
+        self._timer = DeviceTimer(self._master_replica.device)
         self.reset()
 
     @property
@@ -73,13 +79,13 @@ class Parle(ParleBase):
         return self._timer.seconds
 
     def _compare_settings(self) -> None:
-        found = distributed.difference([self._settings(number) for number in self._replicas], "replica")
+        found = distributed.first_difference([self._settings(number) for number in self._replicas], "replica")
         if found:
             raise RuntimeError(f"{found}: schedule the groups of all replicas identically")
 
     def _sum_over_replicas(self) -> None:
-        home = self._home.message
-        remote = [first.message for first in self._first_on.values() if first is not self._home]
+        home = self._master_replica.message
+        remote = [first.message for first in self._first_replica_on.values() if first is not self._master_replica]
         # Between GPUs with peer access copy_ is one transfer from memory to memory that does not block the host. torch
         # queues it on the current stream of the source, behind the computation of the message, and makes the current
         # streams of both devices wait: nothing is read too early or overwritten while it is still read.

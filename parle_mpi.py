@@ -42,10 +42,10 @@ class Parle(ParleBase):
 
     Args:
         params: as for any torch optimizer; float32 (or all float64) and on one device.
-        comm: the communicator of all ranks of all replicas. Parle uses a duplicate of its own.
+        comm: the communicator of all ranks of all replicas. Parle communicates over a duplicate.
         replicas: number of replicas; default: one per rank. With fewer, groups of comm.size / replicas neighboring
             ranks share a replica, data-parallel: `step()` averages their gradients before its update.
-        buffers: of the model, as model.buffers(): rank 0's are broadcast too. Give them if they are random.
+        buffers: model.buffers(), needed if they are random: rank 0's are broadcast too.
         timeout: seconds that a rank waits for others before it raises CollectiveTimeout, which names them.
         hyperparameters: lr, batches_per_epoch and the other arguments of `ParleBase`.
 
@@ -64,13 +64,15 @@ class Parle(ParleBase):
         **hyperparameters: Any,
     ):
         replicas = comm.size if replicas is None else replicas
-        world = self._owned(MPIGroup(comm, timeout).duplicate()) if comm.size > 1 else Group()
+        world = self._free_with_optimizer(MPIGroup(comm, timeout).duplicate()) if comm.size > 1 else Group()
 
         def build() -> None:
             if not (isinstance(replicas, int) and replicas >= 1 and comm.size % replicas == 0):
-                raise ValueError(f"Invalid replicas value: {replicas}, for {comm.size} ranks")
+                raise ValueError(
+                    f"Invalid replicas value: {replicas}; use a divisor of the number of ranks, {comm.size}"
+                )
             if not timeout > 0:
-                raise ValueError(f"Invalid timeout value: {timeout}")
+                raise ValueError(f"Invalid timeout value: {timeout}; use a number of seconds above 0")
             self.ranks_per_replica = comm.size // replicas
             self.replica_number, self.rank_in_replica = divmod(comm.rank, self.ranks_per_replica)
             super(Parle, self).__init__(params, replicas, {self.replica_number: buffers}, **hyperparameters)
@@ -81,25 +83,29 @@ class Parle(ParleBase):
         )
         shares_replica = 1 < self.ranks_per_replica < comm.size
         replica = (
-            self._owned(world.split(self.replica_number)) if shares_replica else world if replicas == 1 else Group()
+            self._free_with_optimizer(world.split(self.replica_number))
+            if shares_replica
+            else world
+            if replicas == 1
+            else Group()
         )
         self.groups = Groups(replica, world)
         # The MPI libraries on PyPI cannot read GPU memory: messages are staged in host memory, pinned for CUDA's copies
-        message = self._home.message
+        message = self._master_replica.message
         device = message.device.type
         self._staging = (
             None if device == "cpu" else torch.empty_like(message, device="cpu", pin_memory=device == "cuda")
         )
         self.reset()
 
-    def _owned(self, group: MPIGroup) -> MPIGroup:
+    def _free_with_optimizer(self, group: MPIGroup) -> MPIGroup:
         """Free the group's communicator together with the optimizer."""
         weakref.finalize(self, group.free).atexit = False  # at exit, MPI frees it
         return group
 
     def _layout(self) -> dict[str, Any]:
-        """Return what all ranks must have in common to exchange weights, by name."""
-        replica = self._home
+        """Return the shapes, dtypes, strides and settings that must be equal on all ranks, by name."""
+        replica = self._master_replica
         tensors = dict(parameters=replica.parameters, frozen_parameters=replica.frozen, buffers=replica.buffers)
         layout = {
             f"{name} (shape and dtype)": [(tuple(tensor.shape), str(tensor.dtype)) for tensor in group]
@@ -107,18 +113,18 @@ class Parle(ParleBase):
         }
         return layout | dict(strides=replica.strides) | self._settings(self.replica_number)
 
-    def _broadcast(self, number: int) -> FlatReplica:
-        for tensor in self._home.replicated_tensors:
-            host = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)  # MPI does not know all dtypes
+    def _broadcast_replica(self, number: int) -> FlatReplica:
+        for tensor in self._master_replica.replicated_tensors:
+            host = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)  # MPI has no bfloat16
             self.groups.world.broadcast(host, root=number * self.ranks_per_replica)
             tensor.copy_(host.view(tensor.dtype).view(tensor.shape))
-        return self._home
+        return self._master_replica
 
     def _any_process(self, flag: bool) -> bool:
         return any(self.groups.world.all_gather(flag))
 
     def _compare_settings(self) -> None:
-        found = distributed.difference(self.groups.world.all_gather(self._settings(self.replica_number)))
+        found = distributed.first_difference(self.groups.world.all_gather(self._settings(self.replica_number)))
         if found:
             raise RuntimeError(f"{found}: use the same settings and schedule on every rank")
 
@@ -128,7 +134,9 @@ class Parle(ParleBase):
             replica.gradient.div_(self.ranks_per_replica)
 
     def _sum_over_replicas(self) -> None:
-        self._all_reduce(self.groups.world, self._home.message if self.num_replicas > 1 else self._home.tail)
+        self._all_reduce(
+            self.groups.world, self._master_replica.message if self.num_replicas > 1 else self._master_replica.tail
+        )
 
     def _all_reduce(self, group: Group, vector: Tensor) -> None:
         if group.size == 1:

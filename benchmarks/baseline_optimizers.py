@@ -103,7 +103,7 @@ class PublishedParle(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        self.replica.collect_gradient()
+        self.replica.flatten_gradients()
         gamma_k = scoped(self.gamma, self._scoping_count(), self.nb, GAMMA_MAX)
         self._update(self.replica.gradient + gamma_k * (self.y - self.anchor), self.u)
         self.z.lerp_(self.y, 1 - self.ALPHA)

@@ -52,7 +52,7 @@ def save(
     path = folder / f"{optimizer.rounds_done:08}-{optimizer.step_in_round:04}"
     temporary = folder / f".{path.name}"
     checksums, failure = {}, None
-    states = _split(optimizer.state_dict())
+    states = _split_by_replica(optimizer.state_dict())
     shared, counters = {}, {name: optimizer.param_groups[0][name] for name in COUNTERS}
     try:
         temporary.mkdir(parents=True, exist_ok=True)
@@ -187,9 +187,9 @@ def restore(
     try:
         shared = _read(path / SHARED)
         if now != then:
-            _adapt_master(path, shared, then, now)
+            _rescale_master(path, shared, then, now)
         contents = []
-        for number, (local, own) in zip(networks, _split(optimizer.state_dict()).items(), strict=True):
+        for number, (local, own) in zip(networks, _split_by_replica(optimizer.state_dict()).items(), strict=True):
             content = _read(path / _replica_file(number if number < then else 0))
             if number >= then:
                 _restart_at_master(content, shared)
@@ -205,10 +205,15 @@ def restore(
                 if any((tensor.shape, tensor.dtype) != (parameter.shape, parameter.dtype) for tensor in tensors):
                     raise ValueError(f"parameter {position} has another shape or dtype")
             contents.append(content | dict(optimizer=state | dict(param_groups=own["param_groups"])))
-        optimizer.load_state_dict(_join([content["optimizer"] for content in contents]))
+        optimizer.load_state_dict(_join_replicas([content["optimizer"] for content in contents]))
         with torch.no_grad():
             for number, network, local, content, piggyback in zip(
-                networks, networks.values(), _split(optimizer.state_dict()), contents, optimizer.piggyback, strict=True
+                networks,
+                networks.values(),
+                _split_by_replica(optimizer.state_dict()),
+                contents,
+                optimizer.piggyback,
+                strict=True,
             ):
                 for parameter, weights in zip(_parameters(optimizer, local), content["weights"], strict=True):
                     parameter.copy_(weights)
@@ -218,11 +223,11 @@ def restore(
                 if file is not None:  # an additional replica has none
                     _load_buffers(network, _read(path / file))
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is from another network or method ({error})") from error
+        raise CheckpointError(f"{path} does not fit this network or method ({error})") from error
 
 
-def _split(state_dict: dict[str, Any]) -> dict[int, dict[str, Any]]:
-    """Return the state_dict of each local replica by itself: `state` by the parameter's position in its replica."""
+def _split_by_replica(state_dict: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """Split a state_dict by local replica; `state` is keyed by the parameter's position within its replica."""
     states: dict[int, dict[str, Any]] = {}
     for group in state_dict["param_groups"]:
         own = states.setdefault(group["replica"], dict(state={}, param_groups=[]))
@@ -237,8 +242,8 @@ def _split(state_dict: dict[str, Any]) -> dict[int, dict[str, Any]]:
     return states
 
 
-def _join(states: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the state_dict of several replicas: the inverse of `_split`."""
+def _join_replicas(states: list[dict[str, Any]]) -> dict[str, Any]:
+    """Join the state_dicts of several replicas: the inverse of `_split_by_replica`."""
     joined: dict[str, Any] = dict(state={}, param_groups=[])
     for state in states:
         first = sum(len(group["params"]) for group in joined["param_groups"])
@@ -249,7 +254,7 @@ def _join(states: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _pop_master(state: dict[str, Any]) -> dict[int, dict[str, Tensor]]:
-    """Remove the states of the master from a replica's and return them: by position, empty if it has none."""
+    """Remove the master's states from a replica's state_dict and return them by position."""
     shared = {
         position: {name: values.pop(name) for name in MASTER if name in values}
         for position, values in state["state"].items()
@@ -257,8 +262,8 @@ def _pop_master(state: dict[str, Any]) -> dict[int, dict[str, Tensor]]:
     return {position: values for position, values in shared.items() if values}
 
 
-def _adapt_master(path: Path, shared: dict[int, dict[str, Tensor]], then: int, now: int) -> None:
-    """Make the master the mean of the first `now` replicas, or of the saved ones and new ones that start at it."""
+def _rescale_master(path: Path, shared: dict[int, dict[str, Tensor]], then: int, now: int) -> None:
+    """Recompute the master for `now` replicas: the mean of the first ones, or with more of them less momentum."""
     if now > then:  # additional replicas start without momentum
         for values in shared.values():
             if "master_momentum_buffer" in values:
@@ -277,7 +282,7 @@ def _adapt_master(path: Path, shared: dict[int, dict[str, Tensor]], then: int, n
 
 
 def _restart_at_master(content: dict[str, Any], shared: dict[int, dict[str, Tensor]]) -> None:
-    """Make a saved replica one that starts at the master, without momentum. Its piggyback is that of all replicas."""
+    """Replace a saved replica's weights and states by the master's, without momentum, for an additional replica."""
     for position, values in content["optimizer"]["state"].items():
         for name, value in values.items():
             values[name] = torch.zeros_like(value) if name.endswith("momentum_buffer") else shared[position]["master"]

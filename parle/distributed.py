@@ -25,18 +25,18 @@ class CollectiveTimeout(RuntimeError):
     """Some rank has not reached a collective call within the time limit."""
 
 
-def difference(settings: Sequence[dict[str, Any]], holder: str = "rank") -> str | None:
+def first_difference(settings: Sequence[dict[str, Any]], owner: str = "rank") -> str | None:
     """Return the first setting that differs and its values, as a clause; None if all are equal.
 
     Args:
-        settings: those of each `holder`, by name.
+        settings: those of each `owner`, by name.
     """
     first, *others = settings
     for number, theirs in enumerate(others, start=1):
         for name in first | theirs:
             ours, other = first.get(name, "missing"), theirs.get(name, "missing")
             if ours != other:
-                return f"{name} is {ours} on {holder} 0 and {other} on {holder} {number}"
+                return f"{name} is {ours} on {owner} 0 and {other} on {owner} {number}"
     return None
 
 
@@ -61,9 +61,9 @@ class Group:
 
     def check_consistent(self, settings: Mapping[str, Any]) -> None:
         """Check that all ranks have the same settings. Raises: SettingsMismatch, on every rank."""
-        found = difference(self.all_gather(dict(settings)))
+        found = first_difference(self.all_gather(dict(settings)))
         if found:
-            raise SettingsMismatch(f"{found}: start every rank with the same")
+            raise SettingsMismatch(f"{found}: start every rank with the same value")
 
     def run_and_propagate_errors(
         self, action: Callable[[], Any], *errors: type[Exception], only_if: bool = True
@@ -89,7 +89,7 @@ class MPIGroup(Group):
 
     Args:
         timeout: seconds that a rank waits for the others; must be the same on every rank.
-        parent: the group that this one is a part of, whose ranks a rank that timed out notifies.
+        parent: the group that contains this one; a rank that times out notifies its ranks.
     """
 
     def __init__(self, comm: "MPI.Comm", timeout: float = math.inf, parent: "MPIGroup | None" = None):
@@ -110,13 +110,13 @@ class MPIGroup(Group):
         return self.comm.allgather(value)
 
     def duplicate(self) -> "MPIGroup":
-        """Return a group of the same ranks whose messages cannot be mistaken for others'. `free` it."""
+        """Return a group of the same ranks with a communicator of its own, which the caller must `free`."""
         comm, request = self.comm.Idup()
         self.wait(request)
         return MPIGroup(comm, self.timeout)
 
     def split(self, color: int) -> "MPIGroup":
-        """Return the group of the ranks that pass the same `color`. `free` it."""
+        """Return the group of the ranks that pass the same `color`, which the caller must `free`."""
         return MPIGroup(self.comm.Split(color), self.timeout, parent=self)
 
     def split_by_node(self) -> "MPIGroup":
@@ -126,7 +126,7 @@ class MPIGroup(Group):
         return MPIGroup(self.comm.Split_type(MPI.COMM_TYPE_SHARED), self.timeout, parent=self)
 
     def free(self) -> None:
-        """Free the communicator, of which an MPI library has some 2,000, unless MPI has ended."""
+        """Free the communicator, unless MPI is finalized: MPI libraries provide only about 2,000."""
         from mpi4py import MPI
 
         if not MPI.Is_finalized():
@@ -153,7 +153,7 @@ class MPIGroup(Group):
                 missing = ", ".join(f"rank {rank}" for rank in _missing_ranks(notices))
                 raise CollectiveTimeout(
                     f"rank {notices.rank} waited {waited:.0f} s for {missing or 'ranks that wait in another call'}; "
-                    "if it is only slow, use a larger timeout"
+                    "if they are only slow, use a larger timeout"
                 )
 
 

@@ -6,11 +6,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-ALIGNMENT = 16  # bytes: what vector instructions and CUDA's kernels want
-# The end of each message: floats of the caller, a count of replicas that something else has changed, and for every
-# sender (a rank, or a replica of this process) the checksum of its settings, negative if it is not finite
+ALIGNMENT = 16  # bytes, which vectorized kernels need
+# The end of each message: the caller's floats, the number of replicas whose weights other code has changed, and one
+# slot per sender (a rank, or a replica of this process) with the checksum of its settings, negated if not finite
 PIGGYBACK_SIZE = 5
-PIGGYBACK, CHANGED, SENDERS = slice(PIGGYBACK_SIZE), PIGGYBACK_SIZE, slice(PIGGYBACK_SIZE + 1, None)
+PIGGYBACK, NUM_CHANGED, CHECKSUMS = slice(PIGGYBACK_SIZE), PIGGYBACK_SIZE, slice(PIGGYBACK_SIZE + 1, None)
 
 
 class GroupVectors(NamedTuple):
@@ -39,7 +39,7 @@ class FlatReplica:
     strides of their parameter, channels_last included.
 
     Args:
-        num_senders: length of the message's last part.
+        num_senders: number of checksum slots at the end of the message.
     """
 
     def __init__(
@@ -56,9 +56,9 @@ class FlatReplica:
         self.strides = [dense_strides(parameter) for parameter in self.parameters]
         like = self.parameters[0]
         self.weights = like.new_zeros(sum(padded_size([parameter]) for parameter in self.parameters))
-        # 1 in is_changed if something else changed the weights before the round started
+        # changed_flag is 1 if other code changed the weights before the round started
         self.flags = like.new_zeros(PIGGYBACK_SIZE + 1)
-        self.piggyback, self.is_changed = self.flags[PIGGYBACK], self.flags[CHANGED]
+        self.piggyback, self.changed_flag = self.flags[PIGGYBACK], self.flags[NUM_CHANGED]
         self.zero = like.new_zeros(())
         # The memory of the gradient carries the message: a synchronization needs no gradient
         self.message = like.new_zeros(len(self.weights) + PIGGYBACK_SIZE + 1 + num_senders)
@@ -66,7 +66,7 @@ class FlatReplica:
         self.gradient_views = self.views(self.gradient)
         for parameter, view in zip(self.parameters, self.views(self.weights), strict=True):
             view.copy_(parameter)
-            parameter.data = view  # no other way to move a parameter's storage keeps modules and autograd attached
+            parameter.data = view  # the only way that keeps the Parameter object
         self.addresses = [parameter.data_ptr() for parameter in self.parameters]
         self.has_gradient = True  # of any parameter, since the round started
 
@@ -89,14 +89,14 @@ class FlatReplica:
 
     @property
     def replicated_tensors(self) -> list[Tensor]:
-        """What all replicas start with: weights, frozen parameters and buffers."""
+        """Tensors that must start identical in all replicas: weights, frozen parameters and buffers."""
         return [self.weights, *self.frozen, *self.buffers]
 
     def views(self, vector: Tensor) -> list[Tensor]:
         """Return `vector` as tensors with the shapes and strides of the parameters.
 
-        Each has a storage of its own over the same memory. Otherwise safetensors, pickle and others would take them for
-        shared tensors, and save them together, many times or not at all.
+        Each has a storage of its own over the same memory. Otherwise safetensors and pickle treat them as shared
+        tensors and save duplicates, the whole vector, or nothing.
         """
         views, start = [], vector.storage_offset()
         for parameter, strides in zip(self.parameters, self.strides, strict=True):
@@ -107,16 +107,19 @@ class FlatReplica:
     def check_parameters(self) -> None:
         """Check that the parameters are still those that Parle was built from. Raises: RuntimeError."""
         if [parameter.data_ptr() for parameter in self.parameters] != self.addresses:
-            raise RuntimeError("A parameter no longer shares the optimizer's memory: build Parle after model.to(...)")
+            raise RuntimeError(
+                "A parameter's memory was replaced after Parle was built, as by model.to(...): build Parle after that"
+            )
         if any(parameter.grad is not None for parameter in self.frozen):
             raise RuntimeError("A parameter that was frozen when Parle was built now has a gradient: build a new Parle")
         if not all(parameter.requires_grad for parameter in self.parameters):
             raise RuntimeError(
-                "A parameter was frozen after Parle was built, which would still move it: build a new one"
+                "A parameter was frozen after Parle was built, but weight decay and momentum would still change it: "
+                "build a new Parle"
             )
 
-    def collect_gradient(self) -> None:
-        """Copy the parameters' gradients into `gradient`. None counts as zero: every rank sends the same message."""
+    def flatten_gradients(self) -> None:
+        """Copy the parameters' gradients into `gradient`. None becomes zero: messages look the same on every rank."""
         pairs = [
             (view, parameter.grad)
             for view, parameter in zip(self.gradient_views, self.parameters, strict=True)
@@ -136,7 +139,7 @@ class FlatReplica:
                 ) from error
             raise
 
-    def return_gradient(self) -> None:
+    def write_back_gradient(self) -> None:
         """Copy `gradient` into the parameters' gradients."""
         for parameter, view in zip(self.parameters, self.gradient_views, strict=True):
             if parameter.grad is None:
@@ -144,15 +147,18 @@ class FlatReplica:
             else:
                 parameter.grad.copy_(view)
 
-    def detect_change(self) -> None:
-        """Compare the weights with the anchor as a round starts, when the gradient's memory is free."""
+    def detect_external_change(self) -> None:
+        """Set `changed_flag` if the weights differ from the anchor at the start of a round.
+
+        The memory of the gradient is free then.
+        """
         difference = torch.sub(self.weights, self.state["anchor"], out=self.gradient)
-        self.is_changed.copy_(difference.dot(difference) != 0)  # the fastest reduction; it misses less than 1e-22
+        self.changed_flag.copy_(difference.dot(difference) != 0)  # the fastest reduction; below 1e-22 it is 0
 
     def write_message(self, average: Tensor, sender: int, checksum: int) -> None:
         """Write `average`, (P,), and the flags into the message, or zeros if they are not finite."""
-        # A finite sum proves that every element is finite, with a single read of the vector. Of a scalar the difference
-        # is faster than isfinite()
+        # A finite sum proves that every element is finite, with a single read of the vector. For a scalar,
+        # x - x == 0 is faster than isfinite()
         total = average.sum() + self.piggyback.sum()
         is_finite = total - total == 0
         if not average.is_cpu:
@@ -162,7 +168,7 @@ class FlatReplica:
         else:
             self.gradient.zero_()
         torch.where(is_finite, self.flags, self.zero, out=self.tail[: len(self.flags)])
-        senders = self.tail[SENDERS].zero_()
+        senders = self.tail[CHECKSUMS].zero_()
         senders[sender] = torch.where(is_finite, checksum, -checksum)
 
 
@@ -171,7 +177,7 @@ def trainable(parameters: list[nn.Parameter]) -> list[nn.Parameter]:
 
 
 def padded_size(parameters: list[nn.Parameter]) -> int:
-    """Return the number of elements that parameters take in a flat vector, in which each one is aligned."""
+    """Return the number of elements that parameters take in a flat vector, including the padding of each."""
     return sum(
         -(-parameter.numel() * parameter.element_size() // ALIGNMENT) * ALIGNMENT // parameter.element_size()
         for parameter in parameters

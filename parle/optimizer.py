@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from parle.algorithm import COUPLING_MAX, GAMMA_MAX, inner_step, outer_step, scoped, steps_per_round
-from parle.flat_replica import CHANGED, PIGGYBACK, SENDERS, FlatReplica, GroupVectors, padded_size, trainable
+from parle.flat_replica import CHECKSUMS, NUM_CHANGED, PIGGYBACK, FlatReplica, GroupVectors, padded_size, trainable
 from parle.validation import (
     check_counters,
     check_hyperparameters,
@@ -32,19 +32,19 @@ from parle.validation import (
 
 @dataclasses.dataclass
 class Status:
-    """What the optimizer assigns between steps, besides its groups.
+    """Attributes that the optimizer assigns after construction.
 
-    An object of its own, since wrappers such as Lightning's and Fabric's inherit from the class and would keep for
-    themselves what its methods assign.
+    They are in a separate object because wrappers (Lightning's, Fabric's) inherit from the optimizer's class: a method
+    called on a wrapper would assign the attribute to the wrapper only.
     """
 
     nonfinite_replicas: list[int] = dataclasses.field(default_factory=list)
-    unread_flags: tuple[Tensor, torch.Event] | None = None  # of the last sync, on their way to the host
+    pending_result: tuple[Tensor, torch.Event] | None = None  # of the last sync, being copied to the host
     is_first_step: bool = True
     gradients_are_averaged: bool = False
     holds_master: bool = False
     sync_seconds: float = 0.0
-    valid_settings: list[Any] | None = None  # of the groups, when they were last checked
+    checked_settings: list[Any] | None = None  # the groups' settings that passed the last check
 
 
 class ParleBase(torch.optim.Optimizer, abc.ABC):
@@ -55,7 +55,7 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
         x              `master`, (P,): the trainable parameters of a replica as one flat vector
         γ, ρ, L, s, μ' gamma, rho, sync_every, outer_lr_scale, outer_momentum
 
-    A parameter without a gradient counts as one with a zero gradient, so weight decay and momentum still move it; set
+    A parameter without a gradient is treated as having a zero gradient, so weight decay and momentum still move it; set
     requires_grad=False on frozen parameters before building Parle. Each group belongs to the replica that its key
     `replica` names. Counters and scheduled values live in the groups, where every torch tool saves and restores them:
     `rounds_done`, `step_in_round`, and for the current round `steps_per_round` (L_k), `gamma_k` and `coupling_k` (c_k).
@@ -63,7 +63,7 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
     Args:
         params: as for any torch optimizer; the parameters of one replica are float32 (or all float64) on one device.
         num_replicas: n, including the replicas that live in other processes.
-        buffers: by replica, the buffers that must start identical.
+        buffers: the buffers that must start identical, keyed by replica number.
         lr: step size of the inner and the outer update.
         momentum: Nesterov momentum of the inner update.
         weight_decay: L2 penalty, in the inner update only.
@@ -72,8 +72,8 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
         rho: initial coefficient of the coupling to the mean, per update of a replica; ρ L n grows up to 10.
         alpha: weight of the previous value in the running average z^a; 0 makes z^a the last iterate.
         outer_lr_scale: step size of the outer update in units of lr. Unused, like alpha and gamma, where L = 1. On
-            average the outer update is a step of s lr (1 + c_k) toward z. Training may diverge while this exceeds
-            (2 + 2 μ') / (1 + 2 μ'), of which a warning is given; c_k grows up to 10.
+            average the outer update is a step of s lr (1 + c_k) toward z. If this exceeds (2 + 2 μ') / (1 + 2 μ'),
+            training may diverge, and a warning is given; c_k grows up to 10.
         outer_momentum: Nesterov momentum of the outer update; default: `momentum`.
         batches_per_epoch: mini-batches in one pass over the data; sets how fast gamma and rho grow.
 
@@ -82,7 +82,7 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
     """
 
     ranks_per_replica, rank_in_replica = 1, 0
-    replica_number = 0  # of groups that do not name their replica
+    replica_number = 0  # default of the groups' key `replica`
 
     def __init__(
         self,
@@ -110,7 +110,7 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
         super().__init__(params, rates | outer | coupling | counters)
 
         check_shared(self.param_groups)
-        self._kind = sync_kind(sync_every)
+        self._sync_kind = sync_kind(sync_every)
         check_replicas_match(self.param_groups)
         owned: dict[int, list[nn.Parameter]] = {}
         for group in self.param_groups:
@@ -118,7 +118,7 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
         for parameters in owned.values():
             check_parameters(parameters)
         self._compared_names = [name for name in self.defaults if name != "replica"]
-        self._params_built_from = [list(group["params"]) for group in self.param_groups]
+        self._original_params = [list(group["params"]) for group in self.param_groups]
         self._status = Status()
         self._warned: set[str] = set()
         with torch.no_grad():
@@ -126,22 +126,22 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
                 number: FlatReplica(
                     parameters,
                     buffers.get(number, ()),
-                    has_inner_loop=self._kind != 1,
+                    has_inner_loop=self._sync_kind != 1,
                     num_senders=self._num_senders,
                 )
                 for number, parameters in owned.items()
             }
-            self._home = next(iter(self._replicas.values()))  # its device holds the master
-            self._first_on: dict[torch.device, FlatReplica] = {}  # its message collects those of its device
+            self._master_replica = next(iter(self._replicas.values()))  # its device holds the master
+            self._first_replica_on: dict[torch.device, FlatReplica] = {}  # whose message sums those of its device
             self._masters: dict[torch.device, Tensor] = {}  # other devices need one only where L may be 1
             for replica in self._replicas.values():
-                if replica.device not in self._first_on:
-                    self._first_on[replica.device] = replica
-                    if replica is self._home or self._kind in (1, "auto"):
+                if replica.device not in self._first_replica_on:
+                    self._first_replica_on[replica.device] = replica
+                    if replica is self._master_replica or self._sync_kind in (1, "auto"):
                         self._masters[replica.device] = torch.empty_like(replica.weights)
-            self._home.state["master"] = self._masters[self._home.device]
-            if self._kind != 1:
-                self._home.state["master_momentum_buffer"] = torch.zeros_like(self._home.weights)
+            self._master_replica.state["master"] = self._masters[self._master_replica.device]
+            if self._sync_kind != 1:
+                self._master_replica.state["master_momentum_buffer"] = torch.zeros_like(self._master_replica.weights)
         self._split_into_groups()
         for replica in self._replicas.values():  # expose the flat vectors parameter by parameter
             for name, vector in replica.state.items():
@@ -152,9 +152,9 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
 
     @abc.abstractmethod
     def _sum_over_replicas(self) -> None:
-        """Replace the message of each of `_first_on`, the sum over its device, by the sum over all senders.
+        """Sum the messages of `_first_replica_on`, each the sum over its device, over all senders, in place.
 
-        With one replica, which is its own mean, only the message's tail counts.
+        With one replica, only the tail needs to be summed.
         """
 
     @abc.abstractmethod
@@ -164,7 +164,7 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
     def _average_gradient(self, replica: FlatReplica) -> None:
         """Average `replica.gradient` over the processes that share this replica, in place."""
 
-    def _broadcast(self, number: int) -> FlatReplica:
+    def _broadcast_replica(self, number: int) -> FlatReplica:
         """Return a local replica with the parameters and buffers of replica `number`."""
         return self._replicas[number]
 
@@ -181,9 +181,9 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
         Every rank must make the same number of calls. Returns the value of `closure`, if given.
 
         Raises:
-            RuntimeError: parameters, settings or weights were changed in a way that cannot be followed.
+            RuntimeError: parameters, settings or weights were changed in an unsupported way.
         """
-        self._check_weights_in_place()
+        self._check_not_in_master_weights()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -193,7 +193,7 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
         if self.step_in_round == 0:
             self._begin_round()
         for replica in self._replicas.values():
-            replica.collect_gradient()
+            replica.flatten_gradients()
             if not self._status.gradients_are_averaged:
                 self._average_gradient(replica)
             for vectors in replica.groups:
@@ -222,35 +222,36 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
     def average_gradients(self) -> None:
         """Average the parameters' gradients over the ranks that share a replica. Collective.
 
-        `step()` does it unless this was called since. Call it after the last backward pass and before anything that
-        reads gradients, such as clipping. It does nothing where each replica has one rank.
+        Call it after the last backward pass and before code that reads gradients, such as clipping; `step()` then does
+        not average again. It does nothing if each replica has one rank.
         """
-        self._check_weights_in_place()
+        self._check_not_in_master_weights()
         if self.ranks_per_replica > 1:
             for replica in self._replicas.values():
-                replica.collect_gradient()
+                replica.flatten_gradients()
                 self._average_gradient(replica)
-                replica.return_gradient()
+                replica.write_back_gradient()
             self._status.gradients_are_averaged = True
 
     def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients, as any torch optimizer does."""
         self._status.gradients_are_averaged = False
         super().zero_grad(set_to_none)
 
     def _start(self) -> None:
-        """Check before the first step that all ranks have the same settings, and adopt weights loaded since then."""
+        """Check before the first step that all ranks have the same settings, and adopt weights that were loaded."""
         self._compare_settings()
         self._status.is_first_step = False
         if self.rounds_done or self.step_in_round:  # a state was loaded
             return
-        is_changed = any(
+        changed_flag = any(
             not torch.equal(replica.weights, replica.state.get("anchor", self._masters.get(replica.device)))
             for replica in self._replicas.values()
         )
-        if self._any_process(is_changed):
+        if self._any_process(changed_flag):
             warnings.warn(
-                "The weights were changed after Parle was built: all replicas start from those of replica 0. Load "
-                "weights before building Parle, or call reset()",
+                "The weights were changed after Parle was built, so all replicas now start from those of replica 0. "
+                "Load weights before building Parle, or call reset() afterwards",
                 stacklevel=5,
             )
             self.reset()
@@ -258,11 +259,11 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
     def _begin_round(self) -> None:
         self._check_groups()
         for number, replica in self._replicas.items():
-            replica.check_parameters()  # 50 µs of LeNet's 13 ms, so at both ends of a round instead of every step
+            replica.check_parameters()  # takes 50 µs of LeNet's 13 ms per step, so not in every step
             if not replica.has_gradient:
                 self._warn_once(
-                    f"No parameter of replica {number} had a gradient in a whole round. If they were replaced, as by "
-                    "load_state_dict(assign=True), or frozen, build Parle afterwards"
+                    f"No parameter of replica {number} had a gradient in the last round: call backward() before "
+                    "step(), and build Parle after the model's parameters are replaced, as by load_state_dict(assign=True)"
                 )
             replica.has_gradient = False
         first = self.param_groups[0]
@@ -278,17 +279,20 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
             if group["steps_per_round"] > 1 and outer_step_size > limit:
                 self._warn_once(
                     f"Training may diverge: the outer step, outer_lr_scale * lr * (1 + coupling_k), is "
-                    f"{outer_step_size:.3g}, and stable below {limit:.3g}: use a lower lr, outer_lr_scale or rho"
+                    f"{outer_step_size:.3g}, above the stability limit {limit:.3g}: use a lower lr, "
+                    "outer_lr_scale or rho"
                 )
-        for replica in self._replicas.values() if self._kind != 1 else ():
-            replica.detect_change()
+        for replica in self._replicas.values() if self._sync_kind != 1 else ():
+            replica.detect_external_change()
             replica.state["inner_avg"].copy_(replica.weights)
-        if self._kind == "auto" and first["steps_per_round"] == 1:  # after a longer round only the home device has it
-            self._share_master()
+        if self._sync_kind == "auto" and first["steps_per_round"] == 1:  # after a longer round only one device has it
+            self._copy_master_to_devices()
 
     @torch.no_grad()
     def sync(self) -> None:
-        """End the round: couple the replicas through their mean and move the master. The only communication.
+        """End the round: couple the replicas through their mean and move the master.
+
+        This is the only communication between replicas.
 
         `step()` calls it. Call it yourself only to end a round early, as at the end of training, and then on every
         rank. It does nothing if there was no step since the last call.
@@ -303,39 +307,39 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
         """
         if self.step_in_round == 0:
             return
-        self._check_weights_in_place()
+        self._check_not_in_master_weights()
         single_step = self.param_groups[0]["steps_per_round"] == 1
         for replica in self._replicas.values() if not single_step else ():
             replica.check_parameters()
-        nonfinite = self._read_flags()
+        nonfinite = self._read_pending_result()
         self._restart(nonfinite)
         for number, replica in self._replicas.items():
             average = replica.weights if single_step else replica.state["inner_avg"]
             sender = number * self.ranks_per_replica + self.rank_in_replica
             replica.write_message(average, sender, self._checksum(number))
-        self._sum()
-        if self._host_reads_at_once:
-            nonfinite = self._check_tail(self._home.tail)
-        for first in self._first_on.values():
-            num_finite = (first.tail[SENDERS] > 0).sum()
+        self._sum_messages()
+        if self._host_reads_without_blocking:
+            nonfinite = self._check_flags(self._master_replica.tail, self.rounds_done + 1)
+        for first in self._first_replica_on.values():
+            num_finite = (first.tail[CHECKSUMS] > 0).sum()
             first.tail[PIGGYBACK].div_(num_finite)
             if self.num_replicas > 1:
                 first.gradient.div_(num_finite)
         self._end_round(single_step)
-        if self._host_reads_at_once:
+        if self._host_reads_without_blocking:
             self._check_master(self._master.sum())
             self._restart(nonfinite)
         else:
-            flags = torch.cat([self._home.tail, self._master.sum().reshape(1)]).to("cpu", non_blocking=True)
-            event = torch.Event(self._home.device)
-            event.record(torch.accelerator.current_stream(self._home.device))
-            self._status.unread_flags = flags, event
+            flags = torch.cat([self._master_replica.tail, self._master.sum().reshape(1)]).to("cpu", non_blocking=True)
+            event = torch.Event(self._master_replica.device)
+            event.record(torch.accelerator.current_stream(self._master_replica.device))
+            self._status.pending_result = flags, event
         self._status.nonfinite_replicas = nonfinite
 
     def _end_round(self, single_step: bool) -> None:
-        """Move the anchors and the master by the mean in the messages."""
+        """Update the anchors and the master with the mean that the messages hold."""
         for replica in self._replicas.values():
-            replica.piggyback.copy_(self._first_on[replica.device].tail[PIGGYBACK])
+            replica.piggyback.copy_(self._first_replica_on[replica.device].tail[PIGGYBACK])
             for vectors in replica.groups:
                 group, mean = self.param_groups[vectors.group], vectors.replica_mean
                 outer = dict(
@@ -346,7 +350,7 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
                 if not single_step:
                     outer_step(vectors.anchor, vectors.inner_avg, mean, vectors.outer_momentum, **outer)
                     vectors.weights.copy_(vectors.anchor)
-                    if replica is self._home:
+                    if replica is self._master_replica:
                         outer_step(vectors.master, mean, mean, vectors.master_momentum, **outer)
                 elif vectors.anchor is not None:
                     vectors.anchor.copy_(vectors.weights)
@@ -355,18 +359,18 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
             torch.autograd.graph.increment_version(replica.parameters)
         if single_step:
             for device, master in self._masters.items():
-                master.copy_(self._first_on[device].gradient)
+                master.copy_(self._first_replica_on[device].gradient)
 
-    def _sum(self) -> None:
+    def _sum_messages(self) -> None:
         """Add up the messages of all replicas, on each device and then over all of them."""
         for replica in self._replicas.values():
-            first = self._first_on[replica.device]
+            first = self._first_replica_on[replica.device]
             if replica is not first:
                 first.message.add_(replica.message)
         self._sum_over_replicas()
 
     def _checksum(self, number: int) -> int:
-        """Return a checksum of a replica's settings and counters, of 22 bits so that float32 holds it; not 0."""
+        """Return a nonzero 22-bit checksum of a replica's settings and counters, which float32 represents exactly."""
         values = [group[name] for group in self._groups_of(number) for name in self._compared_names]
         values = [-1.0 if value == "auto" else min(value, 3e38) for value in values]
         # in float32, since a schedule computed on another machine may differ in the last digits
@@ -380,40 +384,38 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
             for name in self._compared_names
         }
 
-    def _read_flags(self) -> list[int]:
-        """Return the replicas that were not finite at the last sync, if that is not known yet. Raises: as `sync`."""
-        if self._status.unread_flags is None:
+    def _read_pending_result(self) -> list[int]:
+        """Return the replicas that were not finite at the last sync, if its flags are unread. Raises: as `sync`."""
+        if self._status.pending_result is None:
             return []
-        flags, event = self._status.unread_flags
-        self._status.unread_flags = None
+        flags, event = self._status.pending_result
+        self._status.pending_result = None
         event.synchronize()
-        nonfinite = self._check_tail(flags[:-1])
+        nonfinite = self._check_flags(flags[:-1], self.rounds_done)
         self._check_master(flags[-1])
         return nonfinite
 
-    def _check_tail(self, tail: Tensor) -> list[int]:
+    def _check_flags(self, tail: Tensor, round_number: int) -> list[int]:
         """Return the replicas that are not finite, from the tail of the summed message. Raises: as `sync`."""
         flags = tail.tolist()
-        senders, num_changed = flags[SENDERS], int(flags[CHANGED])
+        senders, num_changed = flags[CHECKSUMS], int(flags[NUM_CHANGED])
         if any(abs(sender) != abs(senders[0]) for sender in senders):
             self._compare_settings()
-            raise RuntimeError(f"Settings differed between replicas in round {self.rounds_done + 1}")
+            raise RuntimeError(f"Settings differed between replicas in round {round_number}: use the same ones for all")
         if num_changed:
             raise RuntimeError(
-                f"The weights of {num_changed} of {len(senders)} replicas or ranks were changed between two rounds, so "
-                "they no longer start at their anchor: call reset() after loading weights, and clip or project them "
-                "only while step_in_round > 0"
+                f"Weights were changed between two rounds (on {num_changed} of {len(senders)} ranks or replicas) and "
+                "no longer equal the anchor: call reset() on every rank after loading weights, and clip or project "
+                "weights only while step_in_round > 0"
             )
         nonfinite = sorted({index // self.ranks_per_replica for index, sender in enumerate(senders) if sender < 0})
         if len(nonfinite) == self.num_replicas:
-            raise FloatingPointError(
-                f"all replicas are NaN or infinite after round {self.rounds_done + 1}: use a lower lr"
-            )
+            raise FloatingPointError(f"All replicas are NaN or infinite after round {round_number}: use a lower lr")
         return nonfinite
 
     def _check_master(self, total: Tensor) -> None:
         if not math.isfinite(total):
-            raise FloatingPointError(f"the master is NaN or infinite after round {self.rounds_done}: use a lower lr")
+            raise FloatingPointError(f"The master is NaN or infinite after round {self.rounds_done}: use a lower lr")
 
     def _restart(self, nonfinite: list[int]) -> None:
         """Restart replicas without momentum from the mean of the other anchors, which becomes the master."""
@@ -421,26 +423,28 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
         for replica in restarted:
             for vector in replica.own_state.values():
                 vector.zero_()
-        if nonfinite and self._kind != 1:
-            self._average("anchor", self.num_replicas - len(nonfinite), self._master)
-            self._average("outer_momentum_buffer", self.num_replicas, self._home.state["master_momentum_buffer"])
+        if nonfinite and self._sync_kind != 1:
+            self._average_state("anchor", self.num_replicas - len(nonfinite), self._master)
+            self._average_state(
+                "outer_momentum_buffer", self.num_replicas, self._master_replica.state["master_momentum_buffer"]
+            )
         for replica in restarted:
             for vector in (replica.weights, *map(replica.state.get, {"anchor", "inner_avg"} & replica.state.keys())):
                 vector.copy_(self._master)
-            replica.is_changed.zero_()
+            replica.changed_flag.zero_()
             torch.autograd.graph.increment_version(replica.parameters)
 
-    def _average(self, name: str, num_replicas: int, mean: Tensor) -> None:
-        """Set `mean`, (P,), to the mean of a state over this number of replicas, by an additional message."""
+    def _average_state(self, name: str, num_replicas: int, mean: Tensor) -> None:
+        """Set `mean`, (P,), to the sum of a state over all replicas / `num_replicas`, by an additional message."""
         for replica in self._replicas.values():
             replica.message.zero_()
             replica.gradient.copy_(replica.state[name])
-        self._sum()
-        torch.div(self._home.gradient, num_replicas * self.ranks_per_replica, out=mean)
+        self._sum_messages()
+        torch.div(self._master_replica.gradient, num_replicas * self.ranks_per_replica, out=mean)
 
     @torch.no_grad()
     def reset(self, from_replica: int = 0) -> None:
-        """Make the present weights of one replica those of all replicas, anchors and the master. Collective.
+        """Copy the current weights of one replica to all replicas, anchors and the master. Collective.
 
         Call it on every rank after loading weights. Frozen parameters and buffers are copied too. All momentum is zero
         afterwards, and the current round starts again; `rounds_done` stays, and with it γ_k and c_k.
@@ -449,11 +453,11 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
             ValueError: there is no such replica.
         """
         if from_replica not in range(self.num_replicas):
-            raise ValueError(f"Invalid from_replica value: {from_replica}, for {self.num_replicas} replicas")
-        self._check_weights_in_place()
+            raise ValueError(f"Invalid from_replica value: {from_replica}; use 0 to {self.num_replicas - 1}")
+        self._check_not_in_master_weights()
         for replica in self._replicas.values():
             replica.check_parameters()
-        source = self._broadcast(from_replica)
+        source = self._broadcast_replica(from_replica)
         for replica in self._replicas.values():
             if replica is not source:
                 for target, tensor in zip(replica.replicated_tensors, source.replicated_tensors, strict=True):
@@ -463,9 +467,9 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
                     vector.zero_()
                 else:
                     vector.copy_(replica.weights)
-            replica.is_changed.zero_()
+            replica.changed_flag.zero_()
             torch.autograd.graph.increment_version(replica.parameters)
-        self._share_master()
+        self._copy_master_to_devices()
         for group in self.param_groups:
             group["step_in_round"] = 0
 
@@ -473,7 +477,7 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
 
     @property
     def nonfinite_replicas(self) -> list[int]:
-        """The replicas that the last sync restarted."""
+        """Numbers of the replicas that the last sync restarted."""
         return self._status.nonfinite_replicas
 
     @property
@@ -496,11 +500,11 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
 
         It has the trainable parameters in group order.
         """
-        return torch.cat([view.reshape(-1) for view in self._home.views(self._master)])
+        return torch.cat([view.reshape(-1) for view in self._master_replica.views(self._master)])
 
     @property
     def piggyback(self) -> list[Tensor]:
-        """Five floats per local replica, (5,), for the caller's use: a sync replaces them by their mean over all."""
+        """Five floats per local replica, (5,), for the caller's use: a sync replaces them with their mean."""
         return [replica.piggyback for replica in self._replicas.values()]
 
     @torch.no_grad()
@@ -526,7 +530,7 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
             ValueError: the target's parameters do not match.
         """
         self._warn_if_not_synchronized(stacklevel=3)
-        self._copy_to(target, self._home, self._master)
+        self._copy_to(target, self._master_replica, self._master)
 
     def copy_replica_to(self, target: nn.Module | Iterable[Tensor], index: int = 0) -> None:
         """Copy the weights of this process's replica `index` into a model, as `copy_master_to` does with the master."""
@@ -535,13 +539,13 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
 
     @contextlib.contextmanager
     def master_weights(self) -> Iterator[None]:
-        """Put the master into the parameters of the local replicas, and their own weights back afterwards.
+        """Load the master into the parameters of the local replicas, and restore their weights afterwards.
 
         For evaluation with the training model. The caller recomputes batch-norm statistics within the block, if there
         are any. Warns as `copy_master_to` does. Calls of `step` and other changes raise RuntimeError within the block.
         """
         self._warn_if_not_synchronized(stacklevel=4)
-        self._check_weights_in_place()
+        self._check_not_in_master_weights()
         with torch.no_grad():
             for replica in self._replicas.values():
                 replica.gradient.copy_(replica.weights)  # its memory is free between steps
@@ -566,28 +570,28 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
             state: "param_groups", and "state" by parameter.
 
         Raises:
-            ValueError: the state does not fit. Nothing has changed then.
+            ValueError: the state does not fit. In that case nothing is changed.
         """
-        self._check_weights_in_place()
+        self._check_not_in_master_weights()
         groups, values = state["param_groups"], state["state"]
         for index, (group, own) in enumerate(zip(groups, self.param_groups, strict=True)):
             missing = sorted(self.defaults.keys() - group.keys())
             if missing:
-                raise ValueError(f"The state_dict is not from a Parle: group {index} has no {', '.join(missing)}")
+                raise ValueError(f"The state_dict was not saved by Parle: group {index} has no {', '.join(missing)}")
             check_hyperparameters(group)
             check_counters(group)
             if group["replica"] != own["replica"]:
                 raise ValueError(
-                    f"The state_dict is from replica {group['replica']}, and group {index} is of replica "
-                    f"{own['replica']}: every rank loads its own. To start from the weights of one replica, load them "
-                    "into the model and call reset()"
+                    f"The state_dict is of replica {group['replica']}, but group {index} belongs to replica "
+                    f"{own['replica']}: load on each rank what this rank saved. To start from the weights of one "
+                    "replica, load them into the model and call reset()"
                 )
         check_shared(groups)
         check_replicas_match(groups)
-        if sync_kind(groups[0]["sync_every"]) != self._kind:
+        if sync_kind(groups[0]["sync_every"]) != self._sync_kind:
             raise ValueError(
-                f"The state_dict has sync_every={groups[0]['sync_every']}, and this Parle {self._kind}: the kind of "
-                "sync_every, 1, auto or another number, must be the same"
+                f"The state_dict has sync_every={groups[0]['sync_every']}, this optimizer "
+                f"{self.param_groups[0]['sync_every']}: it cannot change between 1, auto and larger numbers"
             )
         for index, parameter in enumerate(self.state):
             own, theirs = (
@@ -595,17 +599,19 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
                 for source in (self.state, values)
             )
             if own != theirs:
-                raise ValueError(f"The state_dict does not fit parameter {index}: it has {theirs}, not {own}")
+                raise ValueError(
+                    f"The state_dict does not fit parameter {index}, whose states are {own}: it has {theirs}"
+                )
         with torch.no_grad():
             for parameter, vectors in self.state.items():
                 for name, vector in vectors.items():
                     vector.copy_(values[parameter][name])
         self.param_groups = groups
         for replica in self._replicas.values():
-            replica.is_changed.zero_()
+            replica.changed_flag.zero_()
             replica.has_gradient = True
-        self._status.unread_flags, self._status.gradients_are_averaged = None, False
-        self._share_master()
+        self._status.pending_result, self._status.gradients_are_averaged = None, False
+        self._copy_master_to_devices()
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("A Parle optimizer cannot be pickled or deep-copied: save its state_dict() and build a new one")
@@ -613,7 +619,7 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if hasattr(self, "_replicas"):
             raise RuntimeError(
-                "A replica is one flat vector, to which no group can be added: pass all groups when you build Parle"
+                "Parle cannot add parameter groups after construction: pass all groups when you build it"
             )
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -625,12 +631,12 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
 
     @property
     def _master(self) -> Tensor:
-        return self._home.state["master"]
+        return self._master_replica.state["master"]
 
     @property
-    def _host_reads_at_once(self) -> bool:
-        """Whether the host reads the device's memory without waiting."""
-        return self._home.device.type == "cpu"
+    def _host_reads_without_blocking(self) -> bool:
+        """True if reading the device's memory does not block the host."""
+        return self._master_replica.device.type == "cpu"
 
     @property
     def _num_senders(self) -> int:
@@ -639,9 +645,9 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
     def _groups_of(self, number: int) -> list[dict[str, Any]]:
         return [group for group in self.param_groups if group["replica"] == number]
 
-    def _share_master(self) -> None:
+    def _copy_master_to_devices(self) -> None:
         for device, master in self._masters.items():
-            if device != self._home.device:
+            if device != self._master_replica.device:
                 master.copy_(self._master)
 
     def _split_into_groups(self) -> None:
@@ -649,8 +655,10 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
             indices = [i for i, group in enumerate(self.param_groups) if group["replica"] == number]
             sizes = [padded_size(trainable(self.param_groups[i]["params"])) for i in indices]
             own = ("inner_momentum_buffer", "outer_momentum_buffer", "anchor", "inner_avg")
-            mean = self._first_on[replica.device].gradient
-            momentum = self._home.state.get("master_momentum_buffer") if replica is self._home else None
+            mean = self._first_replica_on[replica.device].gradient
+            momentum = (
+                self._master_replica.state.get("master_momentum_buffer") if replica is self._master_replica else None
+            )
             vectors = [replica.weights, replica.gradient, *(replica.state.get(name) for name in own)]
             vectors += [mean, self._masters.get(replica.device), momentum]
             columns = [[None] * len(indices) if vector is None else vector.split(sizes) for vector in vectors]
@@ -659,24 +667,24 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
     def _check_groups(self) -> None:
         """Check that the groups are the original ones, with valid values. Raises: RuntimeError, ValueError."""
         now = [list(map(id, group["params"])) for group in self.param_groups]
-        if now != [list(map(id, parameters)) for parameters in self._params_built_from]:
-            raise RuntimeError("The groups or their parameters were replaced or removed: build a new Parle")
+        if now != [list(map(id, parameters)) for parameters in self._original_params]:
+            raise RuntimeError("Parameter groups or their parameters were replaced or removed: build a new Parle")
         settings = [[group[name] for name in self._compared_names] for group in self.param_groups]
-        if settings == self._status.valid_settings:
+        if settings == self._status.checked_settings:
             return
         for group in self.param_groups:
             check_hyperparameters(group)
         check_shared(self.param_groups)
-        if sync_kind(self.param_groups[0]["sync_every"]) != self._kind:
+        if sync_kind(self.param_groups[0]["sync_every"]) != self._sync_kind:
             raise ValueError(
                 f"Invalid sync_every value: {self.param_groups[0]['sync_every']}; it cannot change from or to 1 or "
                 "auto: build a new Parle"
             )
-        self._status.valid_settings = settings
+        self._status.checked_settings = settings
 
-    def _check_weights_in_place(self) -> None:
+    def _check_not_in_master_weights(self) -> None:
         if self._status.holds_master:
-            raise RuntimeError("within master_weights() the parameters hold the master: leave the block first")
+            raise RuntimeError("Within master_weights() the parameters hold the master: leave the block first")
 
     def _warn_if_not_synchronized(self, stacklevel: int) -> None:
         if self.step_in_round:
@@ -704,9 +712,14 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
         elif len(groups) == 1:
             targets = list(target.parameters())
         else:
-            raise ValueError("With several groups, give the target's parameters in their order, not the model")
+            raise ValueError(
+                "Parle has several groups without parameter names: pass a list of the target's parameters in the "
+                "groups' order, or build Parle from named parameters"
+            )
         if [parameter.shape for parameter in targets] != [parameter.shape for parameter in sources]:
-            raise ValueError("The target's parameters are not those that Parle was built from")
+            raise ValueError(
+                "The target's parameters differ in shape, number or order from those that Parle was built from"
+            )
         for parameter, source in zip(targets, sources, strict=True):
             parameter.copy_(values.get(source, source))
 
@@ -718,7 +731,9 @@ def _parameters_by_name(model: nn.Module, names: list[str]) -> list[nn.Parameter
         named, names = {_without_wrappers(name): p for name, p in named.items()}, list(map(_without_wrappers, names))
     missing = [name for name in names if name not in named]
     if missing:
-        raise ValueError(f"The target has no parameters named {', '.join(missing)}")
+        raise ValueError(
+            f"The target has no parameters named {', '.join(missing)}: pass a model of the same architecture"
+        )
     return [named[name] for name in names]
 
 

@@ -1,4 +1,4 @@
-"""Checks of what the optimizer is given: parameters, groups and loaded counters. They raise ValueError."""
+"""Validation of parameters, groups and loaded counters. All functions raise ValueError."""
 
 import math
 import numbers
@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from parle.flat_replica import dense_strides, trainable
 
+MAX_STEPS = 2**53  # of a round with sync_every="auto": beyond, floats are no longer integers
+
 
 def sync_kind(sync_every: int | str) -> int | str:
-    """Return what decides which vectors there are: 1, "auto", or 2 for any larger number."""
+    """Return the kind of L, which determines the state vectors: 1, "auto", or 2 for any larger number."""
     return min(sync_every, 2) if isinstance(sync_every, numbers.Integral) else sync_every
 
 
@@ -22,24 +24,28 @@ def check_parameters(parameters: list[nn.Parameter]) -> None:
         raise ValueError("Parle needs at least one parameter with requires_grad=True")
     for parameter in parameters:
         if parameter.is_meta:
-            raise ValueError("A parameter is on the meta device: give the model its weights before building Parle")
+            raise ValueError("A parameter is on the meta device: call to_empty(device=...) and load weights first")
         if type(parameter.detach()) is not Tensor:
             raise ValueError(
-                f"A parameter is a {type(parameter.detach()).__name__}, and Parle needs plain tensors: do not shard or "
-                "quantize a replica"
+                f"A parameter is of type {type(parameter.detach()).__name__}, but Parle needs plain tensors: do not "
+                "shard or quantize the model"
             )
     if any(parameter.is_cpu and parameter.is_shared() for parameter in trained):
         raise ValueError(
-            "A parameter is in shared memory, which Parle would leave: share the model's weights afterwards"
+            "A parameter is in shared memory, and Parle moves parameters to memory of its own: do not call "
+            "share_memory(), and update a shared model with copy_master_to()"
         )
     if len(set(trained)) < len(trained):
-        raise ValueError("A parameter appears twice; give a shared one once, as model.parameters() does")
+        raise ValueError("A parameter appears twice: pass a tied parameter only once, as model.parameters() does")
     nonempty = [parameter for parameter in trained if parameter.numel()]
     if len({parameter.data_ptr() for parameter in nonempty}) < len(nonempty):
         raise ValueError("Two parameters share their memory; tie them as one nn.Parameter instead")
     kinds = {(parameter.dtype, parameter.device) for parameter in trained}
     if len(kinds) > 1 or trained[0].dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"The parameters of a replica must be float32 (or all float64) on one device, not {kinds}")
+        raise ValueError(
+            f"The parameters of a replica must be float32 (or all float64) on one device, not {kinds}: convert "
+            "the model with model.float() and move it to one device"
+        )
 
 
 def check_replicas_match(groups: list[dict[str, Any]]) -> None:
@@ -52,30 +58,34 @@ def check_replicas_match(groups: list[dict[str, Any]]) -> None:
     first, *others = kinds
     for replica in others:
         if kinds[replica] != kinds[first]:
-            raise ValueError(f"Replica {replica} and replica {first} differ in shapes, strides, dtypes or settings")
+            raise ValueError(
+                f"Replica {replica} and replica {first} differ in shapes, strides, dtypes, requires_grad or settings: "
+                "build all replicas identically"
+            )
 
 
 def check_shared(groups: list[dict[str, Any]]) -> None:
-    """Check that groups have one value where they must. Raises: ValueError."""
+    """Check that all groups agree on L, nb and the counters. Raises: ValueError."""
     for name in ("sync_every", "batches_per_epoch", "rounds_done", "step_in_round", "steps_per_round"):
         values = [group[name] for group in groups]
         if any(value != values[0] for value in values):
-            raise ValueError(f"Invalid {name} values: {values}; all groups must share one")
+            raise ValueError(f"Invalid {name} values: {values}; all groups must have the same value")
 
 
 def check_hyperparameters(group: dict[str, Any]) -> None:
     """Check the values of a group. Raises: ValueError, as torch.optim does."""
     for name in ("lr", "weight_decay", "gamma", "rho", "outer_lr_scale"):
         if not 0.0 <= group[name] < math.inf:
-            raise ValueError(f"Invalid {name} value: {group[name]}")
+            raise ValueError(f"Invalid {name} value: {group[name]}; use a finite number of at least 0")
     for name in ("momentum", "alpha", "outer_momentum"):
         if not 0.0 <= group[name] < 1.0:
-            raise ValueError(f"Invalid {name} value: {group[name]}")
+            raise ValueError(f"Invalid {name} value: {group[name]}; use a number in [0, 1)")
     for name in ("sync_every", "batches_per_epoch"):
-        automatic = name == "sync_every" and group[name] == "auto" and group["gamma"] > 0
-        automatic = automatic and group["lr"] / group["gamma"] < 2**53  # steps of the first round
-        if not automatic and not (isinstance(group[name], numbers.Integral) and group[name] >= 1):
-            raise ValueError(f"Invalid {name} value: {group[name]}")
+        if name == "sync_every" and group[name] == "auto":
+            if not (group["gamma"] > 0 and group["lr"] / group["gamma"] < MAX_STEPS):
+                raise ValueError("Invalid sync_every value: auto; it needs a gamma that is not 0, nor tiny beside lr")
+        elif not (isinstance(group[name], numbers.Integral) and group[name] >= 1):
+            raise ValueError(f"Invalid {name} value: {group[name]}; use an integer of at least 1")
 
 
 def check_counters(group: dict[str, Any]) -> None:

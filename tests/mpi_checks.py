@@ -1,4 +1,4 @@
-"""What parle_mpi.Parle does on several ranks beyond the equations of lockstep.py.
+"""Checks of parle_mpi.Parle on several ranks, beyond the equations, which lockstep.py checks.
 
 mpiexec -n 4 python tests/mpi_checks.py
 """
@@ -30,7 +30,7 @@ def identical(comm, tensor):
     return len(set(comm.allgather(tensor.detach().numpy().tobytes()))) == 1
 
 
-def message_of(error, action):
+def error_message(error, action):
     """Return the message of the error that `action` must raise."""
     try:
         action()
@@ -39,7 +39,7 @@ def message_of(error, action):
     raise AssertionError(f"no {error.__name__}")
 
 
-def weighted_steps(optimizer, count, comm):
+def take_steps(optimizer, count, comm):
     """Take steps whose gradients differ between ranks and steps."""
     for step in range(count):
         for group in optimizer.param_groups:
@@ -99,7 +99,7 @@ def check_clipping_equals_one_process(comm, single):
     torch.testing.assert_close(*trained, rtol=1e-6, atol=0)
 
 
-def check_identical_ranks(comm):
+def check_ranks_start_identical(comm):
     """Ranks start from rank 0's parameters and buffers; all hold the same master."""
     torch.manual_seed(comm.rank)
     parameters = [nn.Parameter(torch.randn(1000)), nn.Parameter(torch.randn(3), requires_grad=False)]
@@ -148,24 +148,24 @@ def check_mismatched_construction(comm):
         ([dict(params=[nn.Parameter(torch.zeros(5))]) for _ in range(1 + last)], {}, ["groups is 1", "2 on rank 3"]),
         ([nn.Parameter(torch.zeros(5).to("meta" if last else "cpu"))], {}, ["meta"]),
     ):
-        message = message_of(ValueError, lambda: Parle(parameters, comm, **SETTINGS | settings))  # noqa: B023
+        message = error_message(ValueError, lambda: Parle(parameters, comm, **SETTINGS | settings))  # noqa: B023
         assert all(word in message for word in words), message
 
 
 def check_mismatch_between_ranks(comm):
-    """Whatever differs between ranks, every rank raises at the next sync, and names group, setting and values."""
+    """A setting that differs raises on every rank at the next sync; the message has group, setting and values."""
     wanted = dict(lr=[0.1, 0.2, 0.15], rho=[0.01, 0.02], outer_lr_scale=[1.0, 2.0], momentum=[0.9, 0.8])
     wanted |= dict(weight_decay=[0.0, 0.1], alpha=[0.75, 0.5], gamma=[0.01, 0.1], rounds_done=[1, 7])
     for index, (name, values) in enumerate(wanted.items()):
         group, start = index % 2, index % 3 != 0
         optimizer = Parle([dict(params=[nn.Parameter(torch.zeros(5))]) for _ in range(2)], comm, **SETTINGS)
-        weighted_steps(optimizer, 2 if start else 0, comm)
+        take_steps(optimizer, 2 if start else 0, comm)
         if name == "rounds_done":
             for each in optimizer.param_groups:
                 each[name] = values[comm.rank % len(values)]
         else:
             optimizer.param_groups[group][name] = values[comm.rank % len(values)]
-        message = message_of(RuntimeError, lambda: weighted_steps(optimizer, 2, comm))  # noqa: B023
+        message = error_message(RuntimeError, lambda: take_steps(optimizer, 2, comm))  # noqa: B023
         shown = (
             f"{name} of group {0 if name == 'rounds_done' else group} is {values[0]:.6g} on rank 0 and {values[1]:.6g}"
         )
@@ -173,29 +173,29 @@ def check_mismatch_between_ranks(comm):
 
 
 def check_state_loaded_on_one_rank(comm):
-    """The counters of one rank alone change: an error on every rank, before and after the first step."""
+    """The counters of one rank single_rank change: an error on every rank, before and after the first step."""
     for steps in (0, 2):
         optimizer, other = (Parle([nn.Parameter(torch.zeros(5))], comm, **SETTINGS) for _ in range(2))
-        weighted_steps(other, 4, comm)
-        weighted_steps(optimizer, steps, comm)
+        take_steps(other, 4, comm)
+        take_steps(optimizer, steps, comm)
         if comm.rank == 1:
             optimizer.load_state_dict(other.state_dict())
-        assert "rounds_done" in message_of(RuntimeError, lambda: weighted_steps(optimizer, 2, comm))  # noqa: B023
+        assert "rounds_done" in error_message(RuntimeError, lambda: take_steps(optimizer, 2, comm))  # noqa: B023
 
 
 def check_state_of_another_replica_is_rejected(comm):
     """All ranks load what rank 0 saved: then the master would not be the mean of the anchors."""
     optimizer = Parle([nn.Parameter(torch.zeros(5))], comm, **SETTINGS)
-    weighted_steps(optimizer, 3, comm)
+    take_steps(optimizer, 3, comm)
     state = comm.bcast(optimizer.state_dict())
     if comm.rank == 0:
         optimizer.load_state_dict(state)
     else:
-        assert "reset()" in message_of(ValueError, lambda: optimizer.load_state_dict(state))
+        assert "reset()" in error_message(ValueError, lambda: optimizer.load_state_dict(state))
 
 
 def check_weights_loaded_after_building(comm):
-    """Before the first step rank 0's weights become everybody's, with a warning; later it is an error on every rank."""
+    """Before the first step rank 0's weights are copied to all ranks, with a warning; later every rank raises."""
     for sync_every in (1, 2, "auto"):
         parameter, frozen = nn.Parameter(torch.zeros(5)), nn.Parameter(torch.zeros(2), requires_grad=False)
         optimizer = Parle([parameter, frozen], comm, **SETTINGS | dict(sync_every=sync_every))
@@ -210,17 +210,17 @@ def check_weights_loaded_after_building(comm):
         optimizer.sync()
         assert parameter.tolist() == optimizer.master.tolist() == [3.0] * 5 and frozen.tolist() == [0, 0]
     optimizer = Parle([parameter], comm, **SETTINGS)
-    weighted_steps(optimizer, 2, comm)
+    take_steps(optimizer, 2, comm)
     if comm.rank == 1:
         parameter.data.clamp_(-0.01, 0.01)
-    assert "reset()" in message_of(RuntimeError, lambda: weighted_steps(optimizer, 2, comm))
+    assert "reset()" in error_message(RuntimeError, lambda: take_steps(optimizer, 2, comm))
     for source in (0, comm.size - 1):
         with torch.no_grad():
             parameter.fill_(comm.rank)
         optimizer.reset(source)
         assert parameter.tolist() == optimizer.master.tolist() == [source] * 5
-        weighted_steps(optimizer, 4, comm)
-    assert "from_replica" in message_of(ValueError, lambda: optimizer.reset(comm.size))
+        take_steps(optimizer, 4, comm)
+    assert "from_replica" in error_message(ValueError, lambda: optimizer.reset(comm.size))
 
 
 def check_nonfinite(comm, sync_every):
@@ -261,18 +261,18 @@ def check_nonfinite_rank_of_a_replica(comm):
         torch.testing.assert_close(optimizer.master, replicas.mean(0))
         optimizer = Parle([parameter], comm, lr=0.1, sync_every=sync_every, batches_per_epoch=10, replicas=1)
         optimizer.piggyback[0][0] = torch.inf if comm.rank == 1 else 1.0
-        assert "all replicas" in message_of(FloatingPointError, lambda: weighted_steps(optimizer, 2, comm))  # noqa: B023
+        assert "All replicas" in error_message(FloatingPointError, lambda: take_steps(optimizer, 2, comm))  # noqa: B023
         assert identical(comm, optimizer.master) and identical(comm, parameter)
 
 
 def check_communicators(comm, single):
     """Optimizers use duplicates of the caller's communicator, which are freed with them, and none for a single rank."""
-    alone = Parle([nn.Parameter(torch.ones(2))], single, **SETTINGS)
-    assert type(alone.groups.world) is type(alone.groups.replica) is Group
+    single_rank = Parle([nn.Parameter(torch.ones(2))], single, **SETTINGS)
+    assert type(single_rank.groups.world) is type(single_rank.groups.replica) is Group
     for replicas in (comm.size, comm.size // 2, 1):
         optimizer = Parle([nn.Parameter(torch.ones(2))], comm, replicas=replicas, **SETTINGS)
         request = comm.Irecv(bytearray(1))  # of any tag: must not receive the optimizer's messages
-        weighted_steps(optimizer, 2, comm)
+        take_steps(optimizer, 2, comm)
         assert not request.Test()
         request.Cancel()
         request.Wait()
@@ -286,8 +286,8 @@ def check_communicators(comm, single):
 def check_timeout(comm):
     """A rank that skips a step is named by the others; must be the last check, since it aborts all ranks."""
     optimizer = Parle([nn.Parameter(torch.ones(2))], comm, timeout=1.5, **SETTINGS)
-    weighted_steps(optimizer, 4, comm)
-    weighted_steps(optimizer, 1 if comm.rank == 2 else 2, comm)
+    take_steps(optimizer, 4, comm)
+    take_steps(optimizer, 1 if comm.rank == 2 else 2, comm)
     time.sleep(60)
 
 
@@ -300,7 +300,7 @@ def main():
     for sync_every in (1, 2):
         check_nonfinite(comm, sync_every)
     check_nonfinite_rank_of_a_replica(comm)
-    check_identical_ranks(comm)
+    check_ranks_start_identical(comm)
     check_piggyback(comm)
     check_mismatched_construction(comm)
     check_mismatch_between_ranks(comm)

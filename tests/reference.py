@@ -10,7 +10,7 @@ class Reference:
     """n replicas that start at `x0`, (P,). Each call of `step` is one mini-batch of every replica.
 
     gamma0 and rho0 are the initial coefficients; nb is the number of mini-batches in one pass. L is a number or "auto".
-    The other hyper-parameters are numbers, or vectors (P,) where parameter groups differ; "auto" reads their first
+    The other hyperparameters are numbers, or vectors (P,) where parameter groups differ; "auto" reads their first
     element. They may change at any time: L, gamma0 and rho0 count when a round starts, the others when they are used.
     """
 

@@ -357,7 +357,7 @@ def save_from_ranks(optimizer, folders):
         local = SimpleNamespace(num_replicas=len(folders), piggyback=[optimizer.piggyback[world.rank]])
         local.rounds_done, local.step_in_round = optimizer.rounds_done, optimizer.step_in_round
         local.param_groups = [optimizer.param_groups[world.rank]]
-        own = checkpoint._split(optimizer.state_dict())[world.rank]
+        own = checkpoint._split_by_replica(optimizer.state_dict())[world.rank]
         own["state"][0] |= shared_by(optimizer)  # every rank holds the master
         local.state_dict = lambda: own
         networks = build_networks([world.rank])

@@ -1,4 +1,4 @@
-"""Parle as a torch.optim optimizer. The classes share all of this but their constructors and communication."""
+"""Parle as a torch.optim optimizer. The classes share everything except constructor and communication."""
 
 import copy
 import math
@@ -17,7 +17,7 @@ SETTINGS = dict(lr=0.1, sync_every=3, batches_per_epoch=4)
 
 
 def build(parameters, **settings):
-    """The optimizer of one replica."""
+    """Return the optimizer of one replica."""
     return parle_gpu.Parle([parameters], **SETTINGS | settings)
 
 
@@ -347,7 +347,7 @@ def test_load_state_dict_copies_tensors():
     assert torch.equal(optimizers[0].master, before)
 
 
-def everything(optimizer):
+def snapshot(optimizer):
     """Return all that `load_state_dict` could change, for bitwise comparison."""
     groups = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -402,10 +402,10 @@ def test_unsuitable_state_dict_is_rejected_and_changes_nothing(damage, words):
     state = copy.deepcopy(optimizer.state_dict())
     optimizer.step()
     damage(state)
-    before, anchor = everything(optimizer), optimizer.state[parameters[0]]["anchor"]
+    before, anchor = snapshot(optimizer), optimizer.state[parameters[0]]["anchor"]
     with pytest.raises(ValueError, match=words):
         optimizer.load_state_dict(state)
-    assert everything(optimizer) == before
+    assert snapshot(optimizer) == before
     assert optimizer.state[parameters[0]]["anchor"] is anchor
     for _ in range(2):
         optimizer.step()
@@ -413,7 +413,7 @@ def test_unsuitable_state_dict_is_rejected_and_changes_nothing(damage, words):
 
 
 def test_state_dict_of_sgd_is_rejected():
-    with pytest.raises(ValueError, match="not from a Parle"):
+    with pytest.raises(ValueError, match="not saved by Parle"):
         build([nn.Parameter(torch.ones(2))]).load_state_dict(
             torch.optim.SGD([nn.Parameter(torch.ones(2))]).state_dict()
         )
@@ -454,7 +454,7 @@ def test_sync_between_rounds_does_nothing():
 
 
 @pytest.mark.parametrize(("sync_every", "value"), [(1, math.nan), (3, math.inf)])
-def test_nonfinite_riders_exclude_the_replica(build_both, sync_every, value):
+def test_nonfinite_piggyback_excludes_the_replica(build_both, sync_every, value):
     optimizer = build_both([nn.Parameter(torch.ones(2))], sync_every=sync_every)
     optimizer.piggyback[0][2] = value
     with pytest.raises(FloatingPointError, match=r"replica.*round 1.*lr"):
@@ -554,7 +554,7 @@ def test_weights_changed_between_rounds_are_an_error(build_both):
     parameter = nn.Parameter(torch.ones(4))
     optimizer = build_both([parameter])
     parameter.grad = torch.ones(4)
-    for step in range(8):  # within a round it is the caller's business
+    for step in range(8):  # changes within a round are allowed
         if step in (1, 4):
             parameter.data.clamp_(-0.5, 0.5)
         optimizer.step()
@@ -619,7 +619,7 @@ def set_group(**values):
         (set_group(momentum=math.nan), ValueError, "momentum"),
     ],
 )
-def test_impossible_changes_are_errors_at_the_next_round(change, error, words):
+def test_unsupported_changes_raise_at_the_next_round(change, error, words):
     model = network()
     optimizer = build([dict(params=[model[0].weight]), dict(params=[p for p in model.parameters()][1:])])
     train(model, optimizer, range(3))
@@ -639,7 +639,7 @@ def test_sync_every_may_change_to_another_number():
     assert (optimizer.rounds_done, optimizer.step_in_round) == (3, 0)
 
 
-def test_parameters_replaced_by_assign_are_reported():
+def test_parameters_replaced_by_assign_warn():
     model = network()
     optimizer = build(model.parameters())
     train(model, optimizer, range(3))
@@ -650,7 +650,7 @@ def test_parameters_replaced_by_assign_are_reported():
     train(model, optimizer, range(7, 12))  # once
 
 
-def test_unstable_outer_step_is_reported_once():
+def test_unstable_outer_step_warns_once():
     parameter = nn.Parameter(torch.ones(2))
     optimizer = build([parameter], lr=1.0, momentum=0.5)  # the limit is 1.5
     parameter.grad = torch.zeros(2)
@@ -746,7 +746,7 @@ def test_flags_of_an_accelerator_are_read_at_the_next_sync(monkeypatch):
 
     monkeypatch.setattr(torch, "Event", Event)
     monkeypatch.setattr(torch.accelerator, "current_stream", lambda device: None)
-    monkeypatch.setattr(parle_gpu.Parle, "_host_reads_at_once", False)
+    monkeypatch.setattr(parle_gpu.Parle, "_host_reads_without_blocking", False)
     parameters = [nn.Parameter(torch.ones(4)) for _ in range(3)]
     optimizer = parle_gpu.Parle([[parameter] for parameter in parameters], **SETTINGS)
     seen = []

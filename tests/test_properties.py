@@ -1,8 +1,8 @@
 """Random trials of parle_gpu.Parle in lockstep with the float64 reference.
 
-hypothesis draws what the selected cases of tests/lockstep.py leave out: parameters of any shape, all hyper-parameters
-of every group, and steps at which gradients are missing, hyper-parameters change, a round ends early or the run is
-resumed. It prints the simplest trial that fails.
+hypothesis generates cases that tests/lockstep.py does not cover: parameters of any shape, all hyperparameters of every
+group, and steps at which gradients are missing, hyperparameters change, a round ends early or the run is resumed. It
+prints the simplest trial that fails.
 """
 
 import io
@@ -18,11 +18,11 @@ from torch import nn
 from parle_gpu import Parle
 from tests.reference import Reference
 
-# Every run draws the same trials. To explain a failure would take longer than to simplify it.
+# Every run draws the same trials. Phase.explain is omitted: it takes longer than shrinking.
 REPRODUCIBLE = dict(derandomize=True, database=None, deadline=None, phases=[Phase.generate, Phase.shrink])
 TOLERANCE = 1e-11  # relative to the largest element of all vectors
 IN_REFERENCE = dict(gamma="gamma0", rho="rho0", outer_lr_scale="s")  # where the names differ
-HYPERPARAMETERS = dict(  # small enough that trials rarely diverge, which would hide small vectors
+HYPERPARAMETERS = dict(  # small enough that trials rarely diverge, which would hide errors in small vectors
     lr=st.floats(0, 0.15),
     momentum=st.floats(0, 0.95),
     weight_decay=st.floats(0, 0.5),
@@ -37,7 +37,7 @@ SHAPE = array_shapes(min_dims=0, max_dims=4, max_side=3) | st.sampled_from([(0,)
 
 @st.composite
 def trials(draw, sync_every):
-    """Draw the arguments of `Trial` and those of its `turn`s. L may change within the strategy `sync_every`."""
+    """Draw the arguments of `Trial` and those of its `segment`s. L may change within the strategy `sync_every`."""
     n, L = draw(st.integers(1, 4)), draw(sync_every)
     hyperparameters = HYPERPARAMETERS | (dict(gamma=st.floats(0.02, 0.1)) if L == "auto" else {})  # up to 8 steps
     parameters = st.lists(st.tuples(SHAPE, st.booleans()), min_size=1, max_size=3)
@@ -45,22 +45,22 @@ def trials(draw, sync_every):
     groups[0][1].insert(0, ((2,), True))  # L = auto reads the first group, but in the reference the first element
     trainable = sum(trainable for _, own in groups for _, trainable in own)
     trial = dict(n=n, sync_every=L, batches_per_epoch=draw(st.integers(1, 20)), groups=groups)
-    turn = dict(
+    segment = dict(
         steps=st.integers(1, 6),
         missing=st.sets(st.tuples(st.integers(0, n - 1), st.integers(0, trainable - 1))),
         sync_every=sync_every,
         group=st.integers(0, len(groups) - 1),
         changes=st.fixed_dictionaries({}, optional=hyperparameters),
-        then=st.sampled_from(["continue", "sync", "resume"]),
+        ending=st.sampled_from(["continue", "sync", "resume"]),
     )
-    return trial, draw(st.lists(st.fixed_dictionaries(turn), min_size=3, max_size=8))
+    return trial, draw(st.lists(st.fixed_dictionaries(segment), min_size=3, max_size=8))
 
 
 class Trial:
     """An optimizer and the reference, which undergo the same steps and changes.
 
     Args:
-        groups: hyper-parameters of each group, and for each of its parameters the shape and whether it is trainable.
+        groups: hyperparameters of each group, and for each of its parameters the shape and whether it is trainable.
         common: what the groups share, sync_every and batches_per_epoch.
     """
 
@@ -74,7 +74,7 @@ class Trial:
         self.reference = Reference(x0, n, common["sync_every"], common["batches_per_epoch"], **self.vectors())
 
     def build(self):
-        """Build the optimizer of new parameters, with the hyper-parameters of the start."""
+        """Build the optimizer of new parameters, with the hyperparameters of the start."""
         self.replicas = [
             [dict(params=[self.parameter(*each) for each in own], **values) for values, own in self.groups]
             for _ in range(self.n)
@@ -89,15 +89,15 @@ class Trial:
         return [p for group in self.replicas[replica] for p in group["params"] if p.requires_grad == trainable]
 
     def vectors(self):
-        """Return the hyper-parameters of every element, (P,), by their names in the reference."""
+        """Return the hyperparameters of every element, (P,), by their names in the reference."""
         sizes = [sum(p.numel() for p in group["params"] if p.requires_grad) for group in self.replicas[0]]
         return {
             IN_REFERENCE.get(name, name): np.repeat([values[name] for values in self.hyperparameters], sizes)
             for name in HYPERPARAMETERS
         }
 
-    def turn(self, steps, missing, sync_every, group, changes, then):
-        """Step, change L and hyper-parameters of one group, and perhaps end the round or resume the run."""
+    def segment(self, steps, missing, sync_every, group, changes, ending):
+        """Step, change L and hyperparameters of one group, and perhaps end the round or resume the run."""
         for _ in range(steps):
             self.step(missing)
             self.compare()
@@ -107,8 +107,8 @@ class Trial:
             own["sync_every"] = sync_every
             if number % len(self.groups) == group:
                 own.update(changes)
-        if then != "continue":
-            getattr(self, then)()
+        if ending != "continue":
+            getattr(self, ending)()
             self.compare()
 
     def step(self, missing):
@@ -171,10 +171,10 @@ def test_random_trials_equal_the_reference(sync_every, examples):
     @settings(max_examples=examples, **REPRODUCIBLE)
     @given(trials(sync_every))
     def check(drawn):
-        arguments, turns = drawn
+        arguments, segments = drawn
         trial = Trial(**arguments)
         trial.compare()
-        for turn in turns:
-            trial.turn(**turn)
+        for segment in segments:
+            trial.segment(**segment)
 
     check()

@@ -1,9 +1,9 @@
 """Parle inside other libraries: their wrappers, trainers, schedulers and checkpoints.
 
-The reference is torch.optim.SGD or a plain loop. Tests of a library that is not installed are skipped; there are some
-of peft, pytorch-ignite and skorch too.
+The reference is torch.optim.SGD or a plain loop. Tests of a library that is not installed are skipped; peft,
+pytorch-ignite and skorch are covered as well.
 
-pip install accelerate lightning safetensors timm transformers && python -m pytest -m slow tests/test_peers.py
+pip install accelerate lightning safetensors timm transformers && python -m pytest -m slow tests/test_integrations.py
 """
 
 import copy
@@ -26,7 +26,9 @@ SETTINGS = dict(lr=0.1, weight_decay=0.01, sync_every=3, batches_per_epoch=5)
 
 def needs(name):
     """Return a module, or skip the test."""
-    return pytest.importorskip(name, reason=f"{name.split('.')[0]} is not installed: see the top of test_peers.py")
+    return pytest.importorskip(
+        name, reason=f"{name.split('.')[0]} is not installed: see the top of test_integrations.py"
+    )
 
 
 class SingleReplica(parle_gpu.Parle):
