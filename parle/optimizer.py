@@ -263,7 +263,7 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
             if not replica.has_gradient:
                 self._warn_once(
                     f"No parameter of replica {number} had a gradient in the last round: call backward() before "
-                    "step(), and build Parle after the model's parameters are replaced, as by load_state_dict(assign=True)"
+                    "step(), and build Parle after replacing parameters, as by load_state_dict(assign=True)"
                 )
             replica.has_gradient = False
         first = self.param_groups[0]
