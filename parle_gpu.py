@@ -18,6 +18,7 @@ from torch.nn import DataParallel
 
 from parle import distributed
 from parle.optimizer import ParleBase
+from parle.validation import check_buffers
 
 if TYPE_CHECKING:
     from loader import Dataset
@@ -63,9 +64,14 @@ class Parle(ParleBase):
             given = list(parameters)
             replica_groups = given if given and isinstance(given[0], dict) else [dict(params=given)]
             groups += [group | dict(replica=number) for group in replica_groups]
-        tensors = {number: list(own) for number, own in enumerate(buffers)}
+        given = list(buffers)
+        if any(isinstance(own, Tensor) for own in given):
+            raise TypeError("These are the buffers of one model: pass a list, [model.buffers(), ...]")
+        tensors = {number: list(own) for number, own in enumerate(given)}
+        for own in tensors.values():
+            check_buffers(own)
         kinds = [[(tensor.shape, tensor.dtype) for tensor in own] for own in tensors.values()]
-        if tensors and (len(tensors) != len(replicas) or any(kind != kinds[0] for kind in kinds)):
+        if given and (len(given) != len(replicas) or any(kind != kinds[0] for kind in kinds)):
             raise ValueError(
                 "Invalid buffers value: replicas differ in the number, shape or dtype of their buffers; pass "
                 "[model.buffers(), ...] with one entry per replica"

@@ -6,13 +6,15 @@ mpirun -n 12 python parle_mpi.py -n 3         # 3 replicas, each data-parallel o
 """
 
 import argparse
+import contextlib
 import functools
 import importlib.metadata
+import numbers
 import shlex
 import sys
 import time
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +24,7 @@ from parle import distributed
 from parle.distributed import CollectiveTimeout, Group, Groups, MPIGroup
 from parle.flat_replica import FlatReplica
 from parle.optimizer import ParleBase
+from parle.validation import check_buffers
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -67,7 +70,7 @@ class Parle(ParleBase):
         world = self._free_with_optimizer(MPIGroup(comm, timeout).duplicate()) if comm.size > 1 else Group()
 
         def build() -> None:
-            if not (isinstance(replicas, int) and replicas >= 1 and comm.size % replicas == 0):
+            if not (isinstance(replicas, numbers.Integral) and replicas >= 1 and comm.size % replicas == 0):
                 raise ValueError(
                     f"Invalid replicas value: {replicas}; use a divisor of the number of ranks, {comm.size}"
                 )
@@ -75,20 +78,17 @@ class Parle(ParleBase):
                 raise ValueError(f"Invalid timeout value: {timeout}; use a number of seconds above 0")
             self.ranks_per_replica = comm.size // replicas
             self.replica_number, self.rank_in_replica = divmod(comm.rank, self.ranks_per_replica)
-            super(Parle, self).__init__(params, replicas, {self.replica_number: buffers}, **hyperparameters)
+            own_buffers = list(buffers)
+            check_buffers(own_buffers)
+            super(Parle, self).__init__(params, replicas, {self.replica_number: own_buffers}, **hyperparameters)
 
-        world.run_and_propagate_errors(build, ValueError, TypeError)
+        world.run_and_propagate_errors(build, Exception)
         world.check_consistent(
             dict(replicas=replicas, timeout=timeout, groups=len(self.param_groups), **self._layout())
         )
-        shares_replica = 1 < self.ranks_per_replica < comm.size
-        replica = (
-            self._free_with_optimizer(world.split(self.replica_number))
-            if shares_replica
-            else world
-            if replicas == 1
-            else Group()
-        )
+        # of its own even if it has all ranks, so that gradients are never taken for a synchronization's message
+        shares_replica = self.ranks_per_replica > 1
+        replica = self._free_with_optimizer(world.split(self.replica_number)) if shares_replica else Group()
         self.groups = Groups(replica, world)
         # The MPI libraries on PyPI cannot read GPU memory: messages are staged in host memory, pinned for CUDA's copies
         message = self._master_replica.message
@@ -99,8 +99,8 @@ class Parle(ParleBase):
         self.reset()
 
     def _free_with_optimizer(self, group: MPIGroup) -> MPIGroup:
-        """Free the group's communicator together with the optimizer."""
-        weakref.finalize(self, group.free).atexit = False  # at exit, MPI frees it
+        """Release the group's communicator together with the optimizer."""
+        weakref.finalize(self, group.release).atexit = False  # at exit, MPI frees it
         return group
 
     def _layout(self) -> dict[str, Any]:
@@ -113,30 +113,46 @@ class Parle(ParleBase):
         }
         return layout | dict(strides=replica.strides) | self._settings(self.replica_number)
 
+    @contextlib.contextmanager
+    def _named_timeout(self, occasion: str) -> Iterator[None]:
+        """Add where the optimizer is to a CollectiveTimeout."""
+        try:
+            yield
+        except CollectiveTimeout as error:
+            raise CollectiveTimeout(f"In {occasion} of round {self.rounds_done + 1}, {error}") from None
+
     def _broadcast_replica(self, number: int) -> FlatReplica:
         for tensor in self._master_replica.replicated_tensors:
-            host = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)  # MPI has no bfloat16
-            self.groups.world.broadcast(host, root=number * self.ranks_per_replica)
-            tensor.copy_(host.view(tensor.dtype).view(tensor.shape))
+            host = tensor.detach().cpu().contiguous().view(-1)
+            data = (
+                host if host.dtype in (torch.float32, torch.float64) else host.view(torch.uint8)
+            )  # MPI has no bfloat16
+            with self._named_timeout("reset()"):
+                self.groups.world.broadcast(data, root=number * self.ranks_per_replica)
+            tensor.copy_(host.view(tensor.shape))
         return self._master_replica
 
     def _any_process(self, flag: bool) -> bool:
-        return any(self.groups.world.all_gather(flag))
+        with self._named_timeout("the first step"):
+            return any(self.groups.world.all_gather(flag))
 
     def _compare_settings(self) -> None:
-        found = distributed.first_difference(self.groups.world.all_gather(self._settings(self.replica_number)))
+        with self._named_timeout("the comparison of settings"):
+            settings = self.groups.world.all_gather(self._settings(self.replica_number))
+        found = distributed.first_difference(settings)
         if found:
             raise RuntimeError(f"{found}: use the same settings and schedule on every rank")
 
     def _average_gradient(self, replica: FlatReplica) -> None:
         if self.ranks_per_replica > 1:
-            self._all_reduce(self.groups.replica, replica.gradient)
+            with self._named_timeout(f"step {self.step_in_round + 1}"):
+                self._all_reduce(self.groups.replica, replica.gradient)
             replica.gradient.div_(self.ranks_per_replica)
 
     def _sum_over_replicas(self) -> None:
-        self._all_reduce(
-            self.groups.world, self._master_replica.message if self.num_replicas > 1 else self._master_replica.tail
-        )
+        with self._named_timeout("the synchronization"):
+            replica = self._master_replica
+            self._all_reduce(self.groups.world, replica.message if self.num_replicas > 1 else replica.tail)
 
     def _all_reduce(self, group: Group, vector: Tensor) -> None:
         if group.size == 1:
@@ -148,10 +164,7 @@ class Parle(ParleBase):
         if self._staging is not None:
             host = self._staging[: len(vector)]
             host.copy_(vector)  # blocks until the copy is complete, so MPI reads the result
-        try:
-            group.all_reduce(host)
-        except CollectiveTimeout as error:
-            raise CollectiveTimeout(f"in step {self.step_in_round} of round {self.rounds_done + 1}: {error}") from None
+        group.all_reduce(host)
         if host is not vector:
             vector.copy_(host)
         self._status.sync_seconds += time.perf_counter() - start

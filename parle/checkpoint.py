@@ -26,7 +26,7 @@ MAX_TO_KEEP = 2
 FIELDS = dict(files=dict, arguments=dict, train_state=dict, counters=dict, num_replicas=int, log_bytes=int)
 MANIFEST, SHARED = "manifest.json", "shared.pt"
 MASTER = ("master", "master_momentum_buffer")  # the states that all replicas share
-COUNTERS = ("rounds_done", "step_in_round", "steps_per_round", "gamma_k", "coupling_k", "lr")  # of every group
+PROGRESS = ("rounds_done", "step_in_round", "steps_per_round", "gamma_k", "coupling_k", "lr")  # of every group
 
 
 class CheckpointError(Exception):
@@ -53,7 +53,7 @@ def save(
     temporary = folder / f".{path.name}"
     checksums, failure = {}, None
     states = _split_by_replica(optimizer.state_dict())
-    shared, counters = {}, {name: optimizer.param_groups[0][name] for name in COUNTERS}
+    shared, counters = {}, {name: optimizer.param_groups[0][name] for name in PROGRESS}
     try:
         temporary.mkdir(parents=True, exist_ok=True)
         for number, network, piggyback, (local, state) in zip(
@@ -183,19 +183,19 @@ def restore(
     Raises:
         CheckpointError: the checkpoint is from another network or method, or cannot be read.
     """
-    then, now = manifest["num_replicas"], optimizer.num_replicas
+    num_saved, num_replicas = manifest["num_replicas"], optimizer.num_replicas
     try:
         shared = _read(path / SHARED)
-        if now != then:
-            _rescale_master(path, shared, then, now)
+        if num_replicas != num_saved:
+            _rescale_master(path, shared, num_saved, num_replicas)
         contents = []
         for number, (local, own) in zip(networks, _split_by_replica(optimizer.state_dict()).items(), strict=True):
-            content = _read(path / _replica_file(number if number < then else 0))
-            if number >= then:
+            content = _read(path / _replica_file(number if number < num_saved else 0))
+            if number >= num_saved:
                 _restart_at_master(content, shared)
             state = content["optimizer"]
             for group, saved in zip(own["param_groups"], state["param_groups"], strict=True):
-                group |= {name: saved[name] for name in COUNTERS}
+                group |= {name: saved[name] for name in PROGRESS}
             for position, values in shared.items() if not contents else ():
                 state["state"][position] |= values
             for position, (weights, parameter) in enumerate(
@@ -205,25 +205,25 @@ def restore(
                 if any((tensor.shape, tensor.dtype) != (parameter.shape, parameter.dtype) for tensor in tensors):
                     raise ValueError(f"parameter {position} has another shape or dtype")
             contents.append(content | dict(optimizer=state | dict(param_groups=own["param_groups"])))
+        saved_buffers = [
+            _read_buffers(path, manifest, network, number, rank_in_replica) for number, network in networks.items()
+        ]
+        for content, piggyback in zip(contents, optimizer.piggyback, strict=True):
+            if content["piggyback"].shape != piggyback.shape:
+                raise ValueError("piggyback has another shape")
         optimizer.load_state_dict(_join_replicas([content["optimizer"] for content in contents]))
-        with torch.no_grad():
-            for number, network, local, content, piggyback in zip(
-                networks,
-                networks.values(),
-                _split_by_replica(optimizer.state_dict()),
-                contents,
-                optimizer.piggyback,
-                strict=True,
-            ):
-                for parameter, weights in zip(_parameters(optimizer, local), content["weights"], strict=True):
-                    parameter.copy_(weights)
-                piggyback.copy_(content["piggyback"])
-                files = (_buffers_file(number, rank) for rank in (rank_in_replica, 0))
-                file = next((name for name in files if name in manifest["files"]), None)
-                if file is not None:  # an additional replica has none
-                    _load_buffers(network, _read(path / file))
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         raise CheckpointError(f"{path} does not fit this network or method ({error})") from error
+    with torch.no_grad():
+        for local, content, piggyback in zip(
+            _split_by_replica(optimizer.state_dict()), contents, optimizer.piggyback, strict=True
+        ):
+            for parameter, weights in zip(_parameters(optimizer, local), content["weights"], strict=True):
+                parameter.copy_(weights)
+            piggyback.copy_(content["piggyback"])
+        for network, saved in zip(networks.values(), saved_buffers, strict=True):
+            for name, buffer in _buffers(network).items() if saved else ():
+                buffer.copy_(saved[name])
 
 
 def _split_by_replica(state_dict: dict[str, Any]) -> dict[int, dict[str, Any]]:
@@ -262,23 +262,23 @@ def _pop_master(state: dict[str, Any]) -> dict[int, dict[str, Tensor]]:
     return {position: values for position, values in shared.items() if values}
 
 
-def _rescale_master(path: Path, shared: dict[int, dict[str, Tensor]], then: int, now: int) -> None:
-    """Recompute the master for `now` replicas: the mean of the first ones, or with more of them less momentum."""
-    if now > then:  # additional replicas start without momentum
+def _rescale_master(path: Path, shared: dict[int, dict[str, Tensor]], num_saved: int, num_replicas: int) -> None:
+    """Recompute the master for `num_replicas`: the mean of the first ones, or with more of them less momentum."""
+    if num_replicas > num_saved:  # additional replicas start without momentum
         for values in shared.values():
             if "master_momentum_buffer" in values:
-                values["master_momentum_buffer"] *= then / now
+                values["master_momentum_buffer"] *= num_saved / num_replicas
         return
     for values in shared.values():
         for value in values.values():
             value.zero_()
-    for number in range(now):  # one of them in memory at a time
+    for number in range(num_replicas):  # one of them in memory at a time
         content = _read(path / _replica_file(number))
         for position, values in shared.items():
             state = content["optimizer"]["state"][position]
-            values["master"].add_(state.get("anchor", content["weights"][position]), alpha=1 / now)
+            values["master"].add_(state.get("anchor", content["weights"][position]), alpha=1 / num_replicas)
             if "master_momentum_buffer" in values:
-                values["master_momentum_buffer"].add_(state["outer_momentum_buffer"], alpha=1 / now)
+                values["master_momentum_buffer"].add_(state["outer_momentum_buffer"], alpha=1 / num_replicas)
 
 
 def _restart_at_master(content: dict[str, Any], shared: dict[int, dict[str, Tensor]]) -> None:
@@ -298,11 +298,19 @@ def _buffers(network: nn.Module) -> dict[str, Tensor]:
     return dict((network.module if isinstance(network, nn.DataParallel) else network).named_buffers())
 
 
-def _load_buffers(network: nn.Module, saved: dict[str, Tensor]) -> None:
+def _read_buffers(
+    path: Path, manifest: dict[str, Any], network: nn.Module, number: int, rank_in_replica: int
+) -> dict[str, Tensor] | None:
+    """Return the saved buffers of a replica's rank, or of its first one; None for an additional replica."""
+    names = (_buffers_file(number, rank) for rank in (rank_in_replica, 0))
+    name = next((name for name in names if name in manifest["files"]), None)
+    if name is None:
+        return None
+    saved = _read(path / name)
     for name, buffer in _buffers(network).items():
-        if saved[name].shape != buffer.shape:
-            raise ValueError(f"{name} has another shape")
-        buffer.copy_(saved[name])
+        if (saved[name].shape, saved[name].dtype) != (buffer.shape, buffer.dtype):
+            raise ValueError(f"{name} has another shape or dtype")
+    return saved
 
 
 def _replica_file(number: int) -> str:

@@ -5,9 +5,12 @@ Importing this module does not start MPI.
 
 import math
 import os
+import pickle
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -15,6 +18,9 @@ if TYPE_CHECKING:
 
 TIMEOUT_TAG = 4711  # MPI tag of the message by which a rank that timed out notifies the others
 POLL_SECONDS = 2e-4  # between tests of a pending request: 5 % of a core; a longer sleep would delay large messages
+
+
+_released: list["MPI.Comm"] = []
 
 
 class SettingsMismatch(ValueError):
@@ -79,9 +85,12 @@ class Group:
             except errors as caught:
                 error = caught
         raised = [error for error in self.all_gather(error) if error is not None]
-        if raised:
-            raise raised[0]
-        return result
+        try:
+            if raised:
+                raise raised[0]
+            return result
+        finally:
+            del error, raised  # the traceback refers to this frame: a cycle that would keep `action` in memory
 
 
 class MPIGroup(Group):
@@ -106,17 +115,22 @@ class MPIGroup(Group):
         self.wait(self.comm.Ibcast(tensor, root))
 
     def all_gather(self, value: Any) -> list[Any]:
-        self.wait(self.comm.Ibarrier())  # allgather itself would spin until the last rank arrives
-        return self.comm.allgather(value)
+        # mpi4py's allgather would spin until the last rank arrives, without a time limit
+        data, sizes = np.frombuffer(pickle.dumps(value), np.uint8), np.empty(self.size, np.int64)
+        self.wait(self.comm.Iallgather(np.array([len(data)]), sizes))
+        gathered = np.empty(sizes.sum(), np.uint8)
+        self.wait(self.comm.Iallgatherv(data, (gathered, sizes)))
+        return [pickle.loads(part) for part in np.split(gathered, np.cumsum(sizes)[:-1])]
 
     def duplicate(self) -> "MPIGroup":
-        """Return a group of the same ranks with a communicator of its own, which the caller must `free`."""
+        """Return a group of the same ranks with a communicator of its own, which the caller must `release`."""
+        _free_released()
         comm, request = self.comm.Idup()
         self.wait(request)
-        return MPIGroup(comm, self.timeout)
+        return MPIGroup(comm, self.timeout, parent=self.parent)
 
     def split(self, color: int) -> "MPIGroup":
-        """Return the group of the ranks that pass the same `color`, which the caller must `free`."""
+        """Return the group of the ranks that pass the same `color`, which the caller must `release`."""
         return MPIGroup(self.comm.Split(color), self.timeout, parent=self)
 
     def split_by_node(self) -> "MPIGroup":
@@ -125,12 +139,12 @@ class MPIGroup(Group):
 
         return MPIGroup(self.comm.Split_type(MPI.COMM_TYPE_SHARED), self.timeout, parent=self)
 
-    def free(self) -> None:
-        """Free the communicator, unless MPI is finalized: MPI libraries provide only about 2,000."""
-        from mpi4py import MPI
+    def release(self) -> None:
+        """Let the next `duplicate` free the communicator: MPI libraries provide only about 2,000.
 
-        if not MPI.Is_finalized():
-            self.comm.Free()
+        Unlike MPI's Free this may be called in a garbage collection, which can start in the middle of an MPI call.
+        """
+        _released.append(self.comm)
 
     def wait(self, request: "MPI.Request") -> None:
         """Wait for `request`, polling with short sleeps: MPI's own wait spins on a core that another rank could use.
@@ -162,6 +176,11 @@ class Groups(NamedTuple):
 
     replica: Group = Group()  # the ranks that share its replica, data-parallel
     world: Group = Group()  # all ranks
+
+
+def _free_released() -> None:
+    while _released:
+        _released.pop().Free()
 
 
 def _missing_ranks(comm: "MPI.Comm") -> list[int]:

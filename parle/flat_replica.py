@@ -7,10 +7,13 @@ import torch
 from torch import Tensor, nn
 
 ALIGNMENT = 16  # bytes, which vectorized kernels need
-# The end of each message: the caller's floats, the number of replicas whose weights other code has changed, and one
-# slot per sender (a rank, or a replica of this process) with the checksum of its settings, negated if not finite
+# The end of each message: the caller's floats, the number of replicas whose weights other code has changed, and a row
+# per sender (a rank, or a replica of this process): the checksum of its settings, negated if it is not finite, and the
+# squared norms of its average and of its master, or 0 where there is nothing to compare
 PIGGYBACK_SIZE = 5
-PIGGYBACK, NUM_CHANGED, CHECKSUMS = slice(PIGGYBACK_SIZE), PIGGYBACK_SIZE, slice(PIGGYBACK_SIZE + 1, None)
+PIGGYBACK, NUM_CHANGED, ROWS = slice(PIGGYBACK_SIZE), PIGGYBACK_SIZE, slice(PIGGYBACK_SIZE + 1, None)
+CHECKSUM, AVERAGE_NORM, MASTER_NORM = range(3)
+ROW_SIZE = 3
 
 
 class GroupVectors(NamedTuple):
@@ -39,7 +42,7 @@ class FlatReplica:
     strides of their parameter, channels_last included.
 
     Args:
-        num_senders: number of checksum slots at the end of the message.
+        num_senders: number of rows at the end of the message.
     """
 
     def __init__(
@@ -61,8 +64,9 @@ class FlatReplica:
         self.piggyback, self.changed_flag = self.flags[PIGGYBACK], self.flags[NUM_CHANGED]
         self.zero = like.new_zeros(())
         # The memory of the gradient carries the message: a synchronization needs no gradient
-        self.message = like.new_zeros(len(self.weights) + PIGGYBACK_SIZE + 1 + num_senders)
+        self.message = like.new_zeros(len(self.weights) + PIGGYBACK_SIZE + 1 + ROW_SIZE * num_senders)
         self.gradient, self.tail = self.message[: len(self.weights)], self.message[len(self.weights) :]
+        self.rows = self.tail[ROWS].view(num_senders, ROW_SIZE)
         self.gradient_views = self.views(self.gradient)
         for parameter, view in zip(self.parameters, self.views(self.weights), strict=True):
             view.copy_(parameter)
@@ -156,7 +160,7 @@ class FlatReplica:
         self.changed_flag.copy_(difference.dot(difference) != 0)  # the fastest reduction; below 1e-22 it is 0
 
     def write_message(self, average: Tensor, sender: int, checksum: int) -> None:
-        """Write `average`, (P,), and the flags into the message, or zeros if they are not finite."""
+        """Write `average`, (P,), the flags and the sender's checksum, or zeros if the former are not finite."""
         # A finite sum proves that every element is finite, with a single read of the vector. For a scalar,
         # x - x == 0 is faster than isfinite()
         total = average.sum() + self.piggyback.sum()
@@ -168,8 +172,8 @@ class FlatReplica:
         else:
             self.gradient.zero_()
         torch.where(is_finite, self.flags, self.zero, out=self.tail[: len(self.flags)])
-        senders = self.tail[CHECKSUMS].zero_()
-        senders[sender] = torch.where(is_finite, checksum, -checksum)
+        self.rows.zero_()
+        self.rows[sender, CHECKSUM] = torch.where(is_finite, checksum, -checksum)
 
 
 def trainable(parameters: list[nn.Parameter]) -> list[nn.Parameter]:

@@ -15,11 +15,24 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from parle.algorithm import COUPLING_MAX, GAMMA_MAX, inner_step, outer_step, scoped, steps_per_round
-from parle.flat_replica import CHECKSUMS, NUM_CHANGED, PIGGYBACK, FlatReplica, GroupVectors, padded_size, trainable
+from parle.flat_replica import (
+    AVERAGE_NORM,
+    CHECKSUM,
+    MASTER_NORM,
+    NUM_CHANGED,
+    PIGGYBACK,
+    ROW_SIZE,
+    ROWS,
+    FlatReplica,
+    GroupVectors,
+    padded_size,
+    trainable,
+)
 from parle.validation import (
     check_counters,
     check_hyperparameters,
@@ -38,7 +51,8 @@ class Status:
     called on a wrapper would assign the attribute to the wrapper only.
     """
 
-    nonfinite_replicas: list[int] = dataclasses.field(default_factory=list)
+    nonfinite: list[int] = dataclasses.field(default_factory=list)  # replicas to restart
+    restarted: list[int] = dataclasses.field(default_factory=list)  # by the last sync
     pending_result: tuple[Tensor, torch.Event] | None = None  # of the last sync, being copied to the host
     is_first_step: bool = True
     gradients_are_averaged: bool = False
@@ -106,11 +120,12 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
         outer = dict(alpha=alpha, outer_lr_scale=outer_lr_scale, outer_momentum=outer_momentum)
         coupling = dict(sync_every=sync_every, gamma=gamma, rho=rho, batches_per_epoch=batches_per_epoch)
         coupling |= dict(replica=self.replica_number)
+        coupling |= dict(num_replicas=num_replicas)
         counters = dict(rounds_done=0, step_in_round=0, steps_per_round=0, gamma_k=0.0, coupling_k=0.0)
         super().__init__(params, rates | outer | coupling | counters)
 
         check_shared(self.param_groups)
-        self._sync_kind = sync_kind(sync_every)
+        self._sync_kind = sync_kind(self.param_groups[0]["sync_every"])
         check_replicas_match(self.param_groups)
         owned: dict[int, list[nn.Parameter]] = {}
         for group in self.param_groups:
@@ -214,7 +229,7 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
                 group["step_in_round"] += 1
             torch.autograd.graph.increment_version(replica.parameters)  # as if each had been updated in place
         self._status.gradients_are_averaged = False
-        if self.step_in_round == self.param_groups[0]["steps_per_round"]:
+        if self.step_in_round >= self.param_groups[0]["steps_per_round"]:  # more if a sync has failed
             self.sync()
         return loss
 
@@ -244,11 +259,14 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
         self._status.is_first_step = False
         if self.rounds_done or self.step_in_round:  # a state was loaded
             return
-        changed_flag = any(
-            not torch.equal(replica.weights, replica.state.get("anchor", self._masters.get(replica.device)))
+        is_changed = any(
+            not torch.equal(
+                replica.weights.nan_to_num(),
+                replica.state.get("anchor", self._masters.get(replica.device)).nan_to_num(),
+            )
             for replica in self._replicas.values()
         )
-        if self._any_process(changed_flag):
+        if self._any_process(is_changed):
             warnings.warn(
                 "The weights were changed after Parle was built, so all replicas now start from those of replica 0. "
                 "Load weights before building Parle, or call reset() afterwards",
@@ -262,8 +280,9 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
             replica.check_parameters()  # takes 50 µs of LeNet's 13 ms per step, so not in every step
             if not replica.has_gradient:
                 self._warn_once(
+                    "no gradient",
                     f"No parameter of replica {number} had a gradient in the last round: call backward() before "
-                    "step(), and build Parle after replacing parameters, as by load_state_dict(assign=True)"
+                    "step(), and build Parle after replacing parameters, as by load_state_dict(assign=True)",
                 )
             replica.has_gradient = False
         first = self.param_groups[0]
@@ -278,9 +297,10 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
             limit = (2 + 2 * group["outer_momentum"]) / (1 + 2 * group["outer_momentum"])
             if group["steps_per_round"] > 1 and outer_step_size > limit:
                 self._warn_once(
+                    "unstable",
                     f"Training may diverge: the outer step, outer_lr_scale * lr * (1 + coupling_k), is "
                     f"{outer_step_size:.3g}, above the stability limit {limit:.3g}: use a lower lr, "
-                    "outer_lr_scale or rho"
+                    "outer_lr_scale or rho",
                 )
         for replica in self._replicas.values() if self._sync_kind != 1 else ():
             replica.detect_external_change()
@@ -311,30 +331,34 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
         single_step = self.param_groups[0]["steps_per_round"] == 1
         for replica in self._replicas.values() if not single_step else ():
             replica.check_parameters()
-        nonfinite = self._read_pending_result()
-        self._restart(nonfinite)
+        self._read_pending_result()
+        nonfinite = self._restart()
         for number, replica in self._replicas.items():
             average = replica.weights if single_step else replica.state["inner_avg"]
             sender = number * self.ranks_per_replica + self.rank_in_replica
             replica.write_message(average, sender, self._checksum(number))
+            if self.ranks_per_replica > 1:
+                replica.rows[sender, AVERAGE_NORM] = replica.gradient.dot(replica.gradient)
+            if self._num_senders > len(self._replicas):  # several processes have a master
+                replica.rows[sender, MASTER_NORM] = self._master.dot(self._master)
         self._sum_messages()
         if self._host_reads_without_blocking:
-            nonfinite = self._check_flags(self._master_replica.tail, self.rounds_done + 1)
+            self._status.nonfinite = self._check_flags(self._master_replica.tail, self.rounds_done + 1)
         for first in self._first_replica_on.values():
-            num_finite = (first.tail[CHECKSUMS] > 0).sum()
+            num_finite = (first.rows[:, CHECKSUM] > 0).sum()
             first.tail[PIGGYBACK].div_(num_finite)
-            if self.num_replicas > 1:
-                first.gradient.div_(num_finite)
+            # one replica is its own mean, or NaN as all are where none is finite
+            first.gradient.div_(num_finite if self.num_replicas > 1 else num_finite == self._num_senders)
         self._end_round(single_step)
         if self._host_reads_without_blocking:
             self._check_master(self._master.sum())
-            self._restart(nonfinite)
+            nonfinite = self._restart()
         else:
             flags = torch.cat([self._master_replica.tail, self._master.sum().reshape(1)]).to("cpu", non_blocking=True)
             event = torch.Event(self._master_replica.device)
             event.record(torch.accelerator.current_stream(self._master_replica.device))
             self._status.pending_result = flags, event
-        self._status.nonfinite_replicas = nonfinite
+        self._status.restarted = nonfinite
 
     def _end_round(self, single_step: bool) -> None:
         """Update the anchors and the master with the mean that the messages hold."""
@@ -377,38 +401,51 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
         return zlib.crc32(struct.pack(f"{len(values)}f", *values)) % 2**22 + 1
 
     def _settings(self, number: int) -> dict[str, str]:
-        """Return the settings and counters of a replica's groups, with the precision of `_checksum`, by name."""
+        """Return the settings and counters of a replica's groups by name, with the precision of `_checksum`."""
         return {
-            f"{name} of group {index}": group[name] if group[name] == "auto" else f"{float(group[name]):.7g}"
+            f"{name} of group {index}": str(value if isinstance(value, str | int) else np.float32(value))
             for index, group in enumerate(self._groups_of(number))
-            for name in self._compared_names
+            for name, value in ((name, group[name]) for name in self._compared_names)
         }
 
-    def _read_pending_result(self) -> list[int]:
-        """Return the replicas that were not finite at the last sync, if its flags are unread. Raises: as `sync`."""
-        if self._status.pending_result is None:
-            return []
-        flags, event = self._status.pending_result
-        self._status.pending_result = None
-        event.synchronize()
-        nonfinite = self._check_flags(flags[:-1], self.rounds_done)
-        self._check_master(flags[-1])
-        return nonfinite
+    def _read_pending_result(self, is_collective: bool = True) -> None:
+        """Check the flags of the last sync if they are unread. Raises: as `sync`."""
+        if self._status.pending_result is not None:
+            (flags, event), self._status.pending_result = self._status.pending_result, None
+            event.synchronize()
+            self._status.nonfinite = self._check_flags(flags[:-1], self.rounds_done, is_collective)
+            self._check_master(flags[-1])
 
-    def _check_flags(self, tail: Tensor, round_number: int) -> list[int]:
+    def _check_flags(self, tail: Tensor, round_number: int, is_collective: bool = True) -> list[int]:
         """Return the replicas that are not finite, from the tail of the summed message. Raises: as `sync`."""
-        flags = tail.tolist()
-        senders, num_changed = flags[CHECKSUMS], int(flags[NUM_CHANGED])
-        if any(abs(sender) != abs(senders[0]) for sender in senders):
-            self._compare_settings()
+        flags, senders = tail.tolist(), range(self._num_senders)
+        rows = [flags[ROWS.start + ROW_SIZE * sender :][:ROW_SIZE] for sender in senders]
+        if any(abs(row[CHECKSUM]) != abs(rows[0][CHECKSUM]) for row in rows):
+            if is_collective:
+                self._compare_settings()
             raise RuntimeError(f"Settings differed between replicas in round {round_number}: use the same ones for all")
-        if num_changed:
+        if flags[NUM_CHANGED]:
             raise RuntimeError(
-                f"Weights were changed between two rounds (on {num_changed} of {len(senders)} ranks or replicas) and "
-                "no longer equal the anchor: call reset() on every rank after loading weights, and clip or project "
-                "weights only while step_in_round > 0"
+                f"Weights were changed between two rounds (on {int(flags[NUM_CHANGED])} of {len(rows)} ranks or "
+                "replicas) and no longer equal the anchor: call reset() on every rank after loading weights, and clip "
+                "or project weights only while step_in_round > 0"
             )
-        nonfinite = sorted({index // self.ranks_per_replica for index, sender in enumerate(senders) if sender < 0})
+        if not _nearly_equal([row[MASTER_NORM] for row in rows]):
+            raise RuntimeError(
+                f"The master differs between ranks in round {round_number}: load states of the same run on every rank, "
+                "or call reset()"
+            )
+        nonfinite = []
+        for number in range(self.num_replicas):
+            own = rows[number * self.ranks_per_replica :][: self.ranks_per_replica]
+            if any(row[CHECKSUM] < 0 for row in own):
+                nonfinite.append(number)
+            elif not _nearly_equal([row[AVERAGE_NORM] for row in own]):
+                raise RuntimeError(
+                    f"The ranks of replica {number} hold different weights in round {round_number}: change weights or "
+                    "gradients identically on all of them, call average_gradients() after the last backward pass, and "
+                    "then call reset()"
+                )
         if len(nonfinite) == self.num_replicas:
             raise FloatingPointError(f"All replicas are NaN or infinite after round {round_number}: use a lower lr")
         return nonfinite
@@ -417,28 +454,39 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
         if not math.isfinite(total):
             raise FloatingPointError(f"The master is NaN or infinite after round {self.rounds_done}: use a lower lr")
 
-    def _restart(self, nonfinite: list[int]) -> None:
-        """Restart replicas without momentum from the mean of the other anchors, which becomes the master."""
+    def _restart(self) -> list[int]:
+        """Restart the nonfinite replicas from the mean of the others, which becomes the master. Collective.
+
+        Their momentum is zero. Returns their numbers.
+        """
+        nonfinite, self._status.nonfinite = self._status.nonfinite, []
+        if not nonfinite:
+            return []
         restarted = [self._replicas[number] for number in nonfinite if number in self._replicas]
         for replica in restarted:
-            for vector in replica.own_state.values():
+            for vector in (replica.weights, *replica.own_state.values()):
                 vector.zero_()
-        if nonfinite and self._sync_kind != 1:
-            self._average_state("anchor", self.num_replicas - len(nonfinite), self._master)
-            self._average_state(
-                "outer_momentum_buffer", self.num_replicas, self._master_replica.state["master_momentum_buffer"]
-            )
+        num_others = self.num_replicas - len(nonfinite)
+        if self._sync_kind == 1:
+            self._average_vectors([replica.weights for replica in self._replicas.values()], num_others, self._master)
+        else:
+            states = [replica.state for replica in self._replicas.values()]
+            momentum = self._master_replica.state["master_momentum_buffer"]
+            self._average_vectors([state["anchor"] for state in states], num_others, self._master)
+            self._average_vectors([state["outer_momentum_buffer"] for state in states], self.num_replicas, momentum)
+        self._copy_master_to_devices()
         for replica in restarted:
             for vector in (replica.weights, *map(replica.state.get, {"anchor", "inner_avg"} & replica.state.keys())):
                 vector.copy_(self._master)
             replica.changed_flag.zero_()
             torch.autograd.graph.increment_version(replica.parameters)
+        return nonfinite
 
-    def _average_state(self, name: str, num_replicas: int, mean: Tensor) -> None:
-        """Set `mean`, (P,), to the sum of a state over all replicas / `num_replicas`, by an additional message."""
-        for replica in self._replicas.values():
+    def _average_vectors(self, vectors: list[Tensor], num_replicas: int, mean: Tensor) -> None:
+        """Set `mean`, (P,), to the sum over all replicas of their `vectors` / `num_replicas`, by another message."""
+        for replica, vector in zip(self._replicas.values(), vectors, strict=True):
             replica.message.zero_()
-            replica.gradient.copy_(replica.state[name])
+            replica.gradient.copy_(vector)
         self._sum_messages()
         torch.div(self._master_replica.gradient, num_replicas * self.ranks_per_replica, out=mean)
 
@@ -446,8 +494,8 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
     def reset(self, from_replica: int = 0) -> None:
         """Copy the current weights of one replica to all replicas, anchors and the master. Collective.
 
-        Call it on every rank after loading weights. Frozen parameters and buffers are copied too. All momentum is zero
-        afterwards, and the current round starts again; `rounds_done` stays, and with it γ_k and c_k.
+        Call it on every rank after loading weights. Frozen parameters and buffers are copied too. All momentum and the
+        piggyback are zero afterwards, and the current round starts again; `rounds_done` stays, and with it γ_k and c_k.
 
         Raises:
             ValueError: there is no such replica.
@@ -467,9 +515,10 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
                     vector.zero_()
                 else:
                     vector.copy_(replica.weights)
-            replica.changed_flag.zero_()
+            replica.flags.zero_()
             torch.autograd.graph.increment_version(replica.parameters)
         self._copy_master_to_devices()
+        self._status.pending_result, self._status.nonfinite = None, []
         for group in self.param_groups:
             group["step_in_round"] = 0
 
@@ -478,7 +527,7 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
     @property
     def nonfinite_replicas(self) -> list[int]:
         """Numbers of the replicas that the last sync restarted."""
-        return self._status.nonfinite_replicas
+        return self._status.restarted
 
     @property
     def sync_seconds(self) -> float:
@@ -513,6 +562,7 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
 
         Between rounds y is the anchor.
         """
+        self._check_not_in_master_weights()
         masters = {replica.device: self._master.to(replica.device) for replica in self._replicas.values()}
         pairs = ((replica.weights, masters[replica.device]) for replica in self._replicas.values())
         return [(weights - master).norm() / master.norm() for weights, master in pairs]
@@ -530,10 +580,12 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
             ValueError: the target's parameters do not match.
         """
         self._warn_if_not_synchronized(stacklevel=3)
+        self._read_pending_result(is_collective=False)
         self._copy_to(target, self._master_replica, self._master)
 
     def copy_replica_to(self, target: nn.Module | Iterable[Tensor], index: int = 0) -> None:
         """Copy the weights of this process's replica `index` into a model, as `copy_master_to` does with the master."""
+        self._check_not_in_master_weights()
         replica = list(self._replicas.values())[index]
         self._copy_to(target, replica, replica.weights)
 
@@ -546,6 +598,7 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
         """
         self._warn_if_not_synchronized(stacklevel=4)
         self._check_not_in_master_weights()
+        self._read_pending_result(is_collective=False)
         with torch.no_grad():
             for replica in self._replicas.values():
                 replica.gradient.copy_(replica.weights)  # its memory is free between steps
@@ -593,9 +646,15 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
                 f"The state_dict has sync_every={groups[0]['sync_every']}, this optimizer "
                 f"{self.param_groups[0]['sync_every']}: it cannot change between 1, auto and larger numbers"
             )
-        for index, parameter in enumerate(self.state):
+        if groups[0]["num_replicas"] != self.num_replicas:
+            raise ValueError(
+                f"The state_dict has {groups[0]['num_replicas']} replicas, this optimizer {self.num_replicas}: to "
+                "change their number, load the master into the model and call reset()"
+            )
+        parameters = [parameter for group in groups for parameter in group["params"]]
+        for index, parameter in enumerate(parameters):
             own, theirs = (
-                {name: tuple(getattr(value, "shape", ())) for name, value in source.get(parameter, {}).items()}
+                {name: _shape(value) for name, value in source.get(parameter, {}).items()}
                 for source in (self.state, values)
             )
             if own != theirs:
@@ -610,7 +669,8 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
         for replica in self._replicas.values():
             replica.changed_flag.zero_()
             replica.has_gradient = True
-        self._status.pending_result, self._status.gradients_are_averaged = None, False
+        self._status.pending_result, self._status.nonfinite = None, []
+        self._status.gradients_are_averaged = False
         self._copy_master_to_devices()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -695,9 +755,9 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
                 stacklevel=stacklevel,
             )
 
-    def _warn_once(self, text: str) -> None:
-        if text.split(":")[0] not in self._warned:
-            self._warned.add(text.split(":")[0])
+    def _warn_once(self, key: str, text: str) -> None:
+        if key not in self._warned:
+            self._warned.add(key)
             warnings.warn(text, stacklevel=6)  # of the caller of step(), which torch wraps twice
 
     @torch.no_grad()
@@ -724,11 +784,23 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
             parameter.copy_(values.get(source, source))
 
 
+def _nearly_equal(norms: list[float]) -> bool:
+    """Return whether squared norms that should be equal are: those of different CPUs differ by rounding."""
+    return max(norms) <= min(norms) * (1 + 1e-4)
+
+
+def _shape(value: Any) -> Any:
+    return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+
+
 def _parameters_by_name(model: nn.Module, names: list[str]) -> list[nn.Parameter]:
     """Return the parameters of `model` with these names, with or without wrappers. Raises: ValueError."""
     named = dict(model.named_parameters())
     if not named.keys() >= set(names):
-        named, names = {_without_wrappers(name): p for name, p in named.items()}, list(map(_without_wrappers, names))
+        names = list(map(_without_wrappers, names))
+        if len(set(names)) < len(names):
+            raise ValueError("Names of the optimizer's parameters differ only by the prefix of a wrapper")
+        named = {_without_wrappers(name): parameter for name, parameter in named.items()}
     missing = [name for name in names if name not in named]
     if missing:
         raise ValueError(
@@ -739,4 +811,5 @@ def _parameters_by_name(model: nn.Module, names: list[str]) -> list[nn.Parameter
 
 def _without_wrappers(name: str) -> str:
     """Return a parameter's name without the prefixes of torch.compile, DataParallel and DistributedDataParallel."""
-    return re.sub(r"\b(_orig_mod|module)\.", "", name)
+    name = re.sub(r"(^|(?<=\.))_orig_mod\.", "", name)  # also of submodules
+    return re.sub(r"^(module\.)+", "", name)

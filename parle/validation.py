@@ -75,10 +75,10 @@ def check_shared(groups: list[dict[str, Any]]) -> None:
 def check_hyperparameters(group: dict[str, Any]) -> None:
     """Check the values of a group. Raises: ValueError, as torch.optim does."""
     for name in ("lr", "weight_decay", "gamma", "rho", "outer_lr_scale"):
-        if not 0.0 <= group[name] < math.inf:
+        if not (isinstance(group[name], numbers.Real | Tensor) and 0.0 <= group[name] < math.inf):
             raise ValueError(f"Invalid {name} value: {group[name]}; use a finite number of at least 0")
     for name in ("momentum", "alpha", "outer_momentum"):
-        if not 0.0 <= group[name] < 1.0:
+        if not (isinstance(group[name], numbers.Real) and 0.0 <= group[name] < 1.0):
             raise ValueError(f"Invalid {name} value: {group[name]}; use a number in [0, 1)")
     for name in ("sync_every", "batches_per_epoch"):
         if name == "sync_every" and group[name] == "auto":
@@ -90,10 +90,18 @@ def check_hyperparameters(group: dict[str, Any]) -> None:
 
 def check_counters(group: dict[str, Any]) -> None:
     """Check the counters of a loaded group. Raises: ValueError."""
-    limits = dict(rounds_done=math.inf, steps_per_round=math.inf, step_in_round=max(1, group["steps_per_round"]))
-    for name, limit in limits.items():
-        if not (isinstance(group[name], numbers.Integral) and 0 <= group[name] < limit):
-            raise ValueError(f"Invalid {name} value: {group[name]}")
+    for name in ("rounds_done", "steps_per_round", "step_in_round"):
+        if not (isinstance(group[name], numbers.Integral) and group[name] >= 0):
+            raise ValueError(f"Invalid {name} value: {group[name]}; use an integer of at least 0")
+    if group["step_in_round"] > group["steps_per_round"]:
+        raise ValueError(f"Invalid step_in_round value: {group['step_in_round']} of {group['steps_per_round']}")
     for name in ("gamma_k", "coupling_k"):
-        if not 0.0 <= group[name] < math.inf:
-            raise ValueError(f"Invalid {name} value: {group[name]}")
+        if not (isinstance(group[name], numbers.Real) and 0.0 <= group[name] < math.inf):
+            raise ValueError(f"Invalid {name} value: {group[name]}; use a finite number of at least 0")
+
+
+def check_buffers(buffers: list[Tensor]) -> None:
+    """Check that buffers are tensors. Raises: TypeError."""
+    for buffer in buffers:
+        if not isinstance(buffer, Tensor):
+            raise TypeError(f"Invalid buffers value: a {type(buffer).__name__} where a tensor was expected")

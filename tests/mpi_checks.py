@@ -166,10 +166,8 @@ def check_mismatch_between_ranks(comm):
         else:
             optimizer.param_groups[group][name] = values[comm.rank % len(values)]
         message = error_message(RuntimeError, lambda: take_steps(optimizer, 2, comm))  # noqa: B023
-        shown = (
-            f"{name} of group {0 if name == 'rounds_done' else group} is {values[0]:.6g} on rank 0 and {values[1]:.6g}"
-        )
-        assert shown in message, message
+        group = 0 if name == "rounds_done" else group
+        assert f"{name} of group {group} is {values[0]} on rank 0 and {values[1]} on rank 1" in message, message
 
 
 def check_state_loaded_on_one_rank(comm):
@@ -192,6 +190,53 @@ def check_state_of_another_replica_is_rejected(comm):
         optimizer.load_state_dict(state)
     else:
         assert "reset()" in error_message(ValueError, lambda: optimizer.load_state_dict(state))
+
+
+def check_states_of_different_runs(comm):
+    """Then the ranks hold different masters, which every rank notices at the next sync."""
+    parameters = [nn.Parameter(torch.full((5,), start)) for start in (0.0, 1.0)]
+    optimizer, other = (Parle([parameter], comm, **SETTINGS) for parameter in parameters)
+    for each in (optimizer, other):
+        take_steps(each, 2, comm)
+    if comm.rank == 1:
+        optimizer.load_state_dict(other.state_dict())
+        parameters[0].data.copy_(parameters[1])
+    assert "master differs" in error_message(RuntimeError, lambda: take_steps(optimizer, 2, comm))
+
+
+def check_drift_within_a_replica(comm):
+    """Ranks that share a replica must hold the same weights."""
+
+    def change_weights(parameter, optimizer):
+        if comm.rank == 1:
+            parameter.data[0] += 0.1
+
+    def average_too_early(parameter, optimizer):
+        optimizer.average_gradients()
+        parameter.grad += comm.rank
+
+    for change in (change_weights, average_too_early):
+        for replicas in (comm.size // 2, 1):
+            parameter = nn.Parameter(torch.ones(5))
+            optimizer = Parle([parameter], comm, replicas=replicas, **SETTINGS)
+            take_steps(optimizer, 3, comm)
+            parameter.grad = torch.ones(5)
+            change(parameter, optimizer)
+            message = error_message(RuntimeError, optimizer.step)
+            assert "replica 0" in message and "reset()" in message, message
+            optimizer.reset()
+            take_steps(optimizer, 4, comm)
+
+
+def check_recovery_from_an_error(comm):
+    """After an error in a sync, the next step tries again."""
+    optimizer = Parle([nn.Parameter(torch.zeros(5))], comm, **SETTINGS)
+    take_steps(optimizer, 3, comm)
+    optimizer.param_groups[0]["lr"] = 0.1 + comm.rank
+    error_message(RuntimeError, lambda: take_steps(optimizer, 1, comm))
+    optimizer.param_groups[0]["lr"] = 0.1
+    take_steps(optimizer, 1, comm)
+    assert (optimizer.rounds_done, optimizer.step_in_round) == (2, 0)
 
 
 def check_weights_loaded_after_building(comm):
@@ -258,6 +303,7 @@ def check_nonfinite_rank_of_a_replica(comm):
         assert identical(comm, optimizer.master) and optimizer.piggyback[0][0] == 1
         replicas = torch.tensor(comm.allgather(parameter.tolist()))
         assert replicas.isfinite().all() and torch.equal(replicas[0], replicas[1])
+        assert torch.equal(replicas[0], optimizer.master)
         torch.testing.assert_close(optimizer.master, replicas.mean(0))
         optimizer = Parle([parameter], comm, lr=0.1, sync_every=sync_every, batches_per_epoch=10, replicas=1)
         optimizer.piggyback[0][0] = torch.inf if comm.rank == 1 else 1.0
@@ -280,6 +326,7 @@ def check_communicators(comm, single):
         assert (type(groups.replica) is Group) == (replicas == comm.size)
         del optimizer
         gc.collect()
+        Parle([nn.Parameter(torch.ones(2))], comm, **SETTINGS)  # frees what was released
         assert not groups.world.comm and not getattr(groups.replica, "comm", None)  # MPI.COMM_NULL
 
 
@@ -306,6 +353,9 @@ def main():
     check_mismatch_between_ranks(comm)
     check_state_loaded_on_one_rank(comm)
     check_state_of_another_replica_is_rejected(comm)
+    check_states_of_different_runs(comm)
+    check_drift_within_a_replica(comm)
+    check_recovery_from_an_error(comm)
     check_weights_loaded_after_building(comm)
     check_communicators(comm, single)
     MPIGroup(comm).all_gather(None)

@@ -91,7 +91,7 @@ def shared_by(optimizer):
 
 
 def counters(optimizer):
-    return [{name: group[name] for name in checkpoint.COUNTERS} for group in optimizer.param_groups]
+    return [{name: group[name] for name in checkpoint.PROGRESS} for group in optimizer.param_groups]
 
 
 def state(optimizer):

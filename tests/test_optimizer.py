@@ -191,6 +191,16 @@ def test_each_group_has_its_own_hyperparameters(build_both):
     assert torch.equal(one.master, torch.cat([optimizer.master for optimizer in two]))
 
 
+@pytest.mark.parametrize(("in_group", "in_call"), [(1, 3), (3, 1), ("auto", 3)])
+def test_sync_every_may_be_given_in_the_group(in_group, in_call):
+    parameter = nn.Parameter(torch.ones(2))
+    optimizer = build([dict(params=[parameter], sync_every=in_group)], sync_every=in_call)
+    parameter.grad = torch.ones(2)
+    for _ in range(3):
+        optimizer.step()
+    assert optimizer.rounds_done == (3 if in_group == 1 else 1 if in_group == 3 else 0)
+
+
 def test_groups_must_share_sync_every():
     with pytest.raises(ValueError, match="sync_every"):
         build([dict(params=[nn.Parameter(torch.ones(1))], sync_every=L) for L in (2, 3)])
@@ -376,7 +386,7 @@ def state_with(**values):
         (group_with(lr=-1.0), "lr"),
         (group_with(sync_every=1), "sync_every"),
         (group_with(sync_every="auto"), "sync_every"),
-        (group_with(step_in_round=3), "step_in_round"),
+        (group_with(step_in_round=4), "step_in_round"),
         (group_with(rounds_done=-1), "rounds_done"),
         (group_with(rounds_done=1.5), "rounds_done"),
         (group_with(coupling_k=math.nan), "coupling_k"),
@@ -384,17 +394,21 @@ def state_with(**values):
         (state_with(anchor=torch.zeros(2, 1)), "anchor"),
         (state_with(anchor=torch.zeros(4)), "anchor"),
         (state_with(anchor=None), "anchor"),
+        (lambda state: state["state"][1].update(anchor=None), "parameter 1"),
+        (lambda state: state["state"].update({2: state["state"][1]}), "parameter 2"),
+        (group_with(lr=None), "lr"),
+        (group_with(num_replicas=3), "3 replicas"),
         (state_with(exp_avg=torch.zeros(2, 2)), "exp_avg"),
         (lambda state: state["state"][0].pop("anchor"), "anchor"),
         (lambda state: state["state"].pop(1), "parameter 1"),
         (lambda state: state["state"].clear(), "parameter 0"),
         (lambda state: state["param_groups"].append(state["param_groups"][0]), "groups"),
-        (lambda state: state["param_groups"][0]["params"].append(2), "group"),
+        (lambda state: state["param_groups"][0]["params"].append(3), "group"),
     ],
 )
 def test_unsuitable_state_dict_is_rejected_and_changes_nothing(damage, words):
-    parameters = [nn.Parameter(torch.randn(2, 2)), nn.Parameter(torch.randn(3))]
-    optimizer = build(parameters)
+    parameters = [nn.Parameter(torch.randn(2, 2)), nn.Parameter(torch.randn(()))]
+    optimizer = build([*parameters, nn.Parameter(torch.ones(1), requires_grad=False)])
     for step in range(4):
         for parameter in parameters:
             parameter.grad = torch.full_like(parameter, step + 1.0)
@@ -723,6 +737,20 @@ def test_names_of_wrapped_models_are_accepted(wrap):
         optimizer.copy_master_to(nn.ModuleDict(dict(other=nn.Linear(1, 1))))
 
 
+def test_only_prefixes_of_names_are_ignored():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.module = nn.Parameter(torch.zeros(2)), nn.Linear(2, 1, bias=False)
+
+    model, target = Net(), Net()
+    optimizer = build([dict(params=[item]) for item in model.named_parameters()])
+    optimizer.copy_master_to(target)
+    assert torch.equal(target.module.weight, model.module.weight)
+    with pytest.raises(ValueError, match="prefix"):
+        optimizer.copy_master_to(nn.ModuleDict(dict(module=nn.Linear(2, 1))))
+
+
 def test_tensor_subclasses_are_rejected():
     class Sharded(torch.Tensor):
         pass
@@ -761,13 +789,24 @@ def test_flags_of_an_accelerator_are_read_at_the_next_sync(monkeypatch):
         if step not in range(5, 8):
             torch.testing.assert_close(optimizer.master, torch.stack(anchors).mean(0))
     assert seen == [[]] * 8 + [[1]] * 3 + [[]] * 4
-    for parameter in parameters:
-        parameter.grad.fill_(math.nan)
-    for _ in range(3):
-        optimizer.step()
-    with pytest.raises(FloatingPointError):
+    for replicas in (3, 1):  # all of them fail in the last round
+        parameters = [nn.Parameter(torch.ones(4)) for _ in range(replicas)]
+        optimizer = parle_gpu.Parle([[parameter] for parameter in parameters], **SETTINGS)
+        for parameter in parameters:
+            parameter.grad = torch.full((4,), math.nan)
         for _ in range(3):
             optimizer.step()
+        assert optimizer.master.isnan().all()
+        with pytest.raises(FloatingPointError, match="round 1:"):
+            optimizer.copy_master_to([torch.zeros(4)])
+    for parameter in parameters:  # reset() forgets what the device has not reported yet
+        parameter.grad.fill_(1.0)
+    for _ in range(3):
+        optimizer.step()
+    parameters[0].data.fill_(1.0)
+    optimizer.reset()
+    for _ in range(6):
+        optimizer.step()
 
 
 class Wrapper:

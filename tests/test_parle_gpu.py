@@ -189,6 +189,24 @@ def test_same_network_twice_is_rejected():
         build([model, model])
 
 
+def test_buffers_of_all_replicas_become_the_first_ones():
+    replicas = [nn.BatchNorm1d(2) for _ in range(3)]
+    for number, model in enumerate(replicas):
+        model.running_mean.fill_(number)
+        model.num_batches_tracked.fill_(number)
+    parameters = [model.parameters() for model in replicas]
+    with pytest.raises(TypeError, match="list"):
+        Parle(parameters, buffers=replicas[0].buffers(), **SETTINGS)
+    with pytest.raises(ValueError, match="buffers"):
+        Parle(parameters, buffers=[model.buffers() for model in replicas[:2]], **SETTINGS)
+    with pytest.raises(TypeError, match="tensor"):
+        Parle(parameters, buffers=[[model] for model in replicas], **SETTINGS)
+    assert replicas[2].running_mean.tolist() == [2, 2]
+    Parle([model.parameters() for model in replicas], buffers=[model.buffers() for model in replicas], **SETTINGS)
+    for model in replicas:
+        assert model.running_mean.tolist() == [0, 0] and model.num_batches_tracked == 0
+
+
 def test_empty_list_of_replicas_is_rejected():
     with pytest.raises(ValueError, match="empty"):
         Parle([], **SETTINGS)
