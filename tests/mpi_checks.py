@@ -328,6 +328,8 @@ def check_communicators(comm, single):
         gc.collect()
         Parle([nn.Parameter(torch.ones(2))], comm, **SETTINGS)  # frees what was released
         assert not groups.world.comm and not getattr(groups.replica, "comm", None)  # MPI.COMM_NULL
+    for _ in range(150):  # until the garbage collector runs, perhaps in the middle of an MPI call
+        error_message(ValueError, lambda: Parle([nn.Parameter(torch.ones(2))], comm, **SETTINGS | dict(lr=-1.0)))
 
 
 def check_timeout(comm):

@@ -48,6 +48,33 @@ def test_class_on_four_ranks(python):
         )
 
 
+SYNC_ON_ONE_RANK = """
+import torch
+from mpi4py import MPI
+from parle.distributed import CollectiveTimeout
+from parle_mpi import Parle
+
+rank, weight = MPI.COMM_WORLD.rank, torch.nn.Parameter(torch.ones(9))
+weight.grad = torch.ones(9)
+optimizer = Parle([weight], MPI.COMM_WORLD, replicas=1, timeout=1.5, lr=0.1, batches_per_epoch=9)
+try:
+    optimizer.step()
+    if rank == 1:
+        optimizer.sync()
+    optimizer.step()
+except CollectiveTimeout as error:
+    print(f"rank {rank}: {error}", flush=True)
+    MPI.COMM_WORLD.Abort(3)
+"""
+
+
+def test_gradients_are_never_taken_for_a_synchronization(python, tmp_path):
+    (tmp_path / "script.py").write_text(SYNC_ON_ONE_RANK)
+    done = python(tmp_path / "script.py", ranks=2, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+    assert done.returncode != 0
+    assert re.search(r"rank \d: In (step 2|the synchronization) of round 1, rank \d waited", done.stdout), done.stderr
+
+
 @pytest.mark.slow
 def test_one_replica_per_rank_by_default(train):
     log, _ = train("-B", 0.08, "-L", 2, ranks=3)
