@@ -9,36 +9,31 @@ import contextlib
 import dataclasses
 import math
 import re
-import struct
 import warnings
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from parle.agreement import checksum, describe, find_nonfinite
 from parle.algorithm import COUPLING_MAX, GAMMA_MAX, inner_step, outer_step, scoped, steps_per_round
 from parle.flat_replica import (
     AVERAGE_NORM,
     CHECKSUM,
     MASTER_NORM,
-    NUM_CHANGED,
     PIGGYBACK,
-    ROW_SIZE,
-    ROWS,
     FlatReplica,
     GroupVectors,
     padded_size,
     trainable,
 )
 from parle.validation import (
-    check_counters,
     check_hyperparameters,
     check_parameters,
     check_replicas_match,
     check_shared,
+    check_state,
     sync_kind,
 )
 
@@ -336,7 +331,7 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
         for number, replica in self._replicas.items():
             average = replica.weights if single_step else replica.state["inner_avg"]
             sender = number * self.ranks_per_replica + self.rank_in_replica
-            replica.write_message(average, sender, self._checksum(number))
+            replica.write_message(average, sender, checksum(self._groups_of(number), self._compared_names))
             if self.ranks_per_replica > 1:
                 replica.rows[sender, AVERAGE_NORM] = replica.gradient.dot(replica.gradient)
             if self._num_senders > len(self._replicas):  # several processes have a master
@@ -393,21 +388,6 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
                 first.message.add_(replica.message)
         self._sum_over_replicas()
 
-    def _checksum(self, number: int) -> int:
-        """Return a nonzero 22-bit checksum of a replica's settings and counters, which float32 represents exactly."""
-        values = [group[name] for group in self._groups_of(number) for name in self._compared_names]
-        values = [-1.0 if value == "auto" else min(value, 3e38) for value in values]
-        # in float32, since a schedule computed on another machine may differ in the last digits
-        return zlib.crc32(struct.pack(f"{len(values)}f", *values)) % 2**22 + 1
-
-    def _settings(self, number: int) -> dict[str, str]:
-        """Return the settings and counters of a replica's groups by name, with the precision of `_checksum`."""
-        return {
-            f"{name} of group {index}": str(value if isinstance(value, str | int) else np.float32(value))
-            for index, group in enumerate(self._groups_of(number))
-            for name, value in ((name, group[name]) for name in self._compared_names)
-        }
-
     def _read_pending_result(self, is_collective: bool = True) -> None:
         """Check the flags of the last sync if they are unread. Raises: as `sync`."""
         if self._status.pending_result is not None:
@@ -418,37 +398,12 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
 
     def _check_flags(self, tail: Tensor, round_number: int, is_collective: bool = True) -> list[int]:
         """Return the replicas that are not finite, from the tail of the summed message. Raises: as `sync`."""
-        flags, senders = tail.tolist(), range(self._num_senders)
-        rows = [flags[ROWS.start + ROW_SIZE * sender :][:ROW_SIZE] for sender in senders]
-        if any(abs(row[CHECKSUM]) != abs(rows[0][CHECKSUM]) for row in rows):
-            if is_collective:
-                self._compare_settings()
-            raise RuntimeError(f"Settings differed between replicas in round {round_number}: use the same ones for all")
-        if flags[NUM_CHANGED]:
-            raise RuntimeError(
-                f"Weights were changed between two rounds (on {int(flags[NUM_CHANGED])} of {len(rows)} ranks or "
-                "replicas) and no longer equal the anchor: call reset() on every rank after loading weights, and clip "
-                "or project weights only while step_in_round > 0"
-            )
-        if not _nearly_equal([row[MASTER_NORM] for row in rows]):
-            raise RuntimeError(
-                f"The master differs between ranks in round {round_number}: load states of the same run on every rank, "
-                "or call reset()"
-            )
-        nonfinite = []
-        for number in range(self.num_replicas):
-            own = rows[number * self.ranks_per_replica :][: self.ranks_per_replica]
-            if any(row[CHECKSUM] < 0 for row in own):
-                nonfinite.append(number)
-            elif not _nearly_equal([row[AVERAGE_NORM] for row in own]):
-                raise RuntimeError(
-                    f"The ranks of replica {number} hold different weights in round {round_number}: change weights or "
-                    "gradients identically on all of them, call average_gradients() after the last backward pass, and "
-                    "then call reset()"
-                )
-        if len(nonfinite) == self.num_replicas:
-            raise FloatingPointError(f"All replicas are NaN or infinite after round {round_number}: use a lower lr")
-        return nonfinite
+        sizes = (self.num_replicas, self.ranks_per_replica)
+        return find_nonfinite(tail, *sizes, round_number, *([self._compare_settings] if is_collective else []))
+
+    def _settings(self, number: int) -> dict[str, str]:
+        """Return the settings and counters of a replica's groups by name."""
+        return describe(self._groups_of(number), self._compared_names)
 
     def _check_master(self, total: Tensor) -> None:
         if not math.isfinite(total):
@@ -627,40 +582,7 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
         """
         self._check_not_in_master_weights()
         groups, values = state["param_groups"], state["state"]
-        for index, (group, own) in enumerate(zip(groups, self.param_groups, strict=True)):
-            missing = sorted(self.defaults.keys() - group.keys())
-            if missing:
-                raise ValueError(f"The state_dict was not saved by Parle: group {index} has no {', '.join(missing)}")
-            check_hyperparameters(group)
-            check_counters(group)
-            if group["replica"] != own["replica"]:
-                raise ValueError(
-                    f"The state_dict is of replica {group['replica']}, but group {index} belongs to replica "
-                    f"{own['replica']}: load on each rank what this rank saved. To start from the weights of one "
-                    "replica, load them into the model and call reset()"
-                )
-        check_shared(groups)
-        check_replicas_match(groups)
-        if sync_kind(groups[0]["sync_every"]) != self._sync_kind:
-            raise ValueError(
-                f"The state_dict has sync_every={groups[0]['sync_every']}, this optimizer "
-                f"{self.param_groups[0]['sync_every']}: it cannot change between 1, auto and larger numbers"
-            )
-        if groups[0]["num_replicas"] != self.num_replicas:
-            raise ValueError(
-                f"The state_dict has {groups[0]['num_replicas']} replicas, this optimizer {self.num_replicas}: to "
-                "change their number, load the master into the model and call reset()"
-            )
-        parameters = [parameter for group in groups for parameter in group["params"]]
-        for index, parameter in enumerate(parameters):
-            own, theirs = (
-                {name: _shape(value) for name, value in source.get(parameter, {}).items()}
-                for source in (self.state, values)
-            )
-            if own != theirs:
-                raise ValueError(
-                    f"The state_dict does not fit parameter {index}, whose states are {own}: it has {theirs}"
-                )
+        check_state(groups, values, self.param_groups, self.state, self.defaults)
         with torch.no_grad():
             for parameter, vectors in self.state.items():
                 for name, vector in vectors.items():
@@ -782,15 +704,6 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
             )
         for parameter, source in zip(targets, sources, strict=True):
             parameter.copy_(values.get(source, source))
-
-
-def _nearly_equal(norms: list[float]) -> bool:
-    """Return whether squared norms that should be equal are: those of different CPUs differ by rounding."""
-    return max(norms) <= min(norms) * (1 + 1e-4)
-
-
-def _shape(value: Any) -> Any:
-    return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
 
 
 def _parameters_by_name(model: nn.Module, names: list[str]) -> list[nn.Parameter]:

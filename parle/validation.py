@@ -2,6 +2,7 @@
 
 import math
 import numbers
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -105,3 +106,54 @@ def check_buffers(buffers: list[Tensor]) -> None:
     for buffer in buffers:
         if not isinstance(buffer, Tensor):
             raise TypeError(f"Invalid buffers value: a {type(buffer).__name__} where a tensor was expected")
+
+
+def check_state(
+    groups: list[dict[str, Any]],
+    values: Mapping[nn.Parameter, dict[str, Any]],
+    own_groups: list[dict[str, Any]],
+    own_values: Mapping[nn.Parameter, dict[str, Tensor]],
+    names: Iterable[str],
+) -> None:
+    """Check that a loaded state fits an optimizer. Raises: ValueError.
+
+    Args:
+        groups, values: the loaded parameter groups, and the states by parameter.
+        own_groups, own_values: those of the optimizer.
+        names: keys that every group must have.
+    """
+    for index, (group, own) in enumerate(zip(groups, own_groups, strict=True)):
+        missing = sorted(set(names) - group.keys())
+        if missing:
+            raise ValueError(f"The state_dict was not saved by Parle: group {index} has no {', '.join(missing)}")
+        check_hyperparameters(group)
+        check_counters(group)
+        if group["num_replicas"] != own["num_replicas"]:
+            raise ValueError(
+                f"The state_dict has {group['num_replicas']} replicas, this optimizer {own['num_replicas']}: to change "
+                "their number, load the master into the model and call reset()"
+            )
+        if group["replica"] != own["replica"]:
+            raise ValueError(
+                f"The state_dict is of replica {group['replica']}, but group {index} belongs to replica "
+                f"{own['replica']}: load on each rank what this rank saved. To start from the weights of one replica, "
+                "load them into the model and call reset()"
+            )
+        if sync_kind(group["sync_every"]) != sync_kind(own["sync_every"]):
+            raise ValueError(
+                f"The state_dict has sync_every={group['sync_every']}, this optimizer {own['sync_every']}: it cannot "
+                "change between 1, auto and larger numbers"
+            )
+    check_shared(groups)
+    check_replicas_match(groups)
+    for index, parameter in enumerate(parameter for group in groups for parameter in group["params"]):
+        own, theirs = (
+            {name: _shape(value) for name, value in source.get(parameter, {}).items()}
+            for source in (own_values, values)
+        )
+        if own != theirs:
+            raise ValueError(f"The state_dict does not fit parameter {index}, whose states are {own}: it has {theirs}")
+
+
+def _shape(value: Any) -> Any:
+    return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__

@@ -10,10 +10,11 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 CLASS_MODULES = {
-    *("parle", "parle.algorithm", "parle.flat_replica", "parle.validation", "parle.optimizer", "parle.distributed")
+    *("parle", "parle.algorithm", "parle.flat_replica", "parle.validation", "parle.agreement", "parle.optimizer"),
+    "parle.distributed",
 }
 LAYERS = [
-    *("algorithm", "flat_replica", "validation", "optimizer", "distributed"),
+    *("algorithm", "flat_replica", "validation", "agreement", "optimizer", "distributed"),
     *("evaluation", "training", "launcher", "signals", "checkpoint"),
     *("fault_injection", "logger", "cli", "experiment", "doctor", "plot"),
 ]
