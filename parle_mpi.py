@@ -69,6 +69,8 @@ class Parle(ParleBase):
         replicas = comm.size if replicas is None else replicas
         world = self._free_with_optimizer(MPIGroup(comm, timeout).duplicate()) if comm.size > 1 else Group()
 
+        initialize = super().__init__
+
         def build() -> None:
             if not (isinstance(replicas, numbers.Integral) and replicas >= 1 and comm.size % replicas == 0):
                 raise ValueError(
@@ -80,7 +82,7 @@ class Parle(ParleBase):
             self.replica_number, self.rank_in_replica = divmod(comm.rank, self.ranks_per_replica)
             own_buffers = list(buffers)
             check_buffers(own_buffers)
-            super(Parle, self).__init__(params, replicas, {self.replica_number: own_buffers}, **hyperparameters)
+            initialize(params, replicas, {self.replica_number: own_buffers}, **hyperparameters)
 
         world.run_and_propagate_errors(build, Exception)
         world.check_consistent(

@@ -342,8 +342,10 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
         for first in self._first_replica_on.values():
             num_finite = (first.rows[:, CHECKSUM] > 0).sum()
             first.tail[PIGGYBACK].div_(num_finite)
-            # one replica is its own mean, or NaN as all are where none is finite
-            first.gradient.div_(num_finite if self.num_replicas > 1 else num_finite == self._num_senders)
+            if self.num_replicas > 1:
+                first.gradient.div_(num_finite)
+            elif not self._host_reads_without_blocking:  # 0 / 0 is NaN, as the mean of several replicas would be
+                first.gradient.div_(num_finite == self._num_senders)
         self._end_round(single_step)
         if self._host_reads_without_blocking:
             self._check_master(self._master.sum())
