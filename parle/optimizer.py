@@ -1,7 +1,7 @@
 """ParleBase: the torch.optim API over flat vectors, shared by both Parle classes. Subclasses add communication.
 
-A subclass defines `_sum_over_replicas` and `_compare_settings`, over all replicas, and may define `_average_gradient`
-and `_broadcast`, over the processes that share a replica and over all of them.
+A subclass defines `_sum_over_replicas` and `_compare_settings`, over all replicas. With several processes it also
+defines `_average_gradient`, over those that share a replica, and `_broadcast_replica` and `_any_process`, over all.
 """
 
 import abc
@@ -400,8 +400,8 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
 
     def _check_flags(self, tail: Tensor, round_number: int, is_collective: bool = True) -> list[int]:
         """Return the replicas that are not finite, from the tail of the summed message. Raises: as `sync`."""
-        sizes = (self.num_replicas, self.ranks_per_replica)
-        return find_nonfinite(tail, *sizes, round_number, *([self._compare_settings] if is_collective else []))
+        compare = self._compare_settings if is_collective else None
+        return find_nonfinite(tail, self.num_replicas, self.ranks_per_replica, round_number, compare)
 
     def _settings(self, number: int) -> dict[str, str]:
         """Return the settings and counters of a replica's groups by name."""
