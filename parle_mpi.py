@@ -68,7 +68,6 @@ class Parle(ParleBase):
     ):
         replicas = comm.size if replicas is None else replicas
         world = self._free_with_optimizer(MPIGroup(comm, timeout).duplicate()) if comm.size > 1 else Group()
-
         initialize = super().__init__
 
         def build() -> None:
@@ -126,9 +125,8 @@ class Parle(ParleBase):
     def _broadcast_replica(self, number: int) -> FlatReplica:
         for tensor in self._master_replica.replicated_tensors:
             host = tensor.detach().cpu().contiguous().view(-1)
-            data = (
-                host if host.dtype in (torch.float32, torch.float64) else host.view(torch.uint8)
-            )  # MPI has no bfloat16
+            is_known = host.dtype in (torch.float32, torch.float64)  # to MPI, which has no bfloat16
+            data = host if is_known else host.view(torch.uint8)
             with self._named_timeout("reset()"):
                 self.groups.world.broadcast(data, root=number * self.ranks_per_replica)
             tensor.copy_(host.view(tensor.shape))

@@ -127,7 +127,7 @@ class MPIGroup(Group):
         _free_released()
         comm, request = self.comm.Idup()
         self.wait(request)
-        return MPIGroup(comm, self.timeout, parent=self.parent)
+        return MPIGroup(comm, self.timeout)
 
     def split(self, color: int) -> "MPIGroup":
         """Return the group of the ranks that pass the same `color`, which the caller must `release`."""

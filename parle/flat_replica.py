@@ -20,7 +20,7 @@ class GroupVectors(NamedTuple):
     """One parameter group's slices of its replica's vectors and of the master's, each (p,).
 
     With L = 1 there is no outer momentum, anchor or inner average. `master` is None on a device that needs no copy of
-    it, and `master_momentum` is None everywhere but on the home replica.
+    it, and `master_momentum` is None except for the replica whose device holds the master.
     """
 
     group: int  # index into param_groups
@@ -108,7 +108,7 @@ class FlatReplica:
             start += padded_size([parameter])
         return views
 
-    def check_parameters(self) -> None:
+    def check_unchanged(self) -> None:
         """Check that the parameters are still those that Parle was built from. Raises: RuntimeError."""
         if [parameter.data_ptr() for parameter in self.parameters] != self.addresses:
             raise RuntimeError(
