@@ -5,107 +5,51 @@
     python benchmarks/compare_methods.py --table                   # print the tables
     python benchmarks/compare_methods.py --plot                    # draw figures/compare_methods.png and sweeps.png
 
-A trial trains its replicas one after another on one thread with parle_gpu.Parle on the CPU. Trials run in parallel, one
-per core, so errors are comparable but seconds are not. SGD runs with matched steps (the steps of one replica) and with
-matched compute (the total gradient evaluations of three replicas). The panel "new-seeds" repeats the selected setting
-with seeds that were not used to select it.
+SGD runs with matched steps (the steps of one replica) and with matched compute (the total gradient evaluations of three
+replicas). The panel "new-seeds" repeats the selected setting with seeds that were not used to select it. trials.py runs
+the trials.
 
 The controls "1 replica, ρ = 0.3", "2 replicas, ρ = 0.15" and "6 replicas, ρ = 0.05" have the same c_k, and therefore
-the same outer step, as three replicas with ρ = 0.1: they differ in the number of replicas only. Local SGD replaces the
-weights of all replicas by their mean every L steps. DiLoCo takes an outer Nesterov step of 0.7 towards that mean.
+the same outer step, as three replicas with ρ = 0.1: they differ in the number of replicas only.
 """
 
 import argparse
 import functools
-import json
 import math
 import statistics
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy import stats
-from torch import nn
-from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-
-import loader
-import models
-from benchmarks import results
-from parle import distributed, evaluation, training
+from benchmarks import results, trials
+from benchmarks.trials import DEFAULTS, ELASTIC_SGD, SGD, Config, config_key
 from parle.algorithm import COUPLING_MAX, PRESETS
-from parle_gpu import Parle
 
 NAME = Path(__file__).stem
 SEEDS, NEW_SEEDS = (42, 43, 44), (45, 46, 47)
-BATCH_SIZE = 128
-LR_DROPS, LR_DECAY = (0.5, 0.75), 0.2  # lr is multiplied by LR_DECAY at these fractions of a run, for every method
-NO_SCOPING = 10**9  # batches per epoch for which gamma_k and c_k stay constant
-EVAL_FRACTIONS = (0.1, 0.2, 0.4, 0.6, 0.8)  # the master is tested at these fractions of a run and at the end
 SUMMARY_LENGTHS, TABLE_LENGTHS = (1, 4, 12), (1, 3, 4, 12, 36)  # in units of Task.steps
 
-Config = dict[str, Any]  # changes to DEFAULTS
+TASKS = ("cifar-5000", "mnist-2000")
 
-
-class Task(NamedTuple):
-    """A data set and a network small enough that one core trains three replicas in a few minutes."""
-
-    dataset: str
-    num_train_images: int  # the first ones of a fixed shuffle
-    downsample: int  # average-pooling of height and width
-    build_model: Callable[[loader.Dataset], nn.Module]
-    augment: bool
-    weight_decay: float
-    steps: int  # per replica, for a config of length 1
-
-
-def lenet(data: loader.Dataset) -> nn.Module:
-    return models.build("lenet", data.channels, data.size, data.classes)
-
-
-def narrow_allcnn(data: loader.Dataset) -> nn.Module:
-    """Return All-CNN with a sixth of its width and no dropout."""
-    model = models.AllCNN(data.channels, data.size, data.classes, dropout=0.0, width=16)
-    return model.to(memory_format=torch.channels_last)
-
-
-TASKS = {
-    "cifar-5000": Task("cifar10", 5000, 2, narrow_allcnn, True, 1e-3, 1000),
-    "mnist-2000": Task("mnist", 2000, 1, lenet, False, 0.0, 600),
-}
-
-# The outer update moves the anchor by outer_lr times its gradient. "lr", Parle's default, follows lr when lr drops; a
-# number stays constant. length multiplies the steps, scoping_rate the growth of gamma_k and c_k (0 is constant).
-DEFAULTS: Config = {
-    **PRESETS["parle"],
-    **dict(replicas=3, alpha=0.75, lr=0.1, momentum=0.9, outer_lr="lr", outer_momentum=0.9),
-    **dict(length=1, scoping_rate=1, frac=1.0),
-    **dict(decay_inner_lr=True, keep_inner_momentum=True, reset_replicas=False),
-}
-SGD: Config = PRESETS["sgd"] | dict(outer_lr="lr", outer_momentum=0.9)
 LARGE_OUTER_LR: Config = dict(outer_lr=0.5, outer_momentum=0.5)
-# c_k is at its maximum, so that the master moves by outer_lr (1 + COUPLING_MAX) towards the mean of the replicas
-PERIODIC_AVERAGING: Config = dict(gamma=0.0, alpha=0.0, rho=COUPLING_MAX, reset_replicas=True)
 METHODS: dict[str, Config] = {
     "SGD": SGD,
     "Entropy-SGD": PRESETS["entropy-sgd"],
-    "Elastic-SGD": PRESETS["elastic-sgd"] | dict(replicas=3, rho=1 / 3),
+    "Elastic-SGD": ELASTIC_SGD,
     "Parle": {},
     "Parle, ρ = 0.1": dict(rho=0.1),
     "Parle, 1 replica, ρ = 0.3": dict(replicas=1, rho=0.3),
     "Parle, 2 replicas, ρ = 0.15": dict(replicas=2, rho=0.15),
     "Parle, 6 replicas, ρ = 0.05": dict(replicas=6, rho=0.05),
-    "local SGD": PERIODIC_AVERAGING | dict(outer_lr=1 / (1 + COUPLING_MAX), outer_momentum=0.0),
-    "DiLoCo": PERIODIC_AVERAGING | dict(outer_lr=0.7 / (1 + COUPLING_MAX), outer_momentum=0.9),
+    "local SGD": trials.LOCAL_SGD,
+    "DiLoCo": trials.DILOCO,
     "Parle, outer lr 0.5": LARGE_OUTER_LR,
     "Parle, outer lr 0.5, no scoping": LARGE_OUTER_LR | dict(scoping_rate=0),
 }
@@ -148,151 +92,22 @@ PANELS |= {
 }
 
 
-# One trial
-
-
-def load_data(task: Task, raw: Path | None, proc: Path) -> loader.Dataset:
-    data = loader.load(task.dataset, raw, proc)
-    shuffle = torch.randperm(len(data.train_labels), generator=torch.Generator().manual_seed(0))
-    subset = shuffle[: task.num_train_images]
-
-    def downsample(images: torch.Tensor) -> torch.Tensor:
-        small = F.avg_pool2d(images.permute(0, 3, 1, 2).float(), task.downsample)
-        return small.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-
-    return data._replace(
-        train_images=downsample(data.train_images[subset]),
-        train_labels=data.train_labels[subset],
-        test_images=downsample(data.test_images),
-    )
-
-
-def run_trial(task_name: str, config: Config, seed: int, raw: Path | None, proc: Path) -> dict[str, Any]:
-    """Train once on one thread and return the row."""
-    torch.set_num_threads(1)
-    task, full, start_time = TASKS[task_name], defaults(task_name) | config, time.perf_counter()
-    data, n = load_data(task, raw, proc), full["replicas"]
-    networks, batches, optimizer = build_replicas(task, full, seed, data)
-    eval_model, steps = task.build_model(data), full["length"] * task.steps
-    drop_steps, eval_steps = ([round(x * steps) for x in fractions] for fractions in (LR_DROPS, EVAL_FRACTIONS))
-    curve, losses, nonfinite = [], [], 0
-    row = dict(task=task_name, config=config, seed=seed, steps=steps, gradient_evaluations=steps * n)
-    for step in range(1, steps + 1):
-        losses += compute_gradients(networks, batches)
-        try:
-            optimizer.step()
-            if step == steps:
-                optimizer.sync()
-        except FloatingPointError:
-            losses.append(math.nan)
-            break
-        if optimizer.step_in_round == 0:  # a round has ended
-            nonfinite += len(optimizer.nonfinite_replicas)
-            if not full["keep_inner_momentum"]:
-                for state in optimizer.state.values():
-                    state["inner_momentum_buffer"].zero_()
-            if full["reset_replicas"]:
-                for replica in networks:
-                    optimizer.copy_master_to(replica)
-                for parameter, state in optimizer.state.items():
-                    state["anchor"].copy_(parameter)
-                    state["inner_avg"].copy_(parameter)
-        if step in drop_steps:
-            decay_lr(optimizer, full)
-        if step in eval_steps:
-            optimizer.copy_master_to(eval_model)
-            curve.append((step, test_error(eval_model, data)))
-    train_loss = statistics.mean(losses[-100 * n :])
-    if not train_loss <= math.log(data.classes):  # NaN, or worse than chance level
-        return row | dict(error=None, diverged=step, curve=curve)
-    last = evaluation.evaluate(optimizer, eval_model, data, batch_size=BATCH_SIZE, replicas=list(range(n)))
-    return row | dict(
-        error=last["master_error"],
-        loss=last["master_loss"],
-        replica_errors=last["replica_errors"],
-        ensemble_error=last["ensemble_error"],
-        replica_distance=statistics.mean(last["replica_distances"]),
-        train_loss=train_loss,
-        nonfinite=nonfinite,
-        curve=curve,
-        seconds=round(time.perf_counter() - start_time, 1),
-    )
-
-
-def build_replicas(
-    task: Task, full: Config, seed: int, data: loader.Dataset
-) -> tuple[list[nn.Module], list[loader.BatchLoader], Parle]:
-    """Return the networks, which have identical initial weights, their batch loaders and their optimizer."""
-    networks, batches = [], []
-    for replica in range(full["replicas"]):
-        torch.manual_seed(seed)
-        networks.append(task.build_model(data).train())
-        shard = dict(replica=replica, replicas=full["replicas"], frac=full["frac"])
-        batches.append(loader.BatchLoader(data, batch_size=BATCH_SIZE, seed=seed, augment=task.augment, **shard))
-    names = ("lr", "momentum", "weight_decay", "sync_every", "gamma", "rho", "alpha", "outer_momentum")
-    rate = full["scoping_rate"]
-    optimizer = Parle(
-        [network.parameters() for network in networks],
-        batches_per_epoch=round(batches[0].per_epoch / rate) if rate else NO_SCOPING,
-        outer_lr_scale=1.0 if full["outer_lr"] == "lr" else full["outer_lr"] / full["lr"],
-        **{name: full[name] for name in names},
-    )
-    return networks, batches, optimizer
-
-
-def compute_gradients(networks: list[nn.Module], batches: list[loader.BatchLoader]) -> list[float]:
-    """Run one forward and backward pass per replica and return the losses."""
-    losses = []
-    for network, loader_ in zip(networks, batches, strict=True):
-        network.zero_grad()
-        inputs, targets = next(loader_)
-        training.seed_device(torch.device("cpu"), loader_.dropout_seed())
-        loss = F.cross_entropy(network(inputs), targets)
-        loss.backward()
-        losses.append(loss.item())
-    return losses
-
-
-def decay_lr(optimizer: Parle, full: Config) -> None:
-    """Decay the inner and the outer lr as the config demands; the optimizer stores the outer one in units of lr."""
-    inner = LR_DECAY if full["decay_inner_lr"] else 1.0
-    outer = LR_DECAY if full["outer_lr"] == "lr" else 1.0
-    for group in optimizer.param_groups:
-        group["lr"] *= inner
-        group["outer_lr_scale"] *= outer / inner
-
-
-def test_error(model: nn.Module, data: loader.Dataset) -> float:
-    """Return the test error in percent after recalibrating batch norm."""
-    evaluation.recalibrate_batch_norm(model, evaluation.calibration_batches(data, BATCH_SIZE))
-    wrong = evaluation.predict(model, data.test_images, data).argmax(1) != data.test_labels
-    return 100 * wrong.float().mean().item()
-
-
 # Rows
-
-
-def defaults(task: str) -> Config:
-    return DEFAULTS | dict(weight_decay=TASKS[task].weight_decay)
-
-
-def config_key(task: str, config: Config) -> str:
-    """Return a key that is equal for configs with the same meaning."""
-    return json.dumps([task, defaults(task) | config], sort_keys=True)
 
 
 def missing_trials(panels: Iterable[str]) -> Iterator[tuple[str, Config, int]]:
     """Yield the trials without a row, seed by seed. MNIST has the panel "methods" only."""
-    known = {(config_key(row["task"], row["config"]), row["seed"]) for row in results.read_rows(NAME)}
-    for seed in SEEDS + NEW_SEEDS:
-        for task in TASKS:
-            for panel in panels:
-                if (panel == "new-seeds") != (seed in NEW_SEEDS) or (task.startswith("mnist") and panel != "methods"):
-                    continue
-                for config in PANELS[panel]:
-                    if (config_key(task, config), seed) not in known:
-                        known.add((config_key(task, config), seed))
-                        yield task, config, seed
+    return trials.missing(
+        NAME,
+        (
+            (task, config, seed)
+            for seed in SEEDS + NEW_SEEDS
+            for task in TASKS
+            for panel in panels
+            for config in PANELS[panel]
+            if (panel == "new-seeds") == (seed in NEW_SEEDS) and not (task == "mnist-2000" and panel != "methods")
+        ),
+    )
 
 
 def test_errors(task: str, config: Config, seeds: Iterable[int] = SEEDS) -> list[float]:
@@ -350,7 +165,7 @@ def table() -> str:
                 errors = test_errors(task, method | dict(length=length))
                 if not errors:
                     continue
-                steps, n = length * TASKS[task].steps, (DEFAULTS | method)["replicas"]
+                steps, n = length * trials.TASKS[task].steps, (DEFAULTS | method)["replicas"]
                 sgd = [test_errors(task, SGD | dict(length=factor * length)) for factor in (1, n)]
                 against = ["" if name == "SGD" else compare(errors, baseline) for baseline in sgd]
                 lines.append([task, name, f"{steps:,}", f"{steps * n:,}", format_errors(errors), len(errors), *against])
@@ -367,7 +182,7 @@ def summary() -> str:
             columns = [test_errors(task, config) for config in configs]
             if sum(map(bool, columns)) > 1:
                 cells = [format_errors(errors) if errors else "not run" for errors in columns]
-                lines.append([task, f"{length * TASKS[task].steps:,}", *cells])
+                lines.append([task, f"{length * trials.TASKS[task].steps:,}", *cells])
     return results.markdown_table(["task", "steps per replica", "SGD", "SGD, 3 × the steps", *shown], lines)
 
 
@@ -378,7 +193,7 @@ def new_seeds(task: str = "cifar-5000") -> str:
         ours = test_errors(task, METHODS[SELECTED] | dict(length=length), NEW_SEEDS)
         for name in ("SGD", ONE_REPLICA, LOCAL_SGD):
             theirs = test_errors(task, METHODS[name] | dict(length=length * factor), NEW_SEEDS)
-            steps, their_steps = (f"{count * TASKS[task].steps:,}" for count in (length, length * factor))
+            steps, their_steps = (f"{count * trials.TASKS[task].steps:,}" for count in (length, length * factor))
             if ours and theirs:
                 comparison = [name, their_steps, format_errors(theirs), compare(ours, theirs)]
                 lines.append([steps, format_errors(ours), *comparison])
@@ -447,7 +262,7 @@ def draw_comparison(task: str = "cifar-5000") -> Figure:
         for method, label in labels.items():
             configs = [METHODS[method] | dict(length=length) for length in TABLE_LENGTHS]
             evaluations = (DEFAULTS | METHODS[method])["replicas"] if axis is compute_axis else 1
-            x = [length * TASKS[task].steps * evaluations for length in TABLE_LENGTHS]
+            x = [length * trials.TASKS[task].steps * evaluations for length in TABLE_LENGTHS]
             style = dict(linewidth=2, markersize=5) if method in main else dict(linewidth=1, alpha=0.7)
             plot_errors(
                 axis,
@@ -499,7 +314,7 @@ def draw_sweeps(task: str = "cifar-5000") -> Figure:
     for axis in (first, others[5]):
         axis.set_ylabel("test error (%)")
     note = "Dashed: SGD, matched steps; dotted: SGD, matched compute (3 replicas); ×: diverged; cut off at 67 %"
-    figure.suptitle(f"{task}, {TASKS[task].steps:,} steps per replica. {note}", fontsize=10)
+    figure.suptitle(f"{task}, {trials.TASKS[task].steps:,} steps per replica. {note}", fontsize=10)
     labels = {
         label: handle
         for axis in (first, *others)
@@ -525,17 +340,7 @@ def main() -> None:
         draw()
     if args.table or args.plot:
         return
-    provenance = results.provenance()
-    jobs = [(*trial, args.data, args.proc) for trial in missing_trials(args.panels or PANELS)]
-    if not jobs:
-        print(results.nothing_to_run(NAME))
-    with ProcessPoolExecutor(len(distributed.available_cores()), mp_context=get_context("spawn")) as pool:
-        trials = [pool.submit(run_trial, *job) for job in jobs]
-        for number, trial in enumerate(as_completed(trials), 1):
-            row = trial.result()
-            results.append_row(NAME, row | provenance)
-            error = "diverged" if row["error"] is None else f"{row['error']:.2f} %"
-            print(f"{number}/{len(jobs)}  {row['task']}  {row['config']}  seed {row['seed']}: {error}", flush=True)
+    trials.run_missing(NAME, missing_trials(args.panels or PANELS), args.data, args.proc)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks import compare_methods, results
+from benchmarks import compare_methods, results, trials
 from parle import cli
 
 NAME = Path(__file__).stem
@@ -118,7 +118,7 @@ def headline() -> str:
         ("the same with the default ρ = 0.01", "Parle"),
     ):
         columns = [compared(method), compared("SGD"), compared("SGD", 3 * length), compared(compare_methods.LOCAL_SGD)]
-        steps = f"{length * compare_methods.TASKS[task].steps:,}"
+        steps = f"{length * trials.TASKS[task].steps:,}"
         lines.append([f"{name} <sup>3</sup>", steps, *columns])
     header = [f"test error, % (seeds {', '.join(map(str, SEEDS))})", "steps per replica", "Parle, 3 replicas"]
     header += ["SGD, matched steps", "SGD, matched compute", "local SGD, 3 replicas"]

@@ -14,6 +14,10 @@ pass over the data.
                    v ← μ' v + d;   x^a ← x^a − s lr (d + μ' v)          outer_step()
     scoping        γ_k = min(γ (1 + 1/(2 nb))^k, 1)                     scoped()
                    c_k = min(ρ L n (1 + 1/(2 nb))^k, 10)
+    not in paper   x̄ ← x̄ + (1−β) / (1−β^m) (x − x̄)                     update_average()
+
+x̄ is the average of the master over rounds, m the number of rounds in it; it affects no other quantity, and β = 0
+switches it off.
 
 With L = 1 there is no inner loop: y is the anchor itself. Each step is inner_step() with the master in place of the
 anchor and c_k in place of γ_k, followed by x = mean over a of y.
@@ -101,3 +105,12 @@ def outer_step(
     """
     gradient = (anchor - inner_avg).add_(anchor - replica_mean, alpha=coupling)
     nesterov_step(anchor, gradient, momentum_buffer, lr=lr, momentum=momentum)
+
+
+def update_average(average: Tensor, value: Tensor, *, count: int, decay: float) -> None:
+    """Update an exponential average in place with its `count`-th value, counted from 1.
+
+    Equals avg ← decay·avg + (1−decay)·value from avg = 0, divided by 1 − decay^count, the bias correction of Adam: the
+    average of equal values is that value from the first one on.
+    """
+    average.lerp_(value, (1 - decay) / (1 - decay**count))

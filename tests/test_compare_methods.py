@@ -1,10 +1,7 @@
 import pytest
-import torch
-from torch import nn
 
 from benchmarks import compare_methods as cm
-from benchmarks import results
-from parle.algorithm import scoped
+from benchmarks import results, trials
 
 
 def cells(table):
@@ -77,11 +74,11 @@ def test_sweep_shows_missing_and_diverged_seeds(add_rows):
 
 
 def test_each_trial_is_run_once_however_its_config_is_written(add_rows):
-    trials = list(cm.missing_trials(["methods"]))
-    assert len(trials) == len({(cm.config_key(task, config), seed) for task, config, seed in trials})
-    assert len(trials) == len(cm.PANELS["methods"]) * len(cm.TASKS) * len(cm.SEEDS)
+    missing = list(cm.missing_trials(["methods"]))
+    assert len(missing) == len({(trials.config_key(task, config), seed) for task, config, seed in missing})
+    assert len(missing) == len(cm.PANELS["methods"]) * len(cm.TASKS) * len(cm.SEEDS)
     add_rows(dict(replicas=3, gamma=0.01), 1.0)
-    assert ("mnist-2000", {}, 42) in trials
+    assert ("mnist-2000", {}, 42) in missing
     assert ("mnist-2000", {}, 42) not in cm.missing_trials(["methods"])
 
 
@@ -114,148 +111,3 @@ def test_figures_show_means_and_mark_diverged_trials(add_rows):
     (gamma,) = (axis for axis in cm.draw_sweeps().axes if axis.get_title() == "gamma")
     crosses = [list(line.get_xdata()) for line in gamma.lines if line.get_marker() == "x"]
     assert crosses == [[0], []]  # Parle's trials with gamma = 0, one of which diverged
-
-
-# Trials
-
-
-def linear_model(data):
-    """Return a model that is close to chance level at first and better after four steps."""
-    model = nn.Sequential(nn.AvgPool2d(2), nn.Flatten(), nn.Linear(16, 10))
-    model[2].weight.data.mul_(0.01)
-    return model
-
-
-@pytest.fixture
-def task(monkeypatch):
-    """A task of four steps per replica, with three batches per epoch."""
-    task = cm.Task("digits", 300, 1, linear_model, False, 0.002, 4)
-    monkeypatch.setitem(cm.TASKS, "tiny", task)
-    monkeypatch.setattr(cm, "EVAL_FRACTIONS", ())
-    return task
-
-
-@pytest.fixture
-def build(task, proc):
-    def build(seed=42, **config):
-        return cm.build_replicas(task, cm.defaults("tiny") | config, seed, cm.load_data(task, None, proc))
-
-    return build
-
-
-@pytest.fixture
-def run(task, proc, monkeypatch):
-    """Run a trial of two replicas. Return its row, and the optimizer at its end."""
-    optimizers = []
-    evaluate = cm.evaluation.evaluate
-
-    def spy(optimizer, *rest, **options):
-        optimizers.append(optimizer)
-        return evaluate(optimizer, *rest, **options)
-
-    def run(**config):
-        monkeypatch.setattr(cm.evaluation, "evaluate", spy)
-        row = cm.run_trial("tiny", config | dict(replicas=2, sync_every=2), 42, None, proc)
-        return row, optimizers[-1]
-
-    return run
-
-
-@pytest.mark.parametrize(
-    ("config", "expected"),
-    [
-        (dict(), dict(lr=0.1, momentum=0.9, weight_decay=0.002, gamma=0.01, rho=0.01, alpha=0.75, sync_every=25)),
-        (dict(), dict(outer_lr_scale=1.0, outer_momentum=0.9, batches_per_epoch=3)),
-        (dict(gamma=0.3, rho=0.2, alpha=0.5), dict(gamma=0.3, rho=0.2, alpha=0.5)),
-        (dict(sync_every=5, weight_decay=0.0), dict(sync_every=5, weight_decay=0.0)),
-        (dict(outer_lr=0.5, outer_momentum=0.5), dict(outer_lr_scale=5.0, outer_momentum=0.5)),
-        (dict(scoping_rate=3), dict(batches_per_epoch=1)),
-        (dict(frac=0.5), dict(batches_per_epoch=2)),
-    ],
-)
-def test_config_reaches_the_optimizer(build, config, expected):
-    group = build(**config)[2].param_groups[0]
-    assert {name: group[name] for name in expected} == expected
-
-
-def test_without_scoping_coefficients_stay_constant(build):
-    nb = build(scoping_rate=0)[2].param_groups[0]["batches_per_epoch"]
-    assert scoped(0.01, 10_000, nb, 1.0) == pytest.approx(0.01, rel=1e-4)
-
-
-def test_replicas_share_initial_weights_but_not_data_order(build):
-    (first, second), batches, _ = build(replicas=2)
-    assert all(torch.equal(*pair) for pair in zip(first.parameters(), second.parameters(), strict=True))
-    (_, ours), (_, theirs) = map(next, batches)
-    assert not torch.equal(ours, theirs)
-    (other, _), _, _ = build(replicas=2, seed=43)
-    assert not torch.equal(next(first.parameters()), next(other.parameters()))
-
-
-@pytest.mark.parametrize(
-    ("config", "inner", "outer"),
-    [
-        (dict(), 0.004, 0.004),
-        (dict(decay_inner_lr=False), 0.1, 0.004),
-        (dict(outer_lr=0.5), 0.004, 0.5),
-    ],
-)
-def test_inner_and_outer_lr_decay_as_configured(run, config, inner, outer):
-    row, optimizer = run(**config)
-    group = optimizer.param_groups[0]
-    assert group["lr"] == pytest.approx(inner) and group["outer_lr_scale"] * group["lr"] == pytest.approx(outer)
-    assert (row["steps"], row["gradient_evaluations"], len(row["replica_errors"])) == (4, 8, 2)
-
-
-def test_length_multiplies_the_steps(run):
-    row, optimizer = run(length=3)
-    assert (row["steps"], row["gradient_evaluations"], optimizer.rounds_done) == (12, 24, 6)
-
-
-@pytest.mark.parametrize("keep", [True, False])
-def test_inner_momentum_is_cleared_at_a_sync_if_configured(run, keep):
-    _, optimizer = run(keep_inner_momentum=keep)
-    assert all(state["inner_momentum_buffer"].any() == keep for state in optimizer.state.values())
-
-
-def test_a_diverged_trial_has_no_error(run, task, proc):
-    with pytest.warns(UserWarning, match="diverge"):
-        row = cm.run_trial("tiny", dict(sync_every=2, lr=1e12), 42, None, proc)
-    assert row["error"] is None and 0 < row["diverged"] <= 4
-
-
-@pytest.mark.parametrize(("method", "step", "momentum"), [(cm.LOCAL_SGD, 1.0, 0.0), ("DiLoCo", 0.7, 0.9)])
-def test_local_sgd_and_diloco_equal_their_definitions(run, build, method, step, momentum):
-    _, optimizer = run(**cm.METHODS[method], length=3)
-    networks, batches, _ = build(**cm.METHODS[method], replicas=2)
-    sgd = [torch.optim.SGD(n.parameters(), 0.1, 0.9, weight_decay=0.002, nesterov=True) for n in networks]
-    anchors = [parameter.detach().clone() for parameter in networks[0].parameters()]
-    buffers = [torch.zeros_like(tensor) for tensor in anchors]
-    for done in range(1, 13):
-        cm.compute_gradients(networks, batches)
-        for each in sgd:
-            each.step()
-            each.param_groups[0]["lr"] *= 0.2 if done in (6, 9) else 1.0
-        tensors = zip(anchors, buffers, *(network.parameters() for network in networks), strict=True)
-        for anchor, buffer, *replicas in tensors if done % 2 == 0 else ():
-            outer_gradient = anchor - (replicas[0] + replicas[1]).detach() / 2
-            buffer.mul_(momentum).add_(outer_gradient)
-            anchor.sub_(step * (outer_gradient + momentum * buffer))
-            for parameter in replicas:
-                parameter.data.copy_(anchor)
-    optimizer.copy_master_to(networks[1])
-    for anchor, master in zip(anchors, networks[1].parameters(), strict=True):
-        assert torch.allclose(anchor, master, rtol=1e-4, atol=1e-5)
-    for group in optimizer.param_groups:  # as at the start of a round
-        for parameter, first in zip(group["params"], optimizer.param_groups[0]["params"], strict=True):
-            own, master = optimizer.state[parameter], optimizer.state[first]["master"]
-            assert all(torch.equal(vector, master) for vector in (parameter, own["anchor"], own["inner_avg"]))
-
-
-def test_batch_norm_is_recalibrated_before_a_test(task, proc):
-    torch.manual_seed(0)
-    data = cm.load_data(task, None, proc)
-    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10))
-    before = cm.test_error(network, data)
-    network[1].running_mean.fill_(100)
-    assert cm.test_error(network, data) == before
