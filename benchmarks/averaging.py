@@ -46,7 +46,7 @@ GRIDS: dict[str, list[Config]] = {
     "SGD, 3 × the steps": [SGD | dict(lr=lr) for lr in (0.05, 0.1, 0.2)],
     "local SGD": [LOCAL_SGD | dict(sync_every=steps) for steps in (10, 25, 50)],
     "DiLoCo": [DILOCO | dict(outer_lr=step / (1 + COUPLING_MAX)) for step in (0.5, 0.7, 1.0)],
-    "Elastic-SGD": [ELASTIC_SGD | dict(rho=rho) for rho in (0.03, 0.1, 1 / 3)],
+    "Elastic-SGD": [ELASTIC_SGD | dict(rho=rho) for rho in (0.1, 1 / 3)],
     "Parle": [dict(rho=rho) for rho in (0.01, 0.03, 0.1)] + [constant_outer_step(rho) for rho in (0.01, 0.03, 0.1)],
 }
 LENGTH_FACTOR = {"SGD, 3 × the steps": 3}

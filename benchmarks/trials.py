@@ -37,8 +37,8 @@ LR_DECAY = 0.2  # the factor of lr at each drop
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "drops": lambda fraction: LR_DECAY ** sum(fraction >= drop for drop in (0.5, 0.75)),
     "constant": lambda fraction: 1.0,
-    "one drop": lambda fraction: LR_DECAY ** (fraction >= 0.75),
     "cosine": lambda fraction: (1 + math.cos(math.pi * fraction)) / 2,
+    "one drop": lambda fraction: LR_DECAY ** (fraction >= 0.75),
 }
 AVERAGE_EVERY = 25  # steps to which the decay of an average refers; it is updated after every round
 NO_SCOPING = 10**9  # batches per epoch for which gamma_k and c_k stay constant
