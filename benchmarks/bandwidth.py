@@ -97,8 +97,12 @@ class NamespacesUnavailable(Exception):
 
 
 @contextlib.contextmanager
-def namespaces(mbits: int) -> Iterator[list[str]]:
-    """Create two network namespaces connected by LINK, yield their names, and delete them afterwards."""
+def namespaces(mbits: int | None) -> Iterator[list[str]]:
+    """Create two network namespaces connected by LINK, yield their names, and delete them afterwards.
+
+    Args:
+        mbits: rate of the link in each direction; None: as fast as the kernel copies.
+    """
     names = [f"parle-{os.getpid()}-{number}" for number in range(2)]
 
     def execute(*command: Any) -> str:
@@ -118,7 +122,8 @@ def namespaces(mbits: int) -> Iterator[list[str]]:
             execute("ip", "-n", name, "address", "add", f"10.99.0.{number + 1}/24", "dev", LINK)
             execute("ip", "-n", name, "link", "set", LINK, "up")
             bucket = ("tbf", "rate", f"{mbits}mbit", "burst", "128kb", "latency", "50ms")
-            execute("tc", "-n", name, "qdisc", "add", "dev", LINK, "root", *bucket)
+            if mbits is not None:
+                execute("tc", "-n", name, "qdisc", "add", "dev", LINK, "root", *bucket)
         while not all("state UP" in execute("ip", "-n", name, "link", "show", LINK) for name in names):
             time.sleep(0.01)  # the link may take a second to come up
         yield names
@@ -131,6 +136,7 @@ def run_in_namespaces(names: list[str], command: list[str]) -> None:
         MPIR_CVAR_CH4_NETMOD="ofi",
         FI_PROVIDER="tcp",
         FI_TCP_IFACE=LINK,
+        GLOO_SOCKET_IFNAME=LINK,
         OMP_NUM_THREADS="1",
     )
     line = [str(Path(sys.executable).with_name("mpiexec"))]

@@ -60,6 +60,7 @@ class DiLoCo(torch.optim.SGD):
     """DiLoCo (Douillard et al., 2023) with SGD as the inner optimizer.
 
     Every L steps: x ← x − outer_lr · Nesterov(mean over a of (x − y^a)).
+    An outer lr of 1 without momentum makes this local SGD.
     """
 
     def __init__(

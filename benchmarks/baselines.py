@@ -61,23 +61,46 @@ LABELS = {
 # One trial
 
 
+def lenet(data: loader.Dataset) -> nn.Module:
+    return models.build("lenet", data.channels, data.size, data.classes)
+
+
 def train(
-    method: Method, settings: dict[str, Any], seed: int, data: loader.Dataset, world: MPIGroup, eval_steps: list[int]
+    method: Method,
+    settings: dict[str, Any],
+    seed: int,
+    data: loader.Dataset,
+    world: MPIGroup,
+    eval_steps: list[int],
+    *,
+    build_model: Callable[[loader.Dataset], nn.Module] = lenet,
+    augment: bool = False,
+    amp: bool = False,
+    average_decay: float = 0.0,
+    target: float = 0.0,
 ) -> dict[str, Any]:
     """Train until the last of `eval_steps`. A point of the curve is [steps, seconds of training, test error].
 
     `cpu_seconds` belong to this rank. If they are much less than `seconds`, the rank waited or shared its core.
+
+    Args:
+        amp: train and evaluate in bfloat16.
+        average_decay: per 25 mini-batches, of an average of the weights, whose error is the fourth element of a point.
+        target: stop once all errors are at most this.
     """
     hyperparameters = dict(settings)
     lr, drops, decay = hyperparameters["lr"], hyperparameters.pop("lr_drops"), hyperparameters.pop("lr_decay")
-    evaluate = make_evaluator(data, world)
+    evaluate = make_evaluator(data, world, build_model, amp)
     torch.manual_seed(seed)
-    model = models.build("lenet", data.channels, data.size, data.classes)
+    model = build_model(data)
     updates_per_step = world.size if method.data_parallel else 1
+    updates_per_round = settings.get("sync_every", 1)
+    average_decay = average_decay ** (updates_per_round / updates_per_step / 25)
+    mean = build_model(data).requires_grad_(False)  # its parameters become the average
     share = dict(replica=world.rank, replicas=world.size)
     if method.data_parallel:
         share = dict(shard=(world.rank, world.size))
-    batches = loader.BatchLoader(data, batch_size=BATCH_SIZE, seed=seed, **share)
+    batches = loader.BatchLoader(data, batch_size=BATCH_SIZE, seed=seed, augment=augment, **share)
     network, optimizer = method.build(model, world, batches.per_epoch, **hyperparameters)
     total, done, seconds, cpu_seconds, curve = eval_steps[-1] * updates_per_step, 0, 0.0, 0.0, []
     for stop in eval_steps:
@@ -89,28 +112,39 @@ def train(
             inputs, targets = next(batches)
             training.seed_device(inputs.device, batches.dropout_seed())
             optimizer.zero_grad()
-            F.cross_entropy(network(inputs), targets).backward()
+            with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+                logits = network(inputs)
+            F.cross_entropy(logits.float(), targets).backward()
             optimizer.step()
             done += 1
+            if average_decay and done % updates_per_round == 0:
+                weight = (1 - average_decay) / (1 - average_decay ** (done // updates_per_round))
+                torch._foreach_lerp_(list(mean.parameters()), [p.detach() for p in model.parameters()], weight)
         world.all_gather(None)
         seconds, cpu_seconds = seconds + time.perf_counter() - start, cpu_seconds + time.process_time() - cpu_start
-        curve.append([stop, round(seconds, 3), evaluate(model)])
+        errors = [evaluate(network) for network in [model] + [mean] * (average_decay > 0)]
+        curve.append([stop, round(seconds, 3), *errors])
+        if max(errors) <= target:
+            break
     size = 4 * sum(parameter.numel() for parameter in model.parameters())
     return dict(
         error=curve[-1][2],
         seconds=curve[-1][1],
         cpu_seconds=round(cpu_seconds, 3),
-        bytes_sent=size * method.num_messages(total, settings),
+        bytes_sent=size * method.num_messages(done, settings),
         curve=curve,
     )
 
 
-def make_evaluator(data: loader.Dataset, world: MPIGroup) -> Callable[[nn.Module], float]:
+def make_evaluator(
+    data: loader.Dataset, world: MPIGroup, build_model: Callable[[loader.Dataset], nn.Module], amp: bool
+) -> Callable[[nn.Module], float]:
     """Return a function that averages the ranks' weights, recalibrates batch norm and returns the test error in %."""
-    mean_model = models.build("lenet", data.channels, data.size, data.classes)
+    mean_model = build_model(data)
     weights = flatten(mean_model).weights
 
     @torch.no_grad()
+    @torch.autocast("cpu", torch.bfloat16, enabled=amp)
     def evaluate(model: nn.Module) -> float:
         for mean, own in zip(mean_model.parameters(), model.parameters(), strict=True):
             mean.copy_(own)
@@ -186,12 +220,19 @@ def error_at_time(row: dict[str, Any], limit: float) -> float:
 
 
 def time_to_error(target: float, rows: list[dict[str, Any]]) -> str:
-    """Format the seconds until the test error first reaches `target`, and how many seeds reach it if not all do."""
-    first = [next((seconds for _, seconds, error in row["curve"] if error <= target), None) for row in rows]
-    reached = [seconds for seconds in first if seconds is not None]
+    """Format the seconds until the test error first reaches `target`."""
+    return format_seconds(
+        [next((seconds for _, seconds, error in row["curve"] if error <= target), None) for row in rows]
+    )
+
+
+def format_seconds(seconds: list[float | None]) -> str:
+    """Format mean ± over the seeds that reached a target, and their number if it is not all."""
+    reached = [value for value in seconds if value is not None]
     if not reached:
         return "—"
-    return results.mean_std(reached, 1) + (f" ({len(reached)} of {len(rows)})" if len(reached) < len(rows) else "")
+    count = f" ({len(reached)} of {len(seconds)})" if len(reached) < len(seconds) else ""
+    return results.mean_std(reached, 1) + count
 
 
 def tuned_settings(row: dict[str, Any]) -> str:

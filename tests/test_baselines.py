@@ -24,7 +24,7 @@ from parle import launcher
 from parle.distributed import MPIGroup
 from tests.toy import run_ranks
 
-STEPS, P, NB = 12, 10, 4
+STEPS, P, NB = 12, 40, 4  # P exceeds the floats that are sent besides a vector
 LR = 0.1
 rng = np.random.default_rng(0)
 CURVATURE = rng.uniform(0.5, 2.0, P)
@@ -190,6 +190,10 @@ def check_equal_runs(world, proc):
         row = baselines.train(method, settings, 1, data, world, [2, 5])
         assert row["bytes_sent"] == 4 * (17 * 20 + 21 * 10) * 10  # 5 mini-batches per rank are 10 updates
         curves.append([(steps, error) for steps, _, error in row["curve"]])
+        stopped = baselines.train(method, settings, 1, data, world, [2, 5], average_decay=0.5, target=100.0)
+        ((steps, _, error, averaged),) = stopped["curve"]
+        assert (steps, error) == curves[-1][0] and averaged != error
+        assert stopped["bytes_sent"] == 4 * (17 * 20 + 21 * 10) * 4
     assert curves[0] == curves[1]
 
 

@@ -1,0 +1,57 @@
+import pytest
+
+from benchmarks import results
+from benchmarks import time_to_error as tte
+
+
+@pytest.fixture
+def add_row(monkeypatch, tmp_path):
+    """Append a row to an empty directory of results. A point of a curve is [steps, seconds, error, averaged error]."""
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+
+    def add_row(method, *curve, link=100, seed=42, workload="lenet"):
+        row = dict(workload=workload, mbits=link, method=method, seed=seed, curve=curve, bytes_sent=2_000_000)
+        results.append_row(tte.NAME, row)
+
+    return add_row
+
+
+def test_seconds_are_those_of_the_first_point_that_reaches_the_target():
+    row = dict(curve=[[50, 1.0, 3.0, 4.0], [100, 2.0, 1.0, 0.9], [150, 3.0, 1.1, 0.7]])
+    assert tte.seconds_to(1.0, row, tte.UNAVERAGED) == 2.0
+    assert tte.seconds_to(0.7, row, tte.AVERAGED) == 3.0
+    assert tte.seconds_to(0.7, row, tte.UNAVERAGED) is None
+
+
+def test_ratio_pairs_the_seeds_and_needs_all_of_them(add_row):
+    for seed, ours, theirs in ((42, 1.0, 3.0), (43, 2.0, 10.0)):
+        add_row("ddp", [50, theirs, 0.9, 0.9], seed=seed)
+        add_row("parle", [50, ours, 0.9, 0.9], seed=seed)
+    assert tte.ratio_to_parle("lenet", 100, "ddp", 1.0, tte.AVERAGED) == "4.0 ± 1.4"
+    assert tte.ratio_to_parle("lenet", 100, "ddp", 0.7, tte.AVERAGED) == "—"
+    assert tte.ratio_to_parle("lenet", 1000, "ddp", 1.0, tte.AVERAGED) == "—"
+
+
+def test_table_and_figure_show_seconds_and_bytes(add_row):
+    add_row("parle", [50, 1.0, 3.0, 0.9], [1000, 2.0, 1.0, 0.7])
+    add_row("ddp", [50, 4.0, 0.9, 0.9], [100, 8.0, 0.8, 0.7], link=None)
+    first, second = tte.table().splitlines()[2:]
+    parle = [cell.strip() for cell in first.split("|")[1:-1]]
+    assert parle[:3] == ["lenet", "0.1 Gb/s", "Parle"]
+    assert parle[4:] == ["2.0", "1.0", "1.0", "—", "2.0", "1.0", "2"]
+    assert "not limited" in second and second.split("|")[-2].strip() == "20"
+    assert [len(axis.lines) for axis in tte.draw_errors().axes] == [4, 2, 4, 2, 2, 2]
+
+
+def test_every_trial_is_run_once_and_methods_are_interleaved(add_row):
+    trials = list(tte.missing(100, ["lenet"]))
+    assert len(set(trials)) == len(trials) == len(tte.SEEDS) * len(tte.COMPARED)
+    assert [method for _, method, _ in trials[: len(tte.COMPARED)]] == list(tte.COMPARED)
+    add_row(*("ddp", [50, 1.0, 1.0, 1.0]), seed=43)
+    assert set(trials) - set(tte.missing(100, ["lenet"])) == {("lenet", "ddp", 43)}
+
+
+def test_lr_is_constant():
+    for workload in tte.WORKLOADS:
+        assert all(tte.settings(workload, method)["lr_drops"] == [] for method in tte.COMPARED)
+    assert tte.settings("lenet", "ddp")["lr"] == 0.05 and tte.settings("allcnn-32", "ddp")["lr"] == 0.1
