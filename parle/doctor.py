@@ -152,8 +152,10 @@ def report_devices(experiment: Experiment, device_names: Sequence[str]) -> bool:
 
 def _costs(experiment: Experiment, message: str, between: str) -> list[Row]:
     args, replicas = experiment.args, experiment.replicas
-    batch, sync, gradient = measure(experiment.optimizer, replicas, experiment.groups.world, args.amp == "bf16")
-    floats = len(experiment.optimizer.master)
+    optimizer, world = experiment.optimizer, experiment.groups.world
+    batch = measure_passes(optimizer, replicas, world, args.amp == "bf16")
+    sync, gradient = measure_communication(optimizer, world)
+    floats = len(optimizer.master)
     several = f", in each of {len(replicas)} replicas" if len(replicas) > 1 else ""
     length = steps_per_round(args.sync_every, args.lr, args.gamma)
     share = 100 * sync / (length * batch + sync)
@@ -161,6 +163,10 @@ def _costs(experiment: Experiment, message: str, between: str) -> list[Row]:
         "model": f"{args.model}: {floats:,} parameters, {4e-6 * floats:.3g} MB",
         "step": f"{_milliseconds(batch)}, forward and backward, {args.batch_size} images{several}",
     }
+    on_cpu = network_devices(replicas[0].network)[0].type == "cpu"
+    if args.amp == "off" and all(world.all_gather(on_cpu and cpu_computes_bfloat16())):
+        bfloat16 = measure_passes(optimizer, replicas, world, amp=True)
+        rows["bfloat16"] = f"{_milliseconds(bfloat16)} with --amp bf16, {batch / bfloat16:.1f} times as fast"
     if args.replicas > 1:
         rows[message] = f"{_milliseconds(sync)}, {floats:,} floats {between}"
         rows["L"] = (
@@ -173,13 +179,17 @@ def _costs(experiment: Experiment, message: str, between: str) -> list[Row]:
     return [(label, value, True) for label, value in rows.items()]
 
 
-def measure(
-    optimizer: ParleBase, replicas: Sequence[LocalReplica], world: Group, amp: bool
-) -> tuple[float, float, float]:
-    """Return the seconds of forward and backward passes, of a sync's communication and of a step's communication.
+def cpu_computes_bfloat16() -> bool:
+    """Return whether the CPU multiplies bfloat16; if it converts to float32 first, bfloat16 is slower."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
 
-    Each is a median: the first of the slowest rank, the others of the rank that waits for no other.
-    """
+
+def measure_passes(optimizer: ParleBase, replicas: Sequence[LocalReplica], world: Group, amp: bool) -> float:
+    """Return the median of the seconds that the forward and backward passes of a step take on the slowest rank."""
     inputs = [(replica.network, *next(replica.batches)) for replica in replicas]
     devices = [network_devices(replica.network) for replica in replicas]
     accelerators = {device for places in devices for device in places if device.type != "cpu"}
@@ -198,6 +208,14 @@ def measure(
     batches = [max(world.all_gather(_seconds(forward_backward)))]
     while sum(batches) < MEASURE_SECONDS:  # the sum is the same on every rank
         batches.append(max(world.all_gather(_seconds(forward_backward))))
+    return statistics.median(batches)
+
+
+def measure_communication(optimizer: ParleBase, world: Group) -> tuple[float, float]:
+    """Return the seconds that the communication of a sync and of a step take on the rank that waits for no other.
+
+    Both are medians.
+    """
 
     def communication_seconds(action: Callable[[], Any]) -> float:
         world.all_gather(None)
@@ -207,7 +225,7 @@ def measure(
 
     pairs = [(communication_seconds(optimizer.step), communication_seconds(optimizer.sync)) for _ in range(NUM_SYNCS)]
     steps, syncs = zip(*pairs, strict=True)
-    return statistics.median(batches), statistics.median(syncs), statistics.median(steps)
+    return statistics.median(syncs), statistics.median(steps)
 
 
 def _seconds(action: Callable[[], Any]) -> float:

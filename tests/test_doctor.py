@@ -148,8 +148,8 @@ def test_measures_medians_and_changes_no_weights(monkeypatch):
     args = arguments("-d", "digits", "-b", 4)
     optimizer, replicas = build(args, [Network(20), Network(40)], SlowToSync)
     master = optimizer.master.clone()
-    measured = doctor.measure(optimizer, replicas, Group(), amp=False)
-    assert measured == (pytest.approx(0.06, rel=0.5), pytest.approx(0.007, rel=0.2), 0)
+    assert doctor.measure_passes(optimizer, replicas, Group(), amp=False) == pytest.approx(0.06, rel=0.5)
+    assert doctor.measure_communication(optimizer, Group()) == (pytest.approx(0.007, rel=0.2), 0)
     assert torch.equal(optimizer.master, master) and optimizer.rounds_done == doctor.NUM_SYNCS
     for group in optimizer.param_groups:
         assert torch.equal(torch.nn.utils.parameters_to_vector(group["params"]), master)
@@ -161,7 +161,7 @@ def test_amp_is_used_while_measuring(amp, monkeypatch):
     network, dtypes = Network(0), set()
     network.register_forward_hook(lambda layer, inputs, output: dtypes.add(output.dtype))
     optimizer, replicas = build(arguments("-d", "digits", "-b", 4), [network])
-    doctor.measure(optimizer, replicas, Group(), amp)
+    doctor.measure_passes(optimizer, replicas, Group(), amp)
     assert dtypes == {torch.bfloat16 if amp else torch.float32}
 
 
@@ -173,6 +173,7 @@ def main(monkeypatch, tmp_path, capsys):
     """parle_gpu.py --doctor in an empty directory, where it leaves nothing; returns its exit status and output."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(doctor, "MEASURE_SECONDS", 0.0)
+    monkeypatch.setattr(doctor, "cpu_computes_bfloat16", lambda: False)
 
     def main(*arguments):
         monkeypatch.setattr(sys, "argv", ["parle_gpu.py", "--doctor", *map(str, arguments)])
@@ -209,11 +210,25 @@ def test_one_process_prints_what_is_here_and_its_cost(main):
     ],
 )
 def test_cost_of_the_given_length_is_printed(words, seconds, step, sync, length, percent, main, monkeypatch):
-    monkeypatch.setattr(doctor, "measure", lambda *_: (*seconds, 0.0))
+    passes, communication = seconds
+    monkeypatch.setattr(doctor, "measure_passes", lambda *_: passes)
+    monkeypatch.setattr(doctor, "measure_communication", lambda *_: (communication, 0.0))
     status, out = main("-d", "digits", "-b", 8, *words)
     assert status == 0
     assert value(out, "step").startswith(step) and value(out, "messages").startswith(sync)
     assert re.search(rf"\b{length}\D+\b{re.escape(percent)} %", value(out, "L"))
+
+
+@pytest.mark.parametrize(
+    ("words", "supported", "shown"), [((), True, True), ((), False, False), (("--amp", "bf16"), True, False)]
+)
+def test_bfloat16_is_measured_where_the_cpu_has_it(words, supported, shown, main, monkeypatch):
+    monkeypatch.setattr(doctor, "cpu_computes_bfloat16", lambda: supported)
+    monkeypatch.setattr(doctor, "measure_passes", lambda *_, amp=False: 0.05 if amp else 0.1)
+    monkeypatch.setattr(doctor, "measure_communication", lambda *_: (0.01, 0.0))
+    status, out = main("-d", "digits", "-b", 8, "--device", "cpu", *words)
+    assert status == 0 and ("bfloat16" in labels(out)) == shown
+    assert not shown or re.search(r"^50 ms\b.*--amp bf16\b.*\b2\.0\b", value(out, "bfloat16"))
 
 
 def test_missing_package_is_reported_and_nothing_measured(main, monkeypatch):
@@ -324,7 +339,8 @@ def test_launcher_is_recognized_from_the_environment(environment, name):
 def test_program_starts_its_ranks_and_the_first_prints(python, tmp_path):
     done = python(ROOT / "parle_mpi.py", "--doctor", "-n", 2, "-d", "digits", "-b", 4, cwd=tmp_path, timeout=110)
     assert (done.returncode, done.stderr) == (0, "")
-    costs = ["ranks", "replica 0", "replica 1", "model", "step", "allreduce", "L"]
+    bfloat16 = ["bfloat16"] * doctor.cpu_computes_bfloat16()
+    costs = ["ranks", "replica 0", "replica 1", "model", "step", *bfloat16, "allreduce", "L"]
     assert labels(done.stdout) == ENVIRONMENT + costs
     assert "rank 1" in value(done.stdout, "replica 1")
     assert re.search(r"^[\d.,]+ ms\b.*\b132,220\b.*\b2 ranks", value(done.stdout, "allreduce"))
