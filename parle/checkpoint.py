@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from parle.distributed import Groups
 from parle.optimizer import ParleBase
 
-FORMAT = 3  # of a checkpoint's contents; increment it when they change
+FORMAT = 4  # of a checkpoint's contents; increment it when they change
 FOLDER = "checkpoints"  # within the output directory
 MAX_TO_KEEP = 2
 FIELDS = dict(files=dict, arguments=dict, train_state=dict, counters=dict, num_replicas=int, log_bytes=int)
 MANIFEST, SHARED = "manifest.json", "shared.pt"
-MASTER = ("master", "master_momentum_buffer")  # the states that all replicas share
-PROGRESS = ("rounds_done", "step_in_round", "steps_per_round", "gamma_k", "coupling_k", "lr")  # of every group
+MASTER = ("master", "master_momentum_buffer", "master_average")  # the states that all replicas share
+# of every group
+PROGRESS = ("rounds_done", "step_in_round", "steps_per_round", "rounds_averaged", "gamma_k", "coupling_k", "lr")
 
 
 class CheckpointError(Exception):
@@ -188,6 +189,10 @@ def restore(
         shared = _read(path / SHARED)
         if num_replicas != num_saved:
             _rescale_master(path, shared, num_saved, num_replicas)
+        for values in shared.values():  # the run may resume without the average, or with a new one
+            average = values.pop("master_average", values["master"])
+            if optimizer.param_groups[0]["master_average"]:
+                values["master_average"] = average
         contents = []
         for number, (local, own) in zip(networks, _split_by_replica(optimizer.state_dict()).items(), strict=True):
             content = _read(path / _replica_file(number if number < num_saved else 0))
@@ -196,6 +201,7 @@ def restore(
             state = content["optimizer"]
             for group, saved in zip(own["param_groups"], state["param_groups"], strict=True):
                 group |= {name: saved[name] for name in PROGRESS}
+                group["rounds_averaged"] *= group["master_average"] > 0
             for position, values in shared.items() if not contents else ():
                 state["state"][position] |= values
             for position, (weights, parameter) in enumerate(
@@ -263,15 +269,18 @@ def _pop_master(state: dict[str, Any]) -> dict[int, dict[str, Tensor]]:
 
 
 def _rescale_master(path: Path, shared: dict[int, dict[str, Tensor]], num_saved: int, num_replicas: int) -> None:
-    """Recompute the master for `num_replicas`: the mean of the first ones, or with more of them less momentum."""
+    """Recompute the master for `num_replicas`: the mean of the first ones, or with more of them less momentum.
+
+    Its average stays.
+    """
     if num_replicas > num_saved:  # additional replicas start without momentum
         for values in shared.values():
             if "master_momentum_buffer" in values:
                 values["master_momentum_buffer"] *= num_saved / num_replicas
         return
     for values in shared.values():
-        for value in values.values():
-            value.zero_()
+        for name in ("master", "master_momentum_buffer") & values.keys():
+            values[name].zero_()
     for number in range(num_replicas):  # one of them in memory at a time
         content = _read(path / _replica_file(number))
         for position, values in shared.items():

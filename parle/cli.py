@@ -181,6 +181,13 @@ def build_parser(prog: str, description: str) -> Parser:
         help="step size of the outer update in units of lr (default: %(default)s)",
     )
     add("--outer-momentum", type=decay, metavar="X", help="Nesterov momentum of the outer update (default: --momentum)")
+    add(
+        "--master-average",
+        type=decay,
+        default=0.0,
+        metavar="X",
+        help="decay per round of an average of the master, which is then tested and saved; 0 is off (default: 0)",
+    )
 
     add = parser.add_argument_group("recipe").add_argument
     add(

@@ -30,8 +30,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Return the test errors of the master, of every replica and of the ensemble, which averages probabilities.
 
-    Batch-norm statistics are recalibrated for each. `model` is overwritten by each in turn and holds the master
-    afterwards; the training state does not change. Collective.
+    If the optimizer averages its master, "master" is the average, and "unaveraged_master" the master itself. Batch-norm
+    statistics are recalibrated for each. `model` is overwritten by each in turn and holds the master afterwards; the
+    training state does not change. Collective.
 
     Args:
         batch_size: of training, for the batch-norm statistics.
@@ -80,8 +81,9 @@ def evaluate_running_stats(
 
     result = _evaluate(optimizer, model, data, set_statistics, list(networks), groups)
     for replica in {number for numbers in groups.world.all_gather(nonfinite) for number in numbers}:
-        result["replica_errors"][replica] = result["master_error"] = result["ensemble_error"] = math.nan
-    return {f"running_stats_{name}": result[name] for name in ("master_error", "replica_errors", "ensemble_error")}
+        result["replica_errors"][replica] = math.nan
+        result |= {name: math.nan for name in result if name.endswith("_error")}
+    return {f"running_stats_{name}": value for name, value in result.items() if name.endswith(("_error", "_errors"))}
 
 
 def _evaluate(
@@ -98,9 +100,11 @@ def _evaluate(
     """
     labels = data.test_labels
     total, classes, n = len(labels), data.classes, optimizer.num_replicas
-    # one message: each replica's errors and distance, the sum of their probabilities, the master's loss and errors
-    message = torch.zeros(2 * n + total * classes + 2, dtype=torch.float64)
-    wrong, distances, probabilities, master = message.split([n, n, total * classes, 2])
+    masters = {"unaveraged_master": False} if optimizer.averages_master else {}
+    masters["master"] = True  # last, so that it stays in the model
+    # one message: each replica's errors and distance, the sum of their probabilities, each master's loss and errors
+    message = torch.zeros(2 * n + total * classes + 2 * len(masters), dtype=torch.float64)
+    wrong, distances, probabilities, sums = message.split([n, n, total * classes, 2 * len(masters)])
     probabilities = probabilities.view(total, classes)
 
     def predict_shard(replica: int | None, rows: slice, group: Group) -> tuple[Tensor, Tensor]:
@@ -115,16 +119,18 @@ def _evaluate(
         probabilities[rows] += logits.softmax(1).cpu()
         if groups.replica.rank == 0:
             distances[replica] = local_distances[index]
-    optimizer.copy_master_to(model)
     rows = groups.world.shard(total)
-    logits, master[1] = predict_shard(None, rows, groups.world)
-    master[0] = F.cross_entropy(logits, labels[rows], reduction="sum")
+    for averaged, loss_and_errors in zip(masters.values(), sums.view(-1, 2), strict=True):
+        optimizer.copy_master_to(model, averaged=averaged)
+        logits, loss_and_errors[1] = predict_shard(None, rows, groups.world)
+        loss_and_errors[0] = F.cross_entropy(logits, labels[rows], reduction="sum")
     groups.world.all_reduce(message)
 
     ensemble_wrong = (probabilities.argmax(1) != labels.cpu()).sum()
-    return {
-        "master_loss": float(master[0]) / total,
-        "master_error": 100 * float(master[1]) / total,
+    result = {}
+    for name, (loss, errors) in zip(masters, sums.view(-1, 2).tolist(), strict=True):
+        result |= {f"{name}_loss": loss / total, f"{name}_error": 100 * errors / total}
+    return result | {
         "replica_errors": [100 * value / total for value in wrong.tolist()],
         "ensemble_error": 100 * float(ensemble_wrong) / total,
         "replica_distances": distances.tolist(),

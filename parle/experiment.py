@@ -96,6 +96,7 @@ def hyperparameters(args: argparse.Namespace, batches_per_epoch: int) -> dict[st
         "alpha",
         "outer_lr_scale",
         "outer_momentum",
+        "master_average",
     ]
     return {name: getattr(args, name) for name in names} | dict(batches_per_epoch=batches_per_epoch)
 

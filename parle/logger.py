@@ -157,8 +157,11 @@ class RunLogger:
     def _eval(self, event: dict[str, Any]) -> None:
         self.last_eval = event
         replicas = " ".join(f"{error:.2f}" for error in event["replica_errors"])
+        master = f"{event['master_error']:.2f} %"
+        if "unaveraged_master_error" in event:
+            master += f" (not averaged: {event['unaveraged_master_error']:.2f} %)"
         self.print_line(
-            f"{self._epoch(event)}  test error: master {event['master_error']:.2f} %, replicas {replicas} %, "
+            f"{self._epoch(event)}  test error: master {master}, replicas {replicas} %, "
             f"ensemble {event['ensemble_error']:.2f} %"
         )
 
@@ -166,11 +169,15 @@ class RunLogger:
         self._close()
         last = self.last_eval
         names = ["master", *(f"replica {number}" for number in range(len(last["replica_errors"]))), "ensemble"]
+        averaged = "unaveraged_master_error" in last
+        names[1:1] = ["unaveraged"] * averaged
         columns = {"recalibrated": _errors(last)}
         if "running_stats_master_error" in last:
             columns["running stats"] = _errors(last, "running_stats_")
         notes = [
-            f"loss {last['master_loss']:.4f}, best {event['best_master_error']:.2f} %",
+            f"loss {last['master_loss']:.4f}, best {event['best_master_error']:.2f} %"
+            + ", average over rounds" * averaged,
+            *["the master of the last round"] * averaged,
             *(f"distance to master {distance:.4f}" for distance in last["replica_distances"]),
             "mean of probabilities",
         ]
@@ -251,8 +258,9 @@ def _nan_to_null(value: Any) -> Any:
 
 def _errors(evaluation: dict[str, Any], prefix: str = "") -> list[float]:
     """Return the errors of the master, the replicas and the ensemble."""
-    master, replicas, ensemble = (evaluation[prefix + n] for n in ("master_error", "replica_errors", "ensemble_error"))
-    return [master, *replicas, ensemble]
+    names = ["master_error", "unaveraged_master_error", "ensemble_error"]
+    master, *unaveraged, ensemble = (evaluation[prefix + name] for name in names if prefix + name in evaluation)
+    return [master, *unaveraged, *evaluation[f"{prefix}replica_errors"], ensemble]
 
 
 def pluralize(number: int, noun: str) -> str:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from parle.agreement import checksum, describe, find_nonfinite
-from parle.algorithm import COUPLING_MAX, GAMMA_MAX, inner_step, outer_step, scoped, steps_per_round
+from parle.algorithm import COUPLING_MAX, GAMMA_MAX, inner_step, outer_step, scoped, steps_per_round, update_average
 from parle.flat_replica import (
     AVERAGE_NORM,
     CHECKSUM,
@@ -61,12 +61,15 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
         y, x^a, z^a    the parameters themselves and the states "anchor" and "inner_avg"
         u, v           the states "inner_momentum_buffer" and "outer_momentum_buffer"
         x              `master`, (P,): the trainable parameters of a replica as one flat vector
+        x̄              the states "master_average", where the setting master_average is not 0
         γ, ρ, L, s, μ' gamma, rho, sync_every, outer_lr_scale, outer_momentum
+        β              master_average
 
     A parameter without a gradient is treated as having a zero gradient, so weight decay and momentum still move it; set
     requires_grad=False on frozen parameters before building Parle. Each group belongs to the replica that its key
     `replica` names. Counters and scheduled values live in the groups, where every torch tool saves and restores them:
-    `rounds_done`, `step_in_round`, and for the current round `steps_per_round` (L_k), `gamma_k` and `coupling_k` (c_k).
+    `rounds_done`, `step_in_round`, `rounds_averaged` (the rounds in x̄), and for the current round `steps_per_round`
+    (L_k), `gamma_k` and `coupling_k` (c_k).
 
     Args:
         params: as for any torch optimizer; the parameters of one replica are float32 (or all float64) on one device.
@@ -83,6 +86,8 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
             average the outer update is a step of s lr (1 + c_k) toward z. If this exceeds (2 + 2 μ') / (1 + 2 μ'),
             training may diverge, and a warning is given; c_k grows up to 10.
         outer_momentum: Nesterov momentum of the outer update; default: `momentum`.
+        master_average: β, the decay per round of an average of the master, which is then what `copy_master_to` and
+            `master_weights` give. Training does not depend on it. 0: no average.
         batches_per_epoch: mini-batches in one pass over the data; sets how fast gamma and rho grow.
 
     Raises:
@@ -107,6 +112,7 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
         alpha: float = 0.75,
         outer_lr_scale: float = 1.0,
         outer_momentum: float | None = None,
+        master_average: float = 0.0,
         batches_per_epoch: int,
     ):
         self.num_replicas = num_replicas
@@ -114,8 +120,9 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
         outer = dict(alpha=alpha, outer_lr_scale=outer_lr_scale, outer_momentum=outer_momentum)
         coupling = dict(sync_every=sync_every, gamma=gamma, rho=rho, batches_per_epoch=batches_per_epoch)
         coupling |= dict(replica=self.replica_number, num_replicas=num_replicas)
+        average = dict(master_average=master_average, rounds_averaged=0)
         counters = dict(rounds_done=0, step_in_round=0, steps_per_round=0, gamma_k=0.0, coupling_k=0.0)
-        super().__init__(params, rates | outer | coupling | counters)
+        super().__init__(params, rates | outer | coupling | average | counters)
 
         check_shared(self.param_groups)
         self._sync_kind = sync_kind(self.param_groups[0]["sync_every"])
@@ -150,6 +157,8 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
             self._master_replica.state["master"] = self._masters[self._master_replica.device]
             if self._sync_kind != 1:
                 self._master_replica.state["master_momentum_buffer"] = torch.zeros_like(self._master_replica.weights)
+            if self.param_groups[0]["master_average"]:
+                self._master_replica.state["master_average"] = torch.empty_like(self._master_replica.weights)
         self._split_into_groups()
         for replica in self._replicas.values():  # expose the flat vectors parameter by parameter
             for name, vector in replica.state.items():
@@ -379,6 +388,11 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
         if single_step:
             for device, master in self._masters.items():
                 master.copy_(self._first_replica_on[device].gradient)
+        if self.averages_master:
+            for group in self.param_groups:
+                group["rounds_averaged"] += 1
+            count, decay = (self.param_groups[0][name] for name in ("rounds_averaged", "master_average"))
+            update_average(self._result, self._master, count=count, decay=decay)
 
     def _sum_messages(self) -> None:
         """Add up the messages of all replicas, on each device and then over all of them."""
@@ -447,7 +461,7 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
 
     @torch.no_grad()
     def reset(self, from_replica: int = 0) -> None:
-        """Copy the current weights of one replica to all replicas, anchors and the master. Collective.
+        """Copy the current weights of one replica to all replicas, anchors, the master and its average. Collective.
 
         Call it on every rank after loading weights. Frozen parameters and buffers are copied too. All momentum and the
         piggyback are zero afterwards, and the current round starts again; `rounds_done` stays, and with it γ_k and c_k.
@@ -475,7 +489,7 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
         self._copy_master_to_devices()
         self._status.pending_result, self._status.nonfinite = None, []
         for group in self.param_groups:
-            group["step_in_round"] = 0
+            group["step_in_round"] = group["rounds_averaged"] = 0
 
     # Read access
 
@@ -499,10 +513,15 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
         return self.param_groups[0]["step_in_round"]
 
     @property
+    def averages_master(self) -> bool:
+        """Whether `copy_master_to` and `master_weights` give an average of the master."""
+        return "master_average" in self._master_replica.state
+
+    @property
     def master(self) -> Tensor:
         """A copy of the mean of the anchors as of the last sync, (P,), as torch's `parameters_to_vector` arranges it.
 
-        It has the trainable parameters in group order.
+        It has the trainable parameters in group order. This is x, also with `master_average`.
         """
         return torch.cat([view.reshape(-1) for view in self._master_replica.views(self._master)])
 
@@ -522,21 +541,24 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
         pairs = ((replica.weights, masters[replica.device]) for replica in self._replicas.values())
         return [(weights - master).norm() / master.norm() for weights, master in pairs]
 
-    def copy_master_to(self, target: nn.Module | Iterable[Tensor]) -> None:
+    def copy_master_to(self, target: nn.Module | Iterable[Tensor], *, averaged: bool = True) -> None:
         """Copy the master into an evaluation model. The caller recomputes batch-norm statistics.
+
+        With `master_average` this is the average x̄ of the master.
 
         Warns if there were steps since the last sync, which the master does not contain.
 
         Args:
             target: a model like the replicas, or its parameters in the optimizer's order. A model is enough if Parle
                 was built from one group in the model's order or from named parameters.
+            averaged: False gives x itself, also with `master_average`.
 
         Raises:
             ValueError: the target's parameters do not match.
         """
         self._warn_if_not_synchronized(stacklevel=3)
         self._read_pending_result(is_collective=False)
-        self._copy_to(target, self._master_replica, self._master)
+        self._copy_to(target, self._master_replica, self._result if averaged else self._master)
 
     def copy_replica_to(self, target: nn.Module | Iterable[Tensor], index: int = 0) -> None:
         """Copy the weights of this process's replica `index` into a model, as `copy_master_to` does with the master."""
@@ -546,7 +568,7 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
 
     @contextlib.contextmanager
     def master_weights(self) -> Iterator[None]:
-        """Load the master into the parameters of the local replicas, and restore their weights afterwards.
+        """Load the master, or its average, into the local replicas' parameters, and restore their weights afterwards.
 
         For evaluation with the training model. The caller recomputes batch-norm statistics within the block, if there
         are any. Warns as `copy_master_to` does. Calls of `step` and other changes raise RuntimeError within the block.
@@ -557,7 +579,7 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
         with torch.no_grad():
             for replica in self._replicas.values():
                 replica.gradient.copy_(replica.weights)  # its memory is free between steps
-                replica.weights.copy_(self._master)
+                replica.weights.copy_(self._result)
                 torch.autograd.graph.increment_version(replica.parameters)
         self._status.holds_master = True
         try:
@@ -616,6 +638,11 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
         return self._master_replica.state["master"]
 
     @property
+    def _result(self) -> Tensor:
+        """The average of the master, or the master if there is none."""
+        return self._master_replica.state.get("master_average", self._master)
+
+    @property
     def _host_reads_without_blocking(self) -> bool:
         """True if reading the device's memory does not block the host."""
         return self._master_replica.device.type == "cpu"
@@ -658,6 +685,11 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
             raise ValueError(
                 f"Invalid sync_every value: {self.param_groups[0]['sync_every']}; it cannot change from or to 1 or "
                 "auto: build a new Parle"
+            )
+        if (self.param_groups[0]["master_average"] > 0) != self.averages_master:
+            raise ValueError(
+                f"Invalid master_average value: {self.param_groups[0]['master_average']}; it cannot change from or to "
+                "0: build a new Parle"
             )
 
     def _check_not_in_master_weights(self) -> None:

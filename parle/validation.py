@@ -66,8 +66,9 @@ def check_replicas_match(groups: list[dict[str, Any]]) -> None:
 
 
 def check_shared(groups: list[dict[str, Any]]) -> None:
-    """Check that all groups agree on L, nb and the counters. Raises: ValueError."""
-    for name in ("sync_every", "batches_per_epoch", "rounds_done", "step_in_round", "steps_per_round"):
+    """Check that all groups agree on L, nb, the master's average and the counters. Raises: ValueError."""
+    names = ("sync_every", "batches_per_epoch", "master_average")
+    for name in (*names, "rounds_done", "step_in_round", "steps_per_round", "rounds_averaged"):
         values = [group[name] for group in groups]
         if any(value != values[0] for value in values):
             raise ValueError(f"Invalid {name} values: {values}; all groups must have the same value")
@@ -78,7 +79,7 @@ def check_hyperparameters(group: dict[str, Any]) -> None:
     for name in ("lr", "weight_decay", "gamma", "rho", "outer_lr_scale"):
         if not (isinstance(group[name], numbers.Real | Tensor) and 0.0 <= group[name] < math.inf):
             raise ValueError(f"Invalid {name} value: {group[name]}; use a finite number of at least 0")
-    for name in ("momentum", "alpha", "outer_momentum"):
+    for name in ("momentum", "alpha", "outer_momentum", "master_average"):
         if not (isinstance(group[name], numbers.Real) and 0.0 <= group[name] < 1.0):
             raise ValueError(f"Invalid {name} value: {group[name]}; use a number in [0, 1)")
     for name in ("sync_every", "batches_per_epoch"):
@@ -91,7 +92,7 @@ def check_hyperparameters(group: dict[str, Any]) -> None:
 
 def check_counters(group: dict[str, Any]) -> None:
     """Check the counters of a loaded group. Raises: ValueError."""
-    for name in ("rounds_done", "steps_per_round", "step_in_round"):
+    for name in ("rounds_done", "steps_per_round", "step_in_round", "rounds_averaged"):
         if not (isinstance(group[name], numbers.Integral) and group[name] >= 0):
             raise ValueError(f"Invalid {name} value: {group[name]}; use an integer of at least 0")
     if group["step_in_round"] > group["steps_per_round"]:
@@ -143,6 +144,11 @@ def check_state(
             raise ValueError(
                 f"The state_dict has sync_every={group['sync_every']}, this optimizer {own['sync_every']}: it cannot "
                 "change between 1, auto and larger numbers"
+            )
+        if (group["master_average"] > 0) != (own["master_average"] > 0):
+            raise ValueError(
+                f"The state_dict has master_average={group['master_average']}, this optimizer "
+                f"{own['master_average']}: it cannot change from or to 0"
             )
     check_shared(groups)
     check_replicas_match(groups)

@@ -36,6 +36,10 @@ CASES = [
     ("elastic-sgd", None, dict(sync_every=1, gamma0=0.0, rho0="1/n")),
     ("entropy-sgd", 1, dict(sync_every=4, gamma0=0.1, rho0=0.0)),
     ("sgd", 1, dict(sync_every=1, gamma0=0.0, rho0=0.0)),
+    ("parle, averaged master", None, dict(sync_every=3, gamma0=0.1, rho0=0.02, beta=0.7)),
+    ("parle, L = auto, averaged master", None, dict(sync_every="auto", gamma0=0.02, rho0=0.02, beta=0.7)),
+    ("elastic-sgd, averaged master", None, dict(sync_every=1, gamma0=0.0, rho0="1/n", beta=0.9)),
+    ("sgd, averaged master", 1, dict(sync_every=1, gamma0=0.0, rho0=0.0, beta=0.9)),
 ]
 
 
@@ -94,6 +98,7 @@ def lockstep(
     rho0,
     s=1.0,
     outer_momentum=None,
+    beta=0.0,
 ):
     """Yield the optimizer and whether a round ended, after each step and after all buffers were compared.
 
@@ -112,7 +117,7 @@ def lockstep(
     reference = Reference(
         *(x0, replicas, sync_every),
         **dict(nb=4, lr=0.1, weight_decay=np.where(second, 0.05, 0.01)),
-        **dict(gamma0=gamma0, rho0=rho0, s=s, outer_momentum=outer_momentum),
+        **dict(gamma0=gamma0, rho0=rho0, s=s, outer_momentum=outer_momentum, beta=beta),
         **shared,
     )
 
@@ -130,7 +135,7 @@ def lockstep(
         optimizer = build(
             groups,
             **dict(lr=0.1, weight_decay=0.01, sync_every=sync_every, gamma=gamma0, rho=rho0),
-            **dict(outer_lr_scale=s, outer_momentum=outer_momentum, batches_per_epoch=4),
+            **dict(outer_lr_scale=s, outer_momentum=outer_momentum, master_average=beta, batches_per_epoch=4),
             **shared,
         )
         return optimizer, parameters, frozen
@@ -185,6 +190,8 @@ def lockstep(
                     expected["anchor"], expected["inner_avg"] = reference.xa[a], reference.z[a]
             if own is parameters[0]:
                 expected["master"] = reference.x
+                if beta and reference.k:
+                    expected["master_average"] = reference.xbar
                 if "outer_momentum_buffer" in expected:
                     expected["master_momentum_buffer"] = reference.v.mean(0)
             for name, values in expected.items():

@@ -14,7 +14,9 @@ class Reference:
     element. They may change at any time: L, gamma0 and rho0 count when a round starts, the others when they are used.
     """
 
-    def __init__(self, x0, n, L, nb, lr, momentum, weight_decay, gamma0, rho0, alpha, s=1.0, outer_momentum=None):
+    def __init__(
+        self, x0, n, L, nb, lr, momentum, weight_decay, gamma0, rho0, alpha, s=1.0, outer_momentum=None, beta=0.0
+    ):
         self.n, self.L, self.nb, self.lr, self.momentum, self.weight_decay = n, L, nb, lr, momentum, weight_decay
         self.gamma0, self.rho0, self.alpha, self.s = gamma0, rho0, alpha, s
         self.outer_momentum = momentum if outer_momentum is None else outer_momentum
@@ -24,6 +26,7 @@ class Reference:
         self.y, self.z = self.xa.copy(), self.xa.copy()
         self.u, self.v = np.zeros_like(self.xa), np.zeros_like(self.xa)
         self.x = self.xa.mean(0)
+        self.beta, self.masters = beta, []  # every x, oldest first
 
     def step(self, gradients):
         """Update every replica from `gradients`, (n, P), of the loss at y."""
@@ -39,7 +42,7 @@ class Reference:
             for a in range(self.n):
                 d = gradients[a] + self.weight_decay * self.xa[a] + self.c * (self.xa[a] - self.x)
                 nesterov(self.xa[a], self.u[a], d, self.lr, self.momentum)
-            self.x = self.xa.mean(0)
+            self.move_master()
             self.y = self.xa.copy()
             self.k, self.i = self.k + 1, 0
             return
@@ -58,9 +61,19 @@ class Reference:
         for a in range(self.n):
             d = (self.xa[a] - self.z[a]) + self.c * (self.xa[a] - z)
             nesterov(self.xa[a], self.v[a], d, self.s * self.lr, self.outer_momentum)
-        self.x = self.xa.mean(0)
+        self.move_master()
         self.y = self.xa.copy()
         self.k, self.i = self.k + 1, 0
+
+    def move_master(self):
+        self.x = self.xa.mean(0)
+        self.masters.append(self.x)
+
+    @property
+    def xbar(self):
+        """The exponential average of all masters after a round, with weights that add up to one."""
+        weights = self.beta ** np.arange(len(self.masters))[::-1]
+        return np.average(self.masters, axis=0, weights=weights)
 
 
 def nesterov(weights, buffer, d, lr, momentum):

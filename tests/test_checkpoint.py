@@ -114,6 +114,40 @@ def test_saved_state_loads_and_continues_identically(tmp_path, sync_every, done)
     assert state(run_steps(second, range(done, done + 8))) == state(run_steps(first, range(done, done + 8)))
 
 
+@pytest.mark.parametrize("sync_every", [3, 1, "auto"])
+def test_average_of_the_master_is_saved(tmp_path, sync_every):
+    settings = dict(sync_every=sync_every, master_average=0.5)
+    first = run_steps(build(**settings), range(7))
+    second = load(save(tmp_path, first), build(**settings))
+    assert "master_average" in shared_by(second) and state(second) == state(first)
+    assert state(run_steps(second, range(7, 15))) == state(run_steps(first, range(7, 15)))
+
+
+def test_average_of_the_master_may_be_switched_on_and_off(tmp_path):
+    first = run_steps(build(), range(7))
+    second = load(save(tmp_path, first), build(master_average=0.5))
+    average = shared_by(second)["master_average"]
+    assert torch.equal(average, shared_by(first)["master"])
+    run_steps(second, range(7, 9))
+    assert torch.equal(average, shared_by(second)["master"])  # the first round in the average
+    run_steps(second, range(9, 12))
+    third = load(save(tmp_path, second), build())
+    assert "master_average" not in shared_by(third) and not third.averages_master
+    assert state(run_steps(third, range(12, 20))) == state(run_steps(first, range(7, 20)))
+    again = load(save(tmp_path, third), build(master_average=0.5))
+    assert again.param_groups[0]["rounds_averaged"] == 0
+
+
+@pytest.mark.parametrize("now", [1, 2, 5])
+def test_average_of_the_master_is_kept_with_other_replicas(tmp_path, now):
+    first = run_steps(build(master_average=0.5), range(9))
+    second = load(save(tmp_path, first), build(now, master_average=0.5))
+    assert torch.equal(shared_by(second)["master_average"], shared_by(first)["master_average"])
+    assert [group["rounds_averaged"] for group in second.param_groups] == [3] * now
+    run_steps(second, range(9, 12))
+    assert second.rounds_done == 4
+
+
 def test_checkpoint_is_a_copy_of_the_state(tmp_path):
     optimizer = run_steps(build(), range(4))
     then = state(optimizer)

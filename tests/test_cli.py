@@ -30,7 +30,15 @@ METHODS = {
 }
 ALWAYS = dict(
     **dict(
-        seed=42, alpha=0.75, outer_lr_scale=1, outer_momentum=0.9, batch_size=128, lr=0.1, lr_decay=0.2, momentum=0.9
+        seed=42,
+        alpha=0.75,
+        outer_lr_scale=1,
+        outer_momentum=0.9,
+        batch_size=128,
+        lr=0.1,
+        lr_decay=0.2,
+        momentum=0.9,
+        master_average=0,
     ),
     **dict(zca=False, frac=1, data=None, proc=Path("proc"), out=None, eval_every=None, device="auto", amp="off"),
     **dict(checkpoint_every=None, resume=None, on_nan="restart", timeout=1800, doctor=False),
@@ -39,8 +47,8 @@ FLAG = r"(?<![\w-])--?[A-Za-z][\w-]*"
 FLAGS = re.findall(
     FLAG,
     """-h -m --model -d --dataset -n --replicas --method -L --sync-every --gamma --rho --alpha --outer-lr-scale
-    --outer-momentum --lr --lr-drops --lr-decay --momentum --weight-decay --dropout -b --batch-size -B --epochs
-    --augment --no-augment --zca --frac --data --proc --out -s --seed --device --amp --eval-every
+    --outer-momentum --master-average --lr --lr-drops --lr-decay --momentum --weight-decay --dropout -b --batch-size
+    -B --epochs --augment --no-augment --zca --frac --data --proc --out -s --seed --device --amp --eval-every
     --checkpoint-every --resume --on-nan --timeout --doctor""",
 )
 
@@ -188,6 +196,7 @@ NUMBERS = {
     "--alpha": BELOW_ONE,
     "--outer-lr-scale": NONNEGATIVE,
     "--outer-momentum": BELOW_ONE,
+    "--master-average": BELOW_ONE,
     "-b/--batch-size": (["2", "1000"], ["0", "1", *NOT_AN_INTEGER]),
     "-B/--epochs": (["1e-9", "1e9"], ["0", "1e308"]),
     "--lr": NONNEGATIVE,

@@ -84,7 +84,7 @@ def test_every_event_has_documented_fields():
 def test_log_has_exactly_the_documented_fields(run_program, monkeypatch, tmp_path, proc):
     monkeypatch.setenv("PARLE_FAULT", "nan:1:1")
     tiny = ("-d", "digits", "-n", 2, "-L", 2, "-b", 72, "--frac", 0.1, "--device", "cpu", "--proc", proc)
-    run_program(*tiny, "-B", 1, "--eval-every", 1, "--out", tmp_path)
+    run_program(*tiny, "--master-average", 0.5, "-B", 1, "--eval-every", 1, "--out", tmp_path)
     run_program("--resume", tmp_path, "-B", 1.5)
     events = results.read_log(tmp_path)
     names = ["start", "nonfinite", "round", "eval", "round", "eval", "resume", "round", "eval", "finished"]

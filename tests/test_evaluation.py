@@ -265,6 +265,27 @@ def test_evaluation_equals_a_direct_computation():
         assert distance == pytest.approx(((weights - optimizer.master).norm() / optimizer.master.norm()).item())
 
 
+def test_an_averaged_master_is_evaluated_beside_the_master_itself():
+    data, model = dataset(test=200), network()
+    optimizer, models = perturbed_replicas(2)
+    plain = evaluation.evaluate(optimizer, network(), data, batch_size=8, replicas=[0, 1])
+    averaging = build_optimizer(*models, master_average=0.5)
+    averaged = deepcopy(models[1])
+    for mean, state in zip(averaged.parameters(), averaging.state.values(), strict=False):
+        state["master_average"].copy_(mean.detach())
+    for first, states in zip(optimizer.state.values(), averaging.state.values(), strict=True):
+        if "master" in states:
+            states["master"].copy_(first["master"])
+    result = evaluation.evaluate(averaging, model, data, batch_size=8, replicas=[0, 1])
+    _, error = recalibrated_logits(averaged, data, 8)
+    assert result["unaveraged_master_error"] == plain["master_error"] != error
+    assert result["unaveraged_master_loss"] == plain["master_loss"]
+    assert result["master_error"] == pytest.approx(error)
+    assert all(map(torch.equal, model.parameters(), averaged.parameters()))
+    statistics = evaluation.evaluate_running_stats(averaging, model, data, networks=dict(enumerate(models)))
+    assert statistics["running_stats_unaveraged_master_error"] != statistics["running_stats_master_error"]
+
+
 def test_evaluation_model_holds_the_master_afterwards():
     data, model = dataset(), network()
     optimizer, _ = perturbed_replicas(2)

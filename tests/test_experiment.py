@@ -157,11 +157,11 @@ def test_replica_has_the_batches_of_the_arguments(shard, rows):
 
 def test_hyperparameters_match_the_optimizers_keywords():
     line = "--lr 0.3 --momentum 0.4 --weight-decay 0.5 -L 6 --gamma 0.7 --rho 0.8 --alpha 0.9 --outer-lr-scale 11"
-    given = experiment.hyperparameters(resolved(f"{line} --outer-momentum 0.12"), 13)
+    given = experiment.hyperparameters(resolved(f"{line} --outer-momentum 0.12 --master-average 0.13"), 13)
     expected = dict(
         lr=0.3, momentum=0.4, weight_decay=0.5, sync_every=6, gamma=0.7, rho=0.8, alpha=0.9, outer_lr_scale=11
     )
-    assert given == expected | dict(outer_momentum=0.12, batches_per_epoch=13)
+    assert given == expected | dict(outer_momentum=0.12, master_average=0.13, batches_per_epoch=13)
     taken = inspect.signature(ParleBase.__init__).parameters.values()
     assert given.keys() == {parameter.name for parameter in taken if parameter.kind == parameter.KEYWORD_ONLY}
 

@@ -211,7 +211,9 @@ def test_epoch_is_printed_with_its_passes_over_the_data(length, passes, logger, 
 
 def rows(out):
     """Return the table of errors: the name of each row, its percentages and the numbers after them."""
-    found = re.findall(r"^ *(?:.* )?(master|replica \d+|ensemble)((?: +[\d.na]+ %)+)(.*)$", out, re.MULTILINE)
+    found = re.findall(
+        r"^ *(?:.* )?(master|unaveraged|replica \d+|ensemble)((?: +[\d.na]+ %)+)(.*)$", out, re.MULTILINE
+    )
     number = r"\d+\.\d+|nan"
     return {name: (re.findall(number, errors), re.findall(number, note)) for name, errors, note in found}
 
@@ -246,6 +248,20 @@ def test_end_table_has_both_kinds_of_batch_norm_statistics(logger, capsys):
     }
     logged = json.loads(logger.log.read_text().splitlines()[1])
     assert logged["running_stats_replica_errors"] == [0.625, None, 10.0]
+
+
+def test_an_unaveraged_master_is_printed_beside_its_average(logger, capsys):
+    logger(START)
+    capsys.readouterr()
+    unaveraged = dict(unaveraged_master_error=0.78, unaveraged_master_loss=0.0234)
+    logger(EVAL | RUNNING_STATS | unaveraged | dict(running_stats_unaveraged_master_error=0.89))
+    (line,) = capsys.readouterr().out.splitlines()
+    assert mentions(line, r"master 0\.46 % .*\b0\.78 %", r"ensemble 0\.44")
+    logger(FINISHED)
+    table = rows(capsys.readouterr().out)
+    assert list(table) == ["master", "unaveraged", "replica 0", "replica 1", "replica 2", "ensemble"]
+    assert (table["master"][0], table["unaveraged"][0]) == (["0.46", "0.57"], ["0.78", "0.89"])
+    assert table["replica 0"] == (["0.50", "0.62"], ["0.1235"])
 
 
 def test_end_table_of_12_replicas_is_80_columns_wide(logger, capsys):

@@ -64,7 +64,7 @@ def test_lockstep_with_reference_of_one_replica(comm, kind):
     ("name", "values"),
     [
         *((name, (-1, math.nan, math.inf)) for name in ("lr", "weight_decay", "gamma", "rho", "outer_lr_scale")),
-        *((name, (-0.1, 1, math.nan)) for name in ("momentum", "alpha", "outer_momentum")),
+        *((name, (-0.1, 1, math.nan)) for name in ("momentum", "alpha", "outer_momentum", "master_average")),
         *((name, (0, -3, 2.5, "often", None)) for name in ("sync_every", "batches_per_epoch")),
     ],
 )
@@ -204,6 +204,14 @@ def test_sync_every_may_be_given_in_the_group(in_group, in_call):
 def test_groups_must_share_sync_every():
     with pytest.raises(ValueError, match="sync_every"):
         build([dict(params=[nn.Parameter(torch.ones(1))], sync_every=L) for L in (2, 3)])
+
+
+def test_groups_must_share_master_average():
+    groups = [dict(params=[nn.Parameter(torch.ones(2))], master_average=beta) for beta in (0.5, 0.9)]
+    with pytest.raises(ValueError, match="master_average"):
+        build(groups)
+    (parameter,) = build(groups[:1]).param_groups[0]["params"]
+    assert "master_average" in build([dict(params=[parameter], master_average=0.5)]).state[parameter]
 
 
 def test_add_param_group_is_rejected():
@@ -398,6 +406,8 @@ def state_with(**values):
         (lambda state: state["state"].update({2: state["state"][1]}), "parameter 2"),
         (group_with(lr=None), "lr"),
         (group_with(num_replicas=3), "3 replicas"),
+        (group_with(master_average=0.5), "master_average"),
+        (group_with(rounds_averaged=-1), "rounds_averaged"),
         (state_with(exp_avg=torch.zeros(2, 2)), "exp_avg"),
         (lambda state: state["state"][0].pop("anchor"), "anchor"),
         (lambda state: state["state"].pop(1), "parameter 1"),
@@ -544,6 +554,74 @@ def test_state_of_the_first_replica_is_six_vectors():
     }
 
 
+# The average of the master
+
+
+@pytest.mark.parametrize("sync_every", [1, 3])
+def test_average_of_the_master_is_the_result_and_does_not_change_training(build_both, sync_every):
+    plain_model, model = network(), network()
+    model.load_state_dict(plain_model.state_dict())
+    plain = build_both(plain_model.parameters(), sync_every=sync_every)
+    optimizer = build_both(model.parameters(), sync_every=sync_every, master_average=0.5)
+    target, masters = network(), []
+    for start in (0, 3, 6):
+        train(plain_model, plain, range(start, start + 3))
+        train(model, optimizer, range(start, start + 3))
+        assert torch.equal(weights(model), weights(plain_model)) and torch.equal(optimizer.master, plain.master)
+        optimizer.copy_master_to(target, averaged=False)
+        assert torch.equal(weights(target), optimizer.master)
+        masters.append(optimizer.master)
+        optimizer.copy_master_to(target)
+        if start == 0 and sync_every == 3:
+            assert torch.equal(weights(target), optimizer.master)  # of the first round
+        with optimizer.master_weights():
+            assert torch.equal(weights(model), weights(target))
+    if sync_every == 3:
+        expected = (masters[0] + 2 * masters[1] + 4 * masters[2]) / 7
+        torch.testing.assert_close(weights(target), expected)
+    plain.copy_master_to(target)
+    assert torch.equal(weights(target), plain.master) and optimizer.averages_master and not plain.averages_master
+
+
+def test_average_of_equal_masters_is_bitwise_equal_to_them():
+    parameter, target = nn.Parameter(torch.randn(1000)), [torch.empty(1000)]
+    optimizer = build([parameter], lr=0.0, master_average=0.9)
+    for _ in range(30):
+        parameter.grad = torch.ones(1000)
+        optimizer.step()
+        if optimizer.step_in_round == 0:
+            optimizer.copy_master_to(target)
+            assert torch.equal(target[0], parameter)
+
+
+def test_reset_restarts_the_average(build_both):
+    model, target = network(), network()
+    optimizer = build_both(model.parameters(), master_average=0.9)
+    train(model, optimizer, range(6))
+    optimizer.reset()
+    optimizer.copy_master_to(target)
+    assert torch.equal(weights(target), weights(model))
+    train(model, optimizer, range(6, 9))
+    optimizer.copy_master_to(target)
+    assert torch.equal(weights(target), optimizer.master)
+
+
+def test_decay_of_the_average_may_change_during_a_run():
+    parameter, target = nn.Parameter(torch.zeros(1)), [torch.zeros(1)]
+    optimizer = build([parameter], master_average=0.9)
+    for _ in range(6):
+        parameter.grad = torch.ones(1)
+        optimizer.step()
+    optimizer.copy_master_to(target)
+    before = target[0].clone()
+    optimizer.param_groups[0]["master_average"] = 0.5
+    for _ in range(3):
+        optimizer.step()
+    optimizer.copy_master_to(target)
+    weight = 0.5 / (1 - 0.5**3)
+    torch.testing.assert_close(target[0], before.lerp(optimizer.master, weight))
+
+
 # Weights and groups changed by other code
 
 
@@ -631,6 +709,7 @@ def set_group(**values):
         (set_group(sync_every=0), ValueError, "sync_every"),
         (set_group(lr=-0.1), ValueError, "lr"),
         (set_group(momentum=math.nan), ValueError, "momentum"),
+        (set_group(master_average=0.9), ValueError, "master_average"),
     ],
 )
 def test_unsupported_changes_raise_at_the_next_round(change, error, words):

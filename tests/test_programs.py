@@ -25,13 +25,15 @@ from tests.test_docs import documented_fields
 pytestmark = pytest.mark.usefixtures("no_launcher")
 
 PROGRAMS = ["parle_gpu.py", "parle_mpi.py"]
-FLAGS = """--alpha 0.5 --outer-lr-scale 3 --outer-momentum 0.25 --gamma 0.02 --rho 0.03 --lr 0.08 --momentum 0.75
-    --weight-decay 0.001 --dropout 0.125 -b 32 -L 5 -B 0.35 --lr-drops 0.25 --lr-decay 0.5 --frac 0.375 --augment -s 7
-    --eval-every 3"""
+FLAGS = """--alpha 0.5 --outer-lr-scale 3 --outer-momentum 0.25 --master-average 0.6 --gamma 0.02 --rho 0.03 --lr 0.08
+    --momentum 0.75 --weight-decay 0.001 --dropout 0.125 -b 32 -L 5 -B 0.35 --lr-drops 0.25 --lr-decay 0.5 --frac 0.375
+    --augment -s 7 --eval-every 3"""
 ROUND = ["round", "epoch", "train_loss", "train_error", "lr", "gamma_k", "coupling_k", "replica_distance_rms"]
 EVAL = ["round", "epoch", "master_loss", "master_error", "replica_errors", "ensemble_error", "replica_distances"]
+UNAVERAGED = ["unaveraged_master_loss", "unaveraged_master_error"]  # with --master-average
 FINISHED = ["master_error", "best_master_error", "images_seen"]
-RUNNING_STATS = ["running_stats_master_error", "running_stats_replica_errors", "running_stats_ensemble_error"]
+ERRORS = ("master_error", "unaveraged_master_error", "replica_errors", "ensemble_error")
+RUNNING_STATS = [f"running_stats_{name}" for name in ERRORS]
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
@@ -86,7 +88,7 @@ def test_both_programs_train_identically(runs):
     """Order, augmentation and dropout are equal for each replica: if one mini-batch differed, all numbers would."""
     gpu, mpi = (runs[program].log for program in PROGRAMS)
     assert [line["event"] for line in gpu] == [line["event"] for line in mpi]
-    for event, keys in (("round", ROUND), ("eval", EVAL), ("finished", FINISHED)):
+    for event, keys in (("round", ROUND), ("eval", EVAL + UNAVERAGED), ("finished", FINISHED)):
         for left, right in zip(select(gpu, event), select(mpi, event), strict=True):
             for key in keys:
                 assert left[key] == pytest.approx(right[key], rel=1e-6), f"{key} of {event} {left.get('round')}"
@@ -196,7 +198,7 @@ def test_every_flag_reaches_what_it_controls(program, monkeypatch, proc, tmp_pat
 
     inner = dict(lr=0.08, momentum=0.75, weight_decay=0.001, sync_every=5)
     coupling = dict(gamma=0.02, rho=0.03, alpha=0.5, outer_lr_scale=3, outer_momentum=0.25, batches_per_epoch=17)
-    assert calls["Parle"].items() >= (inner | coupling).items()
+    assert calls["Parle"].items() >= (inner | coupling | dict(master_average=0.6)).items()
     batches = dict(batch_size=32, seed=7, replica=0, replicas=1, frac=0.375, augment=True, shard=(0, 1))
     assert calls["BatchLoader"].items() >= batches.items()
     schedule = training.Schedule(epochs=0.35, lr_drops=[0.25], lr_decay=0.5, eval_every=3, checkpoint_every=4)

@@ -44,7 +44,8 @@ def trials(draw, sync_every):
     groups = draw(st.lists(st.tuples(st.fixed_dictionaries(hyperparameters), parameters), min_size=1, max_size=3))
     groups[0][1].insert(0, ((2,), True))  # L = auto reads the first group, but in the reference the first element
     trainable = sum(trainable for _, own in groups for _, trainable in own)
-    trial = dict(n=n, sync_every=L, batches_per_epoch=draw(st.integers(1, 20)), groups=groups)
+    common = dict(batches_per_epoch=draw(st.integers(1, 20)), master_average=draw(st.just(0.0) | st.floats(0.01, 0.95)))
+    trial = dict(n=n, sync_every=L, groups=groups, **common)
     segment = dict(
         steps=st.integers(1, 6),
         missing=st.sets(st.tuples(st.integers(0, n - 1), st.integers(0, trainable - 1))),
@@ -61,7 +62,7 @@ class Trial:
 
     Args:
         groups: hyperparameters of each group, and for each of its parameters the shape and whether it is trainable.
-        common: what the groups share, sync_every and batches_per_epoch.
+        common: what the groups share, sync_every, batches_per_epoch and master_average.
     """
 
     def __init__(self, n, groups, **common):
@@ -71,7 +72,8 @@ class Trial:
         self.build()
         self.frozen = [parameter.clone() for parameter in self.parameters(0, trainable=False)]
         x0 = np.concatenate([parameter.numpy(force=True).ravel() for parameter in self.parameters(0)])
-        self.reference = Reference(x0, n, common["sync_every"], common["batches_per_epoch"], **self.vectors())
+        shared = dict(L=common["sync_every"], nb=common["batches_per_epoch"], beta=common["master_average"])
+        self.reference = Reference(x0, n, **shared, **self.vectors())
 
     def build(self):
         """Build the optimizer of new parameters, with the hyperparameters of the start."""
@@ -156,6 +158,8 @@ class Trial:
             pairs["y"] = own, reference.y[a]
             if a == 0:
                 pairs["master"] = [state[p]["master"] for p in own], reference.x
+                if reference.beta and reference.k:
+                    pairs["master_average"] = [state[p]["master_average"] for p in own], reference.xbar
             for name, (tensors, values) in pairs.items():
                 got = np.concatenate([tensor.numpy(force=True).ravel() for tensor in tensors])
                 error = abs(got - values).max() / scale
