@@ -1,7 +1,7 @@
 """Compare methods with and without averaging their weights over time, with settings chosen on validation images.
 
     python benchmarks/averaging.py --data DIR select    # try every setting on held-out training images
-    python benchmarks/averaging.py --data DIR test      # train with the selected settings, and test
+    python benchmarks/averaging.py --data DIR test      # test the selected settings on test images
     python benchmarks/averaging.py --table              # print the tables
     python benchmarks/averaging.py --plot               # draw figures/averaging.png
 
@@ -11,11 +11,12 @@ as it is and averaged, and each has a setting of its own. Nothing is selected on
 """
 
 import argparse
+import functools
 import itertools
 import math
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,14 @@ from benchmarks.trials import DEFAULTS, DILOCO, ELASTIC_SGD, LOCAL_SGD, SCHEDULE
 from parle.algorithm import COUPLING_MAX
 
 NAME = Path(__file__).stem
-TASK = "cifar-5000"
-SELECTION_SEED, SEEDS = 42, (42, 43, 44, 45, 46, 47)
-SELECTION_LENGTH, LENGTHS = 2, (4, 1, 12)  # in units of Task.steps, in the order in which they are run
+SELECTION_TASK, SELECTION_SEED, SELECTION_LENGTH = "cifar-5000", 42, 2
+# task → lengths of the runs on test images, in units of Task.steps, and their seeds; in the order in which they are run
+TESTS: dict[str, dict[int, tuple[int, ...]]] = {
+    "cifar-5000": {4: (42, 43, 44, 45, 46, 47), 1: (42, 43, 44), 12: (42, 43, 44)},
+    "mnist-2000": {1: (42, 43, 44)},
+    "mnist": {3: (42, 43, 44)},
+    "cifar-width-32": {2: (42, 43, 44)},
+}
 AVERAGES = [0.8, 0.9, 0.95, 0.975]  # decays per 25 steps
 
 
@@ -50,6 +56,7 @@ GRIDS: dict[str, list[Config]] = {
     "Parle": [dict(rho=rho) for rho in (0.01, 0.03, 0.1)] + [constant_outer_step(rho) for rho in (0.01, 0.03, 0.1)],
 }
 LENGTH_FACTOR = {"SGD, 3 × the steps": 3}
+BASELINES = ("SGD", "SGD, 3 × the steps", "local SGD")
 COLORS = dict(zip(GRIDS, ("gray", "black", "tab:brown", "tab:orange", "tab:green", "tab:purple"), strict=True))
 Trial = tuple[str, Config, int]
 
@@ -58,7 +65,7 @@ def select_trials() -> Iterator[Trial]:
     """Yield the trials on validation images, schedule by schedule."""
     for schedule, (method, configs) in itertools.product(SCHEDULES, GRIDS.items()):
         for config in configs:
-            yield TASK, selection_config(method, config, schedule), SELECTION_SEED
+            yield SELECTION_TASK, selection_config(method, config, schedule), SELECTION_SEED
 
 
 def selection_config(method: str, config: Config, schedule: str) -> Config:
@@ -66,11 +73,12 @@ def selection_config(method: str, config: Config, schedule: str) -> Config:
     return config | dict(length=length, schedule=schedule, averages=AVERAGES, split="validation", amp=True)
 
 
-def test_trials() -> Iterator[Trial]:
+def test_trials(tasks: Iterable[str]) -> Iterator[Trial]:
     """Yield the trials on test images with the selected settings, once all of them have been selected."""
-    for length, seed, method in itertools.product(LENGTHS, SEEDS, GRIDS):
-        for averaged in (False, True):
-            yield TASK, test_config(method, length, averaged), seed
+    for task in tasks:
+        for length, seeds in TESTS[task].items():
+            for seed, method, averaged in itertools.product(seeds, GRIDS, (False, True)):
+                yield task, test_config(method, length, averaged), seed
 
 
 def test_config(method: str, length: int, averaged: bool) -> Config:
@@ -97,11 +105,25 @@ def selected(method: str, averaged: bool) -> tuple[Config, str, float]:
 
 def validation_errors(method: str) -> Iterator[tuple[int, str, dict[float, float]]]:
     """Yield the number of a setting, its schedule and its errors by decay, infinite if it diverged."""
-    rows = {config_key(row["task"], row["config"]): row for row in results.read_rows(NAME)}
     for (number, config), schedule in itertools.product(enumerate(GRIDS[method]), SCHEDULES):
-        row = rows.get(config_key(TASK, selection_config(method, config, schedule)))
-        if row is not None:
-            yield number, schedule, errors_by_decay(row)
+        rows = rows_of(SELECTION_TASK, selection_config(method, config, schedule))
+        if rows:
+            yield number, schedule, errors_by_decay(rows[-1])
+
+
+def rows_of(task: str, config: Config) -> list[dict[str, Any]]:
+    """Return the rows of a config, in the order of their seeds."""
+    rows = rows_by_key(results.digest(NAME)) if results.exists(NAME) else {}
+    return sorted(rows.get(config_key(task, config), []), key=lambda row: row["seed"])
+
+
+@functools.cache
+def rows_by_key(digest: str) -> dict[str, list[dict[str, Any]]]:
+    """Return config key → rows, cached by the checksum of the rows."""
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for row in results.read_rows(NAME):
+        rows.setdefault(config_key(row["task"], row["config"]), []).append(row)
+    return rows
 
 
 def errors_by_decay(row: dict[str, Any]) -> dict[float, float]:
@@ -110,12 +132,11 @@ def errors_by_decay(row: dict[str, Any]) -> dict[float, float]:
     return {0.0: row["error"]} | {float(decay): error for decay, error in row["averaged_errors"].items()}
 
 
-def test_errors(method: str, length: int, averaged: bool) -> list[float]:
+def test_errors(task: str, method: str, length: int, averaged: bool) -> list[float]:
     """Return the test errors of the seeds that have been run with the selected setting."""
     config = test_config(method, length, averaged)
-    decay, key = max([0.0, *config["averages"]]), config_key(TASK, config)
-    rows = [row for row in results.read_rows(NAME) if config_key(row["task"], row["config"]) == key]
-    return [errors_by_decay(row)[decay] for row in sorted(rows, key=lambda row: row["seed"])]
+    decay = max([0.0, *config["averages"]])
+    return [errors_by_decay(row)[decay] for row in rows_of(task, config)]
 
 
 # Tables and figure
@@ -146,41 +167,47 @@ def selection() -> str:
 def table() -> str:
     """Return the test errors with the selected settings, compared with SGD of matched steps and matched compute."""
     lines = []
-    for length, averaged, method in itertools.product(sorted(LENGTHS), (False, True), GRIDS):
-        errors = test_errors(method, length, averaged)
-        if not errors:
-            continue
-        config, schedule, decay = selected(method, averaged)
-        baselines = [test_errors(name, length, averaged) for name in ("SGD", "SGD, 3 × the steps", "local SGD")]
-        against = ["" if errors == baseline else compare(errors, baseline) for baseline in baselines]
-        setting = f"{describe(method, config)}, {schedule}" + (f", decay {decay}" if averaged else "")
-        steps = length * trials.TASKS[TASK].steps
-        lines.append([f"{steps:,}", "yes" if averaged else "no", method, setting, format_errors(errors)])
-        lines[-1] += [len(errors), *against]
-    header = ["steps per replica", "averaged", "method", "selected setting", "test error, %", "seeds"]
-    header += ["against SGD", "against SGD, 3 × the steps", "against local SGD"]
-    return results.markdown_table(header, lines)
+    for task, lengths in TESTS.items():
+        for length, averaged, method in itertools.product(sorted(lengths), (False, True), GRIDS):
+            errors = test_errors(task, method, length, averaged)
+            if not errors:
+                continue
+            config, schedule, decay = selected(method, averaged)
+            setting = f"{describe(method, config)}, {schedule}" + (f", decay {decay}" if averaged else "")
+            against = [compare_with(name, task, method, length, averaged) for name in BASELINES]
+            steps = f"{length * trials.TASKS[task].steps:,}"
+            cells = [task, steps, "yes" if averaged else "no", method, setting, format_errors(errors), len(errors)]
+            lines.append([*cells, *against])
+    header = ["task", "steps per replica", "averaged", "method", "selected setting", "test error, %", "seeds"]
+    return results.markdown_table([*header, *(f"against {name}" for name in BASELINES)], lines)
+
+
+def compare_with(baseline: str, task: str, method: str, length: int, averaged: bool) -> str:
+    """Format the difference to a baseline that is averaged as the method is."""
+    if method == baseline:
+        return ""
+    return compare(*(test_errors(task, name, length, averaged) for name in (method, baseline)))
 
 
 def draw() -> None:
     results.save_figure(draw_errors(), NAME, NAME, dpi=90)
 
 
-def draw_errors() -> Figure:
+def draw_errors(task: str = SELECTION_TASK) -> Figure:
     """Plot test error against steps per replica, without and with averaging."""
+    lengths, unit = sorted(TESTS[task]), trials.TASKS[task].steps
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     for axis, averaged in zip(figure.subplots(1, 2, sharey=True), (False, True), strict=True):
         for method, color in COLORS.items():
-            errors = {length: test_errors(method, length, averaged) for length in sorted(LENGTHS)}
-            points = [(length * trials.TASKS[TASK].steps, values) for length, values in errors.items() if values]
+            errors = {length: test_errors(task, method, length, averaged) for length in lengths}
+            points = [(length * unit, values) for length, values in errors.items() if values]
             means = [statistics.mean(values) for _, values in points]
             deviations = [statistics.stdev(values) if len(values) > 1 else 0 for _, values in points]
             style = dict(color=color, capsize=2, markersize=4, label=method)
             axis.errorbar([steps for steps, _ in points], means, deviations, fmt="o-", **style)
         axis.set(xscale="log", xlabel="steps per replica")
         axis.set_title("averaged over time" if averaged else "not averaged", fontsize=10)
-        ticks = [length * trials.TASKS[TASK].steps for length in sorted(LENGTHS)]
-        axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        axis.set_xticks([length * unit for length in lengths], [f"{length * unit:,}" for length in lengths])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     figure.axes[0].set_ylabel("test error (%)")
@@ -190,9 +217,11 @@ def draw_errors() -> Figure:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("stage", nargs="?", choices=("select", "test"), help="what to run (default: both)")
+    parser.add_argument("stage", choices=("select", "test"), nargs="?", help="what to run (default: both)")
+    parser.add_argument("--tasks", nargs="+", choices=TESTS, default=TESTS, metavar="TASK", help="of the stage test")
     parser.add_argument("--data", type=Path, metavar="DIR", help="raw data in torchvision's layout (else downloaded)")
     parser.add_argument("--proc", type=Path, default=Path("proc"), metavar="DIR", help="pre-processed data")
+    parser.add_argument("--checkpoints", type=Path, metavar="DIR", help="of trials, which a later call resumes")
     parser.add_argument("--table", action="store_true", help="print the tables and exit")
     parser.add_argument("--plot", action="store_true", help="draw the figure and exit")
     args = parser.parse_args()
@@ -202,9 +231,10 @@ def main() -> None:
         draw()
     if args.table or args.plot:
         return
-    for stage, stage_trials in dict(select=select_trials, test=test_trials).items():
-        if args.stage in (None, stage):
-            trials.run_missing(NAME, stage_trials(), args.data, args.proc)
+    if args.stage != "test":
+        trials.run_missing(NAME, select_trials(), args.data, args.proc)
+    if args.stage != "select":
+        trials.run_missing(NAME, test_trials(args.tasks), args.data, args.proc, args.checkpoints)
 
 
 if __name__ == "__main__":

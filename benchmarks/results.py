@@ -135,6 +135,10 @@ def translate(row: dict[str, Any], keys: dict[str, str], values: dict[tuple[str,
     return translated
 
 
+def exists(name: str) -> bool:
+    return (RESULTS / f"{name}.jsonl").exists()
+
+
 def append_row(name: str, row: dict[str, Any]) -> None:
     """Append a row to results/NAME.jsonl. Only one process may write."""
     RESULTS.mkdir(exist_ok=True)
