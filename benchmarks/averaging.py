@@ -50,8 +50,8 @@ def constant_outer_step(rho: float) -> Config:
 GRIDS: dict[str, list[Config]] = {
     "SGD": [SGD | dict(lr=lr) for lr in (0.05, 0.1, 0.2)],
     "SGD, 3 × the steps": [SGD | dict(lr=lr) for lr in (0.05, 0.1, 0.2)],
-    "local SGD": [LOCAL_SGD | dict(sync_every=steps) for steps in (10, 25, 50)],
-    "DiLoCo": [DILOCO | dict(outer_lr=step / (1 + COUPLING_MAX)) for step in (0.5, 0.7, 1.0)],
+    "local SGD": [LOCAL_SGD | dict(lr=lr) for lr in (0.05, 0.1)],
+    "DiLoCo": [DILOCO | dict(outer_lr=step / (1 + COUPLING_MAX)) for step in (0.3, 0.5, 0.7)],
     "Elastic-SGD": [ELASTIC_SGD | dict(rho=rho) for rho in (0.1, 1 / 3)],
     "Parle": [dict(rho=rho) for rho in (0.01, 0.03, 0.1)] + [constant_outer_step(rho) for rho in (0.01, 0.03, 0.1)],
 }
@@ -144,10 +144,8 @@ def test_errors(task: str, method: str, length: int, averaged: bool) -> list[flo
 
 def describe(method: str, config: Config) -> str:
     """Return what distinguishes a setting from the others of its method."""
-    if method.startswith("SGD"):
+    if method in ("SGD", "SGD, 3 × the steps", "local SGD"):
         return f"lr {config['lr']}"
-    if method == "local SGD":
-        return f"L = {config['sync_every']}"
     if method == "DiLoCo":
         return f"outer lr {config['outer_lr'] * (1 + COUPLING_MAX):.1f}"
     return f"ρ = {config['rho']:.2g}" + (", outer step 0.85" if "outer_lr" in config else "")
