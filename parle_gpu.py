@@ -178,6 +178,10 @@ def run(given: argparse.Namespace, args: argparse.Namespace) -> bool:
     import loader
     from parle import cli, doctor, experiment, launcher
 
+    try:
+        launcher.check_environment()
+    except OSError as error:
+        raise cli.UsageError(str(error)) from error
     if launcher.has_several_ranks():
         raise cli.UsageError("one process trains all replicas: omit mpirun, or use mpirun -n 3 python parle_mpi.py")
     devices = cli.find_devices(args.device)

@@ -178,6 +178,7 @@ def main() -> None:
     signals.ignore_sigusr1()
     world = None
     try:
+        check_launcher()
         launched = launcher.rank_from_environment()
         given = None
         # --doctor reports before MPI starts, which may fail
@@ -210,6 +211,15 @@ def main() -> None:
         sys.exit(status)
 
 
+def check_launcher() -> None:
+    from parle import cli, launcher
+
+    try:
+        launcher.check_environment()
+    except OSError as error:
+        raise cli.UsageError(str(error)) from error
+
+
 def spawn_ranks(replicas: int) -> int | None:
     from parle import cli, launcher
 
@@ -221,12 +231,21 @@ def spawn_ranks(replicas: int) -> int | None:
 
 def world_group() -> MPIGroup:
     """Start MPI and return the group of all ranks. Raises: UsageError."""
+    import mpi4py
+
     from parle import cli, launcher
 
+    mpi4py.rc.initialize, mpi4py.rc.finalize = False, True  # so that importing MPI does not start it
     try:
         from mpi4py import MPI
+
+        launcher.check_mpi(MPI.Get_library_version())
     except (ImportError, RuntimeError) as error:
         raise cli.UsageError(f"mpi4py cannot load an MPI library ({error}): pip install mpich") from error
+    except OSError as error:
+        raise cli.UsageError(str(error)) from error
+    if not MPI.Is_initialized():
+        MPI.Init_thread()
     world = MPIGroup(MPI.COMM_WORLD)
     _, size = launcher.rank_from_environment() or (0, None)
     if size not in (None, world.size):

@@ -50,6 +50,50 @@ def _detect_launcher(environment: Mapping[str, str]) -> tuple[str, int, int | No
     return None
 
 
+def check_environment(environment: Mapping[str, str] = os.environ) -> None:
+    """Check that no launcher started this process that neither program can use. Raises: OSError."""
+    if (
+        "TORCHELASTIC_RUN_ID" in environment
+        or {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"} <= environment.keys()
+    ):
+        raise OSError(
+            "torchrun and accelerate would start several independent runs: use python parle_mpi.py -n 3, "
+            "mpirun -n 3 python parle_mpi.py, or python parle_gpu.py"
+        )
+
+
+def check_mpi(library_version: str, environment: Mapping[str, str] = os.environ) -> None:
+    """Check that the launcher speaks the protocol of this MPI library, before MPI starts and aborts or sees one rank.
+
+    Args:
+        library_version: what MPI_Get_library_version returns.
+
+    Raises:
+        OSError: it does not. Libraries whose protocols are not known pass.
+    """
+    launcher = launcher_name(environment)
+    if launcher is None or rank_from_environment(environment)[1] == 1:
+        return
+    if library_version.startswith("Open MPI") and not environment.keys() & {"OMPI_COMM_WORLD_RANK", "PMIX_RANK"}:
+        remedy = "srun --mpi=pmix" if launcher == "Slurm" else "Open MPI's own mpirun"
+        raise OSError(f"mpi4py uses Open MPI, which {launcher} did not start: use {remedy}")
+    is_plain_mpich = "MPICH configure" in library_version and "pmix" not in library_version.lower()
+    if is_plain_mpich and "PMI_RANK" not in environment:
+        remedy = "srun --mpi=pmi2" if "SLURM_PROCID" in environment else "the mpiexec beside this Python"
+        raise OSError(f"mpi4py uses MPICH, which {launcher} did not start: use {remedy}")
+
+
+def allocated_nodes(environment: Mapping[str, str] = os.environ) -> int:
+    """Return the number of nodes of the batch job (Slurm, PBS) that this process belongs to; 0 outside one."""
+    nodes = environment.get("SLURM_JOB_NUM_NODES", environment.get("SLURM_NNODES", ""))
+    if nodes.isdecimal():
+        return int(nodes)
+    try:
+        return len(set(Path(environment["PBS_NODEFILE"]).read_text().split()))
+    except (KeyError, OSError):
+        return 0
+
+
 def is_first_rank() -> bool:
     rank, _ = rank_from_environment() or (0, None)
     return rank == 0
@@ -83,7 +127,7 @@ def spawn_ranks(count: int) -> int | None:
     resumes the run.
 
     Raises:
-        OSError: there is no mpiexec, or its ranks cannot detect that they were launched.
+        OSError: there is no mpiexec, its ranks cannot detect that they were launched, or it would use several nodes.
     """
     if count == 1:
         return None
@@ -92,10 +136,17 @@ def spawn_ranks(count: int) -> int | None:
     command = find_mpiexec()
     if command is None:
         raise FileNotFoundError("no mpiexec beside this Python or on the PATH: pip install mpich")
+    nodes = allocated_nodes()
+    if nodes > 1:
+        start = "srun --mpi=pmi2" if "SLURM_JOB_ID" in os.environ else "mpiexec"
+        raise OSError(f"this job has {nodes} nodes: start its ranks with {start} -n {count} python {sys.argv[0]}")
+    if nodes == 1:  # MPICH's mpiexec would start them through srun, which waits for cores, or ssh
+        os.environ.setdefault("HYDRA_LAUNCHER", "fork")
     if sys.stdout and sys.stdout.isatty():
         os.environ[TERMINAL_WIDTH] = str(shutil.get_terminal_size().columns)
     # Open MPI refuses root and more ranks than cores without these; other launchers ignore them
-    os.environ.setdefault("PRTE_MCA_rmaps_default_mapping_policy", ":oversubscribe")
+    os.environ.setdefault("PRTE_MCA_rmaps_default_mapping_policy", ":oversubscribe")  # version 5
+    os.environ.setdefault("OMPI_MCA_rmaps_base_oversubscribe", "1")  # version 4
     os.environ.setdefault("OMPI_ALLOW_RUN_AS_ROOT", "1")
     os.environ.setdefault("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")
     if sys.stdout is None:  # closed before the program started
@@ -173,7 +224,10 @@ def open_status_pipe() -> Callable[[bytes], None]:
     rank = rank_from_environment()
     if not is_started_by_parle() or rank is None:
         return lambda notice: None
-    pipe = os.open(Path(os.environ[STATUS_DIR], str(rank[0])), os.O_WRONLY)
+    try:
+        pipe = os.open(Path(os.environ[STATUS_DIR], str(rank[0])), os.O_WRONLY | os.O_NONBLOCK)
+    except OSError:  # on another node there is no pipe, and nobody reads it if that process was killed
+        return lambda notice: None
     return lambda notice: (os.write(pipe, notice), os.close(pipe))
 
 
