@@ -54,6 +54,7 @@ class Parle(ParleBase):
 
     Raises:
         ValueError: an invalid value on any rank, or one that differs between ranks.
+        OSError: a launcher started several ranks, but MPI sees one. Pass COMM_SELF for independent runs.
     """
 
     def __init__(
@@ -66,6 +67,8 @@ class Parle(ParleBase):
         timeout: float = 1800.0,
         **hyperparameters: Any,
     ):
+        if comm.size == 1:
+            _check_number_of_ranks(comm)
         replicas = comm.size if replicas is None else replicas
         world = self._free_with_optimizer(MPIGroup(comm, timeout).duplicate()) if comm.size > 1 else Group()
         initialize = super().__init__
@@ -170,6 +173,17 @@ class Parle(ParleBase):
         self._status.sync_seconds += time.perf_counter() - start
 
 
+def _check_number_of_ranks(comm: "MPI.Comm") -> None:
+    """Check that MPI sees the ranks that a launcher has started: if not, each would train by itself. Raises: OSError."""
+    from mpi4py import MPI
+
+    from parle import launcher
+
+    if MPI.COMM_WORLD.size == 1 and comm != MPI.COMM_SELF:  # which is for independent runs
+        launcher.check_mpi(MPI.Get_library_version())
+        launcher.check_number_of_ranks(1)
+
+
 def main() -> None:
     from parle import cli, doctor, launcher, signals
     from parle.checkpoint import CheckpointError
@@ -240,20 +254,14 @@ def world_group() -> MPIGroup:
         from mpi4py import MPI
 
         launcher.check_mpi(MPI.Get_library_version())
+        if not MPI.Is_initialized():
+            MPI.Init_thread()
+        launcher.check_number_of_ranks(MPI.COMM_WORLD.size)
     except (ImportError, RuntimeError) as error:
         raise cli.UsageError(f"mpi4py cannot load an MPI library ({error}): pip install mpich") from error
     except OSError as error:
         raise cli.UsageError(str(error)) from error
-    if not MPI.Is_initialized():
-        MPI.Init_thread()
-    world = MPIGroup(MPI.COMM_WORLD)
-    _, size = launcher.rank_from_environment() or (0, None)
-    if size not in (None, world.size):
-        raise cli.UsageError(
-            f"the launcher started {size} ranks, but mpi4py uses {MPI.get_vendor()[0]}, which finds {world.size}: "
-            f"start with the mpiexec of {MPI.get_vendor()[0]}, or install mpi4py for the launcher's MPI"
-        )
-    return world
+    return MPIGroup(MPI.COMM_WORLD)
 
 
 def run(given: argparse.Namespace, world: MPIGroup) -> bool:

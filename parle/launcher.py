@@ -24,7 +24,9 @@ LAUNCHERS = {
 }
 STATUS_DIR = "PARLE_STATUS_DIR"  # set for ranks started by this program: the directory of their status pipes
 TERMINAL_WIDTH = "PARLE_TERMINAL_WIDTH"  # set if that program runs in a terminal; the ranks themselves write to a pipe
+STARTED = b"started "  # a rank's first notice
 FINISHED, EXITED, FAILED = b"finished", b"exited", b"failed"  # a rank's exit notice; a killed rank sends none
+START_TIMEOUT = 300.0  # seconds for the first rank to start, with Python on a slow file system
 GRACE_PERIOD = 10.0  # seconds that the others have to exit after a rank that did not finish
 
 
@@ -81,6 +83,16 @@ def check_mpi(library_version: str, environment: Mapping[str, str] = os.environ)
     if is_plain_mpich and "PMI_RANK" not in environment:
         remedy = "srun --mpi=pmi2" if "SLURM_PROCID" in environment else "the mpiexec beside this Python"
         raise OSError(f"mpi4py uses MPICH, which {launcher} did not start: use {remedy}")
+
+
+def check_number_of_ranks(found: int, environment: Mapping[str, str] = os.environ) -> None:
+    """Check that MPI found as many ranks as the launcher started. Raises: OSError."""
+    _, started = rank_from_environment(environment) or (0, None)
+    if started not in (found, None):
+        raise OSError(
+            f"the launcher started {started} ranks, but the MPI library of mpi4py finds {found}: start with the "
+            "mpiexec of that library, or install mpi4py for the launcher's"
+        )
 
 
 def allocated_nodes(environment: Mapping[str, str] = os.environ) -> int:
@@ -178,13 +190,17 @@ def _supervise(command: list[str], folder: Path, count: int) -> int:
     streams.register(mpiexec.stdout, selectors.EVENT_READ, sys.stdout)
     streams.register(mpiexec.stderr, selectors.EVENT_READ, sys.stderr)
     open_outputs, exited_ranks, exit_notices, deadline = 2, [], {}, None
+    any_started, start_deadline = False, time.monotonic() + START_TIMEOUT
     while open_outputs:
+        if not any_started and time.monotonic() > start_deadline:
+            mpiexec.kill()  # it may be waiting for another program, as for srun
+            break
         unfinished = [rank for rank in exited_ranks if exit_notices.get(rank) != FINISHED]
         if unfinished and len(exited_ranks) < count:
             deadline = deadline or time.monotonic() + GRACE_PERIOD
             if time.monotonic() > deadline:  # for example if MPI starts on some ranks only and they wait forever
                 mpiexec.terminate()
-        for key, _ in streams.select(1 if deadline else None):
+        for key, _ in streams.select(None if any_started and deadline is None else 1):
             chunk = os.read(key.fd, 65536)
             if not chunk:
                 streams.unregister(key.fileobj)
@@ -194,13 +210,17 @@ def _supervise(command: list[str], folder: Path, count: int) -> int:
                     key.data.buffer.write(chunk)
                     key.data.flush()
             elif chunk:
-                exit_notices[key.data] = chunk
+                any_started, notice = True, chunk.removeprefix(STARTED)
+                if notice:
+                    exit_notices[key.data] = notice
             else:
                 exited_ranks.append(key.data)
     status = mpiexec.wait()
     failed_rank = next((f"rank {rank}: killed" for rank in exited_ranks if rank not in exit_notices), None)
     if deadline is not None and time.monotonic() > deadline:
         failed_rank = f"rank {unfinished[0]}: exited before the others"
+    elif open_outputs and not any_started:
+        failed_rank = f"mpiexec: no rank has started within {START_TIMEOUT:.0f} s"
     elif status < 0:
         failed_rank = "mpiexec: killed"
     if failed_rank is not None and FAILED not in exit_notices.values():
@@ -228,6 +248,7 @@ def open_status_pipe() -> Callable[[bytes], None]:
         pipe = os.open(Path(os.environ[STATUS_DIR], str(rank[0])), os.O_WRONLY | os.O_NONBLOCK)
     except OSError:  # on another node there is no pipe, and nobody reads it if that process was killed
         return lambda notice: None
+    os.write(pipe, STARTED)
     return lambda notice: (os.write(pipe, notice), os.close(pipe))
 
 

@@ -99,6 +99,103 @@ def test_rank_and_size_from_environment(environment, expected):
     assert launcher.rank_from_environment(dict(item.split("=") for item in environment.split())) == expected
 
 
+SRUN = dict(SLURM_JOB_ID="7", SLURM_PROCID="0", SLURM_STEP_NUM_TASKS="3")
+PMI, OMPI = dict(PMI_RANK="0", PMI_SIZE="3"), dict(OMPI_COMM_WORLD_RANK="0", OMPI_COMM_WORLD_SIZE="3", PMIX_RANK="0")
+MPICH = "MPICH Version: 5.0.2\nMPICH configure: --with-device=ch4:ucx,ofi --with-pm=hydra:gforker\n"
+OPEN_MPI = "Open MPI v5.0.10, package: Open MPI, ident: 5.0.10"
+
+
+@pytest.mark.parametrize(
+    ("library", "environment", "remedy"),
+    [
+        (MPICH, {}, None),
+        (MPICH, PMI, None),
+        (MPICH, SRUN | PMI, None),  # srun --mpi=pmi2
+        (MPICH, SRUN, "srun --mpi=pmi2"),  # srun --mpi=none
+        (MPICH, SRUN | dict(PMIX_RANK="0"), "srun --mpi=pmi2"),
+        (MPICH, OMPI, "mpiexec"),
+        (MPICH, dict(PMIX_RANK="0"), "mpiexec"),
+        (MPICH, SRUN | dict(SLURM_STEP_NUM_TASKS="1"), None),  # a shell, or one rank
+        (MPICH.replace("hydra", "hydra --with-pmix"), SRUN | dict(PMIX_RANK="0"), None),
+        ("CRAY MPICH version 8.1", SRUN, None),  # its protocol is not known
+        (OPEN_MPI, OMPI, None),
+        (OPEN_MPI, SRUN | dict(PMIX_RANK="0"), None),
+        (OPEN_MPI, SRUN, "srun --mpi=pmix"),
+        (OPEN_MPI, PMI, "mpirun"),
+    ],
+)
+def test_launcher_of_another_mpi_is_refused_with_the_remedy(library, environment, remedy):
+    if remedy is None:
+        launcher.check_mpi(library, environment)
+    else:
+        with pytest.raises(OSError, match=remedy):
+            launcher.check_mpi(library, environment)
+
+
+TORCHRUN = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="3", MASTER_ADDR="localhost", MASTER_PORT="29500")
+
+
+@pytest.mark.parametrize(
+    ("environment", "allowed"),
+    [({}, True), (PMI, True), (dict(RANK="3"), True), (TORCHRUN, False), (dict(TORCHELASTIC_RUN_ID="x"), False)],
+)
+def test_torchrun_is_refused(environment, allowed):
+    with contextlib.nullcontext() if allowed else pytest.raises(OSError, match="torchrun"):
+        launcher.check_environment(environment)
+
+
+@pytest.mark.parametrize(
+    ("environment", "nodes"),
+    [
+        ({}, 0),
+        (dict(SLURM_JOB_NUM_NODES="2"), 2),
+        (dict(SLURM_NNODES="1"), 1),
+        (dict(SLURM_JOB_NUM_NODES=""), 0),
+        (dict(PBS_NODEFILE="nodes"), 2),
+        (dict(PBS_NODEFILE="missing"), 0),
+    ],
+)
+def test_nodes_of_the_job_are_counted(environment, nodes, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("nodes").write_text("a\na\nb\n")
+    assert launcher.allocated_nodes(environment) == nodes
+
+
+def test_ranks_start_within_a_job_of_one_node(start, script):
+    """MPICH's mpiexec would call srun, which need not exist in a container."""
+    host = os.uname().nodename
+    job = dict(SLURM_JOB_ID="7", SLURM_NODELIST=host, SLURM_JOB_NODELIST=host, SLURM_TASKS_PER_NODE="1")
+    process = start(script("print(rank, flush=True)"), SLURM_NNODES="1", SLURM_JOB_NUM_NODES="1", **job)
+    out, err = process.communicate(timeout=60)
+    assert (sorted(out.split()), err, process.returncode) == (["0", "1", "2"], "", 0)
+
+
+def test_ranks_are_not_started_on_several_nodes(monkeypatch, no_launcher):
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    with pytest.raises(OSError, match=r"2 nodes.*srun --mpi=pmi2 -n 3"):
+        launcher.spawn_ranks(3)
+
+
+def test_ranks_that_do_not_start_are_given_up(tmp_path, monkeypatch, capfd, no_launcher):
+    monkeypatch.setattr(launcher, "find_mpiexec", lambda: mpiexec(tmp_path, does="exec sleep 60"))
+    monkeypatch.setattr(launcher, "START_TIMEOUT", 0.2)
+    assert launcher.spawn_ranks(3) != 0
+    assert re.search("no rank.*started", capfd.readouterr().err.splitlines()[-1])
+
+
+@pytest.mark.parametrize("folder", ["missing", "without a reader"])
+def test_a_rank_without_its_supervisor_runs_on(folder, tmp_path, monkeypatch, no_launcher):
+    for name, value in (*PMI.items(), (launcher.STATUS_DIR, str(tmp_path / folder))):
+        monkeypatch.setenv(name, value)
+    if folder != "missing":
+        (tmp_path / folder).mkdir()
+        os.mkfifo(tmp_path / folder / "0")
+    called = []
+    launcher.run_or_abort(lambda: called.append(1))
+    assert called == [1]
+
+
 def test_rank_is_read_from_os_environ_by_default(monkeypatch, no_launcher):
     assert launcher.rank_from_environment() is None
     monkeypatch.setenv("PMI_RANK", "1")
@@ -171,9 +268,9 @@ def folders(tmp_path, monkeypatch, no_launcher):
         yield folders
 
 
-def mpiexec(folder, name="mpiexec"):
+def mpiexec(folder, name="mpiexec", does=""):
     path = folder / name
-    path.write_text("#!/bin/sh\n")
+    path.write_text(f"#!/bin/sh\n{does}\n")
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
     return str(path)
 
@@ -403,7 +500,7 @@ def test_only_spawned_ranks_report_their_exit(tmp_path, monkeypatch, no_launcher
     os.mkfifo(tmp_path / "1")
     pipe = os.open(tmp_path / "1", os.O_RDONLY | os.O_NONBLOCK)
     launcher.open_status_pipe()(launcher.EXITED)
-    assert os.read(pipe, 100) == launcher.EXITED
+    assert os.read(pipe, 100) == launcher.STARTED + launcher.EXITED
     os.close(pipe)
     assert (tmp_path / "resume").read_text() == "this"
 
@@ -551,7 +648,7 @@ def test_exit_notice(mpi, error, notice, tmp_path, monkeypatch, no_launcher):
 
     with contextlib.nullcontext() if error is None else pytest.raises(type(error)):
         launcher.run_or_abort(main)
-    assert (os.read(pipe, 100), os.read(pipe, 100)) == (notice, b"")
+    assert (os.read(pipe, 100), os.read(pipe, 100)) == (launcher.STARTED + notice, b"")
     os.close(pipe)
 
 

@@ -7,7 +7,9 @@ import sys
 
 import pytest
 import torch
+from torch import nn
 
+from parle_mpi import Parle
 from tests.conftest import OFFLINE, ROOT
 
 
@@ -50,6 +52,7 @@ def test_class_on_four_ranks(python):
 
 SYNC_ON_ONE_RANK = """
 import torch
+from torch import nn
 from mpi4py import MPI
 from parle.distributed import CollectiveTimeout
 from parle_mpi import Parle
@@ -204,3 +207,17 @@ def test_mnist_reaches_the_error_in_the_readme(python, raw, tmp_path):
     assert done.returncode == 0, done.stderr
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert log[-1]["master_error"] < 0.75
+
+
+@pytest.mark.parametrize(
+    "launched", [dict(PMI_RANK="1", PMI_SIZE="3"), dict(SLURM_PROCID="1", SLURM_STEP_NUM_TASKS="3")]
+)
+def test_ranks_that_mpi_does_not_see_are_an_error(launched, monkeypatch, no_launcher):
+    from mpi4py import MPI
+
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    settings = dict(lr=0.1, batches_per_epoch=1)
+    with pytest.raises(OSError, match=r"3 ranks|srun --mpi=pmi2"):
+        Parle([nn.Parameter(torch.ones(2))], MPI.COMM_WORLD, **settings)
+    Parle([nn.Parameter(torch.ones(2))], MPI.COMM_SELF, **settings)
