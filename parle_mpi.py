@@ -174,7 +174,7 @@ class Parle(ParleBase):
 
 
 def _check_number_of_ranks(comm: "MPI.Comm") -> None:
-    """Check that MPI sees the ranks that a launcher has started: if not, each would train by itself. Raises: OSError."""
+    """Check that MPI sees the ranks that a launcher has started: else each would train alone. Raises: OSError."""
     from mpi4py import MPI
 
     from parle import launcher
