@@ -189,6 +189,14 @@ def main() -> None:
     from parle.checkpoint import CheckpointError
 
     parser = cli.build_parser("parle_mpi.py", "Parle over MPI: replicas on ranks, coupled by one allreduce per round.")
+    parser.add_argument_group("ranks").add_argument(
+        "--max-restarts",
+        type=cli.nonnegative_int,
+        default=0,
+        metavar="N",
+        help="restarts of all ranks that this program has started, from the newest checkpoint, if one is killed or "
+        "raises (default: %(default)s)",
+    )
     signals.ignore_sigusr1()
     world = None
     try:
@@ -202,7 +210,7 @@ def main() -> None:
             if given.doctor and not launcher.is_started_by_parle() and not doctor.check_environment(args, mpi=True):
                 sys.exit(1)
             if launched is None:
-                status = spawn_ranks(args.replicas)
+                status = spawn_ranks(args.replicas, args.max_restarts)
                 if status is not None:
                     sys.exit(status)
         world = world_group()
@@ -234,11 +242,11 @@ def check_launcher() -> None:
         raise cli.UsageError(str(error)) from error
 
 
-def spawn_ranks(replicas: int) -> int | None:
+def spawn_ranks(replicas: int, max_restarts: int) -> int | None:
     from parle import cli, launcher
 
     try:
-        return launcher.spawn_ranks(replicas)
+        return launcher.spawn_ranks(replicas, max_restarts)
     except OSError as error:
         raise cli.UsageError(str(error)) from error
 
@@ -278,6 +286,8 @@ def run(given: argparse.Namespace, world: MPIGroup) -> bool:
     )  # launchers may bind each rank to its own cores
 
     def complete() -> tuple[argparse.Namespace, list[torch.device]]:
+        if given.max_restarts and not launcher.is_started_by_parle():
+            raise cli.UsageError("--max-restarts: another launcher has started these ranks; let it restart them")
         args = cli.complete(given, world.size)
         return args, cli.find_devices(args.device)
 

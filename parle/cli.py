@@ -82,6 +82,7 @@ def _choice(names: Collection[str]) -> Callable[[str], str]:
 seed = _number(int, lambda value: 0 <= value < 2**63, "an integer of at least 0, such as 42")
 num_replicas = _number(int, lambda value: 1 <= value <= 10_000, "an integer from 1 to 10000, such as 3")
 positive_int = _number(int, lambda value: value >= 1, "an integer of at least 1, such as 3")
+nonnegative_int = _number(int, lambda value: value >= 0, "an integer of at least 0, such as 2")
 batch_size = _number(int, lambda value: value >= 2, "an integer of at least 2 (batch norm needs two), such as 128")
 nonnegative_float = _number(float, lambda value: 0 <= value <= 1e6, "a number from 0 to 1e6, such as 0.01")
 positive_float = _number(float, lambda value: 0 < value < math.inf, "a number above 0, such as 0.25")

@@ -26,7 +26,7 @@ from parle.training import LocalReplica, Schedule, TrainState, train
 
 # Arguments that may change without notice when a run is resumed: they do not affect what is trained
 LOCAL_ARGUMENTS = {
-    *("data", "proc", "out", "device", "gpus_per_replica", "timeout"),
+    *("data", "proc", "out", "device", "gpus_per_replica", "timeout", "max_restarts"),
     *("resume", "checkpoint_every", "eval_every", "on_nan", "doctor"),
 }
 
@@ -265,7 +265,7 @@ class Experiment:
         folder = groups.world.all_gather(logger and logger.folder)[0]
         resume_command = f"{program} --resume {shlex.quote(str(folder))}"
         if folder and checkpoint.list_checkpoints(folder / checkpoint.FOLDER):
-            launcher.write_resume_command(resume_command)
+            launcher.write_resume_command(resume_command, folder)
         save_error: OSError | None = None
 
         def save(state: TrainState) -> None:
@@ -277,7 +277,7 @@ class Experiment:
                 metadata["log_bytes"] = logger.log_bytes
             try:
                 checkpoint.save(folder / checkpoint.FOLDER, optimizer, self.networks, metadata, groups)
-                launcher.write_resume_command(resume_command)
+                launcher.write_resume_command(resume_command, folder)
                 save_error = None
             except OSError as error:
                 save_error = error

@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import FrameType
 
 # Environment variables that hold a process's rank and the number of ranks; PMIx does not give the latter
 LAUNCHERS = {
@@ -24,6 +25,7 @@ LAUNCHERS = {
 }
 STATUS_DIR = "PARLE_STATUS_DIR"  # set for ranks started by this program: the directory of their status pipes
 TERMINAL_WIDTH = "PARLE_TERMINAL_WIDTH"  # set if that program runs in a terminal; the ranks themselves write to a pipe
+RUN, RESUME = "run", "resume"  # files in that directory: the output directory, and the command that resumes the run
 STARTED = b"started "  # a rank's first notice
 FINISHED, EXITED, FAILED = b"finished", b"exited", b"failed"  # a rank's exit notice; a killed rank sends none
 START_TIMEOUT = 300.0  # seconds for the first rank to start, with Python on a slow file system
@@ -132,16 +134,19 @@ def find_mpiexec() -> str | None:
     return str(beside) if beside.exists() else shutil.which("mpiexec")
 
 
-def spawn_ranks(count: int) -> int | None:
+def spawn_ranks(count: int, max_restarts: int = 0) -> int | None:
     """Run this command again as `count` ranks and return their exit status; return None if one rank is enough.
 
     Signals are forwarded. If a rank is killed, the last line on stderr gives its number and the command that
     resumes the run.
 
+    Args:
+        max_restarts: how often all ranks are started again, from the newest checkpoint, if one is killed or raises.
+
     Raises:
         OSError: there is no mpiexec, its ranks cannot detect that they were launched, or it would use several nodes.
     """
-    if count == 1:
+    if count == 1 and not max_restarts:
         return None
     if is_started_by_parle():
         raise OSError("this mpiexec does not pass rank numbers to its processes: use the launcher of your MPI")
@@ -164,12 +169,26 @@ def spawn_ranks(count: int) -> int | None:
     if sys.stdout is None:  # closed before the program started
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     sys.stdout.flush()
-    with tempfile.TemporaryDirectory(prefix="parle-") as folder:
-        return _supervise([command, "-n", str(count), sys.executable, *sys.argv], Path(folder), count)
+    command, resume, restarts = [command, "-n", str(count), sys.executable, *sys.argv], [], 0
+    while True:
+        with tempfile.TemporaryDirectory(prefix="parle-") as folder:
+            status, is_failure = _supervise([*command, *resume], Path(folder), count)
+            run = Path(folder, RUN).read_text() if Path(folder, RUN).exists() else None
+        if not is_failure or restarts == max_restarts:
+            return status
+        if run is None:
+            sys.stderr.write("not restarted: there is no checkpoint yet\n")
+            return status
+        restarts, resume = restarts + 1, ["--resume", run]
+        sys.stderr.write(f"restart {restarts} of {max_restarts}, from the newest checkpoint in {run}\n")
+        sys.stderr.flush()
 
 
-def _supervise(command: list[str], folder: Path, count: int) -> int:
-    """Run mpiexec until it ends, forward its output, and detect which rank exits first without an exit notice."""
+def _supervise(command: list[str], folder: Path, count: int) -> tuple[int, bool]:
+    """Run mpiexec until it ends, forward its output, and detect which rank exits first without an exit notice.
+
+    Returns the exit status, and whether a rank was killed or raised although no signal asked it to stop.
+    """
     streams = selectors.DefaultSelector()
     for rank in range(count):  # the kernel reports closed pipes in the order in which they were closed
         os.mkfifo(folder / str(rank))
@@ -185,8 +204,14 @@ def _supervise(command: list[str], folder: Path, count: int) -> int:
         process_group=0,
         preexec_fn=_die_with_parent if sys.platform == "linux" else None,
     )
+    received = []
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        mpiexec.send_signal(number)
+
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda number, _: mpiexec.send_signal(number))
+        signal.signal(number, forward)
     streams.register(mpiexec.stdout, selectors.EVENT_READ, sys.stdout)
     streams.register(mpiexec.stderr, selectors.EVENT_READ, sys.stderr)
     open_outputs, exited_ranks, exit_notices, deadline = 2, [], {}, None
@@ -224,11 +249,11 @@ def _supervise(command: list[str], folder: Path, count: int) -> int:
     elif status < 0:
         failed_rank = "mpiexec: killed"
     if failed_rank is not None and FAILED not in exit_notices.values():
-        resume = folder / "resume"
-        hint = f"; resume with: {resume.read_text()}" if resume.exists() else ""
+        hint = f"; resume with: {(folder / RESUME).read_text()}" if (folder / RESUME).exists() else ""
         sys.stderr.write(f"{failed_rank}{hint}\n")
         status = status or 1
-    return status if status >= 0 else 128 - status
+    is_failure = status not in (0, os.EX_TEMPFAIL, 2) and not {signal.SIGINT, signal.SIGTERM} & set(received)
+    return status if status >= 0 else 128 - status, is_failure
 
 
 def _die_with_parent() -> None:
@@ -252,13 +277,14 @@ def open_status_pipe() -> Callable[[bytes], None]:
     return lambda notice: (os.write(pipe, notice), os.close(pipe))
 
 
-def write_resume_command(command: str) -> None:
-    """Write the command that resumes the run where the supervising process, if any, reads it."""
+def write_resume_command(command: str, run: Path) -> None:
+    """Write the command that resumes the run, and its directory, where the supervising process, if any, reads them."""
     if is_started_by_parle() and rank_from_environment() is not None:
         folder, rank = Path(os.environ[STATUS_DIR]), rank_from_environment()[0]
         with contextlib.suppress(OSError):  # on a full disk the last line lacks this hint
-            (folder / f".resume-{rank}").write_text(command)
-            os.replace(folder / f".resume-{rank}", folder / "resume")  # atomic
+            for name, text in ((RUN, str(run)), (RESUME, command)):
+                (folder / f".{name}-{rank}").write_text(text)
+                os.replace(folder / f".{name}-{rank}", folder / name)  # atomic
 
 
 def run_or_abort(main: Callable[[], None]) -> None:

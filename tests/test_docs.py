@@ -7,6 +7,7 @@ import sys
 import pytest
 
 import parle_gpu
+import parle_mpi
 from benchmarks import results
 from tests.conftest import ROOT
 
@@ -62,9 +63,11 @@ def test_every_page_is_linked_from_the_readme():
     assert [page.name for page in (ROOT / "docs").glob("*.md") if f"(docs/{page.name})" not in readme] == []
 
 
-def test_flags_of_help_and_pages_agree(run_program, capsys):
-    with pytest.raises(SystemExit):
-        run_program("-h")
+def test_flags_of_help_and_pages_agree(monkeypatch, capsys, no_launcher):
+    for program in (parle_gpu, parle_mpi):
+        monkeypatch.setattr(sys, "argv", [program.__name__, "-h"])
+        with pytest.raises(SystemExit):
+            program.main()
     known = set(re.findall(r"(?<![\w-])--?[A-Za-z][\w-]*", capsys.readouterr().out))
     page = (ROOT / "docs" / "running.md").read_text()
     table = re.findall(r"^\| (`-.*?) \|", page, re.MULTILINE)

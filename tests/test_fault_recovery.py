@@ -433,3 +433,27 @@ def test_resume_keeps_replicas_of_several_ranks(start, tmp_path):
     wait_for_success(start.shell(f"{find_resume_command(done.out)} -B 1", PATH=path))
     (event,) = read_log(out, "resume")
     assert (event["num_replicas"], event["num_ranks"], event["changes"].get("replicas")) == (2, 4, None)
+
+
+def kill_rank(number, out):
+    """Kill this rank of the run in `out`, as when its memory runs out."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            environment = (folder / "environ").read_bytes().split(b"\0")
+            command = (folder / "cmdline").read_bytes().split(b"\0")
+            if f"PMI_RANK={number}".encode() in environment and str(out).encode() in command:
+                os.kill(int(folder.name), signal.SIGKILL)
+                return
+    raise AssertionError("there is no such rank")
+
+
+@pytest.mark.slow
+def test_restarted_ranks_end_with_the_result_of_an_undisturbed_run(start, tmp_path):
+    arguments = ("-n", 3, "-B", 6, "--max-restarts", 1)
+    wait_for_success(start(MPI, *arguments, out="undisturbed"))
+    process = start(MPI, *arguments)
+    wait_for_rounds(tmp_path / "run", process)
+    kill_rank(1, tmp_path / "run")
+    done = wait_for_success(process)
+    assert "restart 1 of 1" in done.err and read_log(tmp_path / "run", "resume")
+    assert read_result(tmp_path / "run") == read_result(tmp_path / "undisturbed")

@@ -375,7 +375,7 @@ KILLED = """
 from mpi4py import MPI
 
 def main():
-    launcher.write_resume_command("python this --resume that")
+    launcher.write_resume_command("python this --resume that", "that")
     MPI.COMM_WORLD.Barrier()
     if rank == {killed}:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -394,10 +394,64 @@ def test_last_line_names_killed_rank_and_resume_command(python, script, killed):
 
 
 def test_without_a_resume_command_the_killed_rank_is_named(python, script):
-    done = python(script(KILLED.format(killed=1).replace("launcher.write_resume_command", "len")))
+    done = python(script(KILLED.format(killed=1).replace("launcher.write_resume_command", "max")))
     assert done.returncode not in (0, 75)
     last = done.stderr.splitlines()[-1]
     assert "rank 1" in last and "killed" in last and "--resume" not in last
+
+
+FAILS = """
+from pathlib import Path
+from mpi4py import MPI
+attempts, succeeded = Path(__file__).with_suffix(".attempts"), Path(__file__).with_suffix(".succeeded")
+
+def main():
+    if {checkpoint}:
+        launcher.write_resume_command("python this --resume that", "that")
+    if rank == size - 1:
+        text = attempts.read_text() if attempts.exists() else ""
+        attempts.write_text(f"{{text}}{{sys.argv[1:]}};")
+        if text.count(";") < {failures}:
+            {end}
+        succeeded.touch()
+    while not succeeded.exists():
+        time.sleep(0.01)
+
+launcher.run_or_abort(main)
+"""
+KILL, RAISE_ERROR = "os.kill(os.getpid(), signal.SIGKILL)", "raise ValueError('wrong')"
+
+
+@pytest.mark.parametrize(("end", "max_restarts"), [(KILL, 1), (KILL, 2), (RAISE_ERROR, 2)])
+def test_failed_ranks_are_restarted_from_the_checkpoint(python, script, end, max_restarts):
+    path = script(FAILS.format(checkpoint=True, failures=2, end=end), count=f"2, {max_restarts}")
+    done = python(path)
+    restarts = re.findall(r"restart (\d) of (\d).*that", done.stderr)
+    assert restarts == [(str(number), str(max_restarts)) for number in range(1, max_restarts + 1)]
+    assert (done.returncode == 0) == (max_restarts == 2)
+    assert path.with_suffix(".attempts").read_text() == "[];" + "['--resume', 'that'];" * max_restarts
+
+
+def test_without_a_checkpoint_nothing_is_restarted(python, script):
+    path = script(FAILS.format(checkpoint=False, failures=1, end=KILL), count="2, 3")
+    done = python(path)
+    assert done.returncode != 0 and path.with_suffix(".attempts").read_text() == "[];"
+    assert "no checkpoint" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("status", [2, 75])
+def test_errors_of_the_user_and_stopped_runs_are_not_restarted(python, script, status):
+    body = FAILS.format(checkpoint=True, failures=1, end=f"succeeded.touch(); sys.exit({status})")
+    path = script(
+        body.replace("        time.sleep(0.01)", f"        time.sleep(0.01)\n    sys.exit({status})"), count="2, 3"
+    )
+    done = python(path)
+    assert done.returncode == status and "restart" not in done.stderr
+
+
+def test_one_rank_is_supervised_if_it_may_be_restarted(python, script):
+    done = python(script(FAILS.format(checkpoint=True, failures=1, end=KILL), count="1, 1"))
+    assert done.returncode == 0 and "restart 1 of 1" in done.stderr
 
 
 def test_silent_exit_of_all_ranks_is_a_failure(python, script):
@@ -416,7 +470,7 @@ def test_exception_is_the_last_line(python, script):
 
 EARLY = """
 def main():
-    launcher.write_resume_command("python this --resume that")
+    launcher.write_resume_command("python this --resume that", "that")
     if rank == 1:
         {end}
     {others}
@@ -461,7 +515,11 @@ def test_finished_ranks_may_exit_slowly(start, script):
 
 def test_killed_mpiexec_is_named(start, script, tmp_path):
     process = start(
-        script(HANDLE.replace("def handle", "launcher.write_resume_command('python this --resume that')\ndef handle"))
+        script(
+            HANDLE.replace(
+                "def handle", "launcher.write_resume_command('python this --resume that', 'that')\ndef handle"
+            )
+        )
     )
     wait_until(lambda: len(list(tmp_path.glob("ready-*"))) == 3)
     (mpiexec,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -476,7 +534,7 @@ def test_full_disk_for_the_resume_command_is_no_error(tmp_path, monkeypatch, no_
     monkeypatch.setenv("PMI_RANK", "1")
     monkeypatch.setenv("PMI_SIZE", "3")
     monkeypatch.setenv(launcher.STATUS_DIR, str(tmp_path / "gone"))
-    launcher.write_resume_command("this")
+    launcher.write_resume_command("this", "that")
     assert not (tmp_path / "gone").exists()
 
 
@@ -487,16 +545,16 @@ def test_exit_status_2_of_all_ranks_adds_no_message(python, script):
 
 def test_only_spawned_ranks_report_their_exit(tmp_path, monkeypatch, no_launcher):
     monkeypatch.setenv(launcher.STATUS_DIR, str(tmp_path))
-    launcher.write_resume_command("this")
+    launcher.write_resume_command("this", "that")
     launcher.open_status_pipe()(launcher.EXITED)
     monkeypatch.setenv("PMI_RANK", "1")
     monkeypatch.setenv("PMI_SIZE", "3")
     monkeypatch.delenv(launcher.STATUS_DIR)
-    launcher.write_resume_command("this")
+    launcher.write_resume_command("this", "that")
     launcher.open_status_pipe()(launcher.EXITED)
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setenv(launcher.STATUS_DIR, str(tmp_path))
-    launcher.write_resume_command("this")
+    launcher.write_resume_command("this", "that")
     os.mkfifo(tmp_path / "1")
     pipe = os.open(tmp_path / "1", os.O_RDONLY | os.O_NONBLOCK)
     launcher.open_status_pipe()(launcher.EXITED)
