@@ -183,8 +183,15 @@ def _note_how_to_resume(optimizer: ParleBase, folder: Path | None, command: str)
 @contextlib.contextmanager
 def _print_warnings(logger: RunLogger | None) -> Iterator[None]:
     """Print warnings as lines of the program's output, once and not on every rank."""
+    printed = set()
+
+    def show(message: Warning | str, *_: Any) -> None:
+        if logger and str(message) not in printed:  # Python forgets what it has shown when a library changes a filter
+            printed.add(str(message))
+            logger.print_line(f"WARNING: {message}")
+
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_: logger and logger.print_line(f"WARNING: {message}")
+        warnings.showwarning = show
         yield
 
 

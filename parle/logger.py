@@ -46,6 +46,10 @@ class RunLogger:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise FileExistsError(f"another run is writing {self.log}") from error
+        except OSError as error:  # Lustre without -o flock and NFS without lockd, for example
+            self.print_line(
+                f"WARNING: the file system of {folder} has no file locks ({error.strerror}): no other run may use it"
+            )
         if log_bytes is not None:
             os.truncate(self.log, min(log_bytes, self.log_bytes))
         self.bar: tqdm | None = None

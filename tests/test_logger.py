@@ -1,4 +1,6 @@
 import contextlib
+import errno
+import fcntl
 import json
 import os
 import platform
@@ -397,6 +399,20 @@ def test_resume_is_refused_while_the_run_is_alive(tmp_path):
     second = RunLogger(tmp_path, len(before))
     second(RESUME)
     assert second.log.read_bytes().startswith(before)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP])
+def test_file_system_without_locks_is_reported_and_used(tmp_path, number, monkeypatch, capsys):
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    first = RunLogger(tmp_path)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert mentions(line, "WARNING", re.escape(str(tmp_path)), os.strerror(number))
+    first(START)
+    RunLogger(tmp_path, first.log_bytes)(RESUME)
+    assert [json.loads(line)["event"] for line in first.log.read_text().splitlines()] == ["start", "resume"]
 
 
 def closed_pipe():
