@@ -3,6 +3,7 @@
 A checkpoint is written under a temporary name, and renamed once it is complete and on disk. The last two are kept.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -24,7 +25,7 @@ FORMAT = 4  # of a checkpoint's contents; increment it when they change
 FOLDER = "checkpoints"  # within the output directory
 MAX_TO_KEEP = 2
 FIELDS = dict(files=dict, arguments=dict, train_state=dict, counters=dict, num_replicas=int, log_bytes=int)
-MANIFEST, SHARED = "manifest.json", "shared.pt"
+MANIFEST, SHARED, BUFFERS = "manifest.json", "shared.pt", "buffers-"
 MASTER = ("master", "master_momentum_buffer", "master_average")  # the states that all replicas share
 # of every group
 PROGRESS = ("rounds_done", "step_in_round", "steps_per_round", "rounds_averaged", "gamma_k", "coupling_k", "lr")
@@ -179,7 +180,8 @@ def restore(
 ) -> None:
     """Load a checkpoint into an optimizer and the local networks. The number of replicas may differ.
 
-    Additional replicas start at the master. With fewer replicas the master becomes the mean of the remaining ones.
+    Additional replicas start at the master, with the mean of the saved batch-norm statistics, as the master's are
+    defined in `evaluate_running_stats`. With fewer replicas the master becomes the mean of the remaining ones.
 
     Raises:
         CheckpointError: the checkpoint is from another network or method, or cannot be read.
@@ -212,7 +214,8 @@ def restore(
                     raise ValueError(f"parameter {position} has another shape or dtype")
             contents.append(content | dict(optimizer=state | dict(param_groups=own["param_groups"])))
         saved_buffers = [
-            _read_buffers(path, manifest, network, number, rank_in_replica) for number, network in networks.items()
+            _read_buffers(path, manifest, _buffers(network), number, rank_in_replica)
+            for number, network in networks.items()
         ]
         for content, piggyback in zip(contents, optimizer.piggyback, strict=True):
             if content["piggyback"].shape != piggyback.shape:
@@ -228,7 +231,7 @@ def restore(
                 parameter.copy_(weights)
             piggyback.copy_(content["piggyback"])
         for network, saved in zip(networks.values(), saved_buffers, strict=True):
-            for name, buffer in _buffers(network).items() if saved else ():
+            for name, buffer in _buffers(network).items():
                 buffer.copy_(saved[name])
 
 
@@ -304,22 +307,33 @@ def _parameters(optimizer: ParleBase, replica: int) -> list[nn.Parameter]:
 
 
 def _buffers(network: nn.Module) -> dict[str, Tensor]:
-    return dict((network.module if isinstance(network, nn.DataParallel) else network).named_buffers())
+    """Return the buffers by name; the names do not depend on DataParallel or torch.compile."""
+    if isinstance(network, nn.DataParallel):
+        return _buffers(network.module)
+    if hasattr(network, "_orig_mod"):
+        return _buffers(network._orig_mod)
+    return {name.replace("_orig_mod.", ""): buffer for name, buffer in network.named_buffers()}
 
 
 def _read_buffers(
-    path: Path, manifest: dict[str, Any], network: nn.Module, number: int, rank_in_replica: int
-) -> dict[str, Tensor] | None:
-    """Return the saved buffers of a replica's rank, or of its first one; None for an additional replica."""
+    path: Path, manifest: dict[str, Any], buffers: dict[str, Tensor], number: int, rank_in_replica: int
+) -> dict[str, Tensor]:
+    """Return the saved buffers of a replica's rank, or of its first one; for an additional replica the master's."""
     names = (_buffers_file(number, rank) for rank in (rank_in_replica, 0))
     name = next((name for name in names if name in manifest["files"]), None)
-    if name is None:
-        return None
-    saved = _read(path / name)
-    for name, buffer in _buffers(network).items():
-        if (saved[name].shape, saved[name].dtype) != (buffer.shape, buffer.dtype):
-            raise ValueError(f"{name} has another shape or dtype")
-    return saved
+    sources = [name] if name else [name for name in manifest["files"] if name.startswith(BUFFERS)]
+    contents = [_read(path / source) for source in sources]
+    for saved in contents:
+        for name, buffer in buffers.items():
+            if (saved[name].shape, saved[name].dtype) != (buffer.shape, buffer.dtype):
+                raise ValueError(f"{name} has another shape or dtype")
+    return {name: _mean([saved[name] for saved in contents]) for name in buffers}
+
+
+def _mean(tensors: list[Tensor]) -> Tensor:
+    """Return the mean of floating-point tensors, and the first of others, such as a count of mini-batches."""
+    first = tensors[0]
+    return torch.stack(tensors).double().mean(0).to(first.dtype) if first.is_floating_point() else first
 
 
 def _replica_file(number: int) -> str:
@@ -327,7 +341,7 @@ def _replica_file(number: int) -> str:
 
 
 def _buffers_file(number: int, rank_in_replica: int) -> str:
-    return f"buffers-{number}-{rank_in_replica}.pt"
+    return f"{BUFFERS}{number}-{rank_in_replica}.pt"
 
 
 def _write(path: Path, content: dict[Any, Any]) -> str:
@@ -350,10 +364,18 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def _fsync_directory(folder: Path) -> None:
-    """Force the names in `folder` to disk."""
+    """Force the names in `folder` to disk, where the file system can do it."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        warnings.warn(
+            f"The file system of the output directory cannot force directories to disk ({error.strerror}): a crash "
+            "of the machine may lose the last checkpoint",
+            stacklevel=1,
+        )
     finally:
         os.close(handle)
 

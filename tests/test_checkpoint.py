@@ -28,6 +28,7 @@ from parle import checkpoint, cli, distributed, evaluation, experiment, fault_in
 from parle.checkpoint import CheckpointError
 from parle.distributed import Group, Groups
 from parle_gpu import Parle
+from tests import toy
 from tests.toy import run_ranks
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
@@ -437,14 +438,36 @@ def trained_networks(count):
 
 
 @pytest.mark.parametrize("now", [2, 3, 5])
-def test_buffers_are_restored_and_fresh_in_new_replicas(tmp_path, now):
+def test_buffers_are_restored_and_averaged_in_new_replicas(tmp_path, now):
     optimizer, saved = run_steps(build(), range(4)), trained_networks(3)
     path = save(tmp_path, optimizer, saved)
     restored = build_networks(range(now))
     load(path, build(now), restored)
-    expected = [*saved.values(), *build_networks(range(2)).values()][:now]
-    assert statistics(restored.values()) == statistics(expected)
+    master = nn.BatchNorm1d(2, affine=False)  # with the mean of the replicas' statistics
+    for buffer, *own in zip(master.buffers(), *(network.buffers() for network in saved.values()), strict=True):
+        buffer.copy_(torch.stack(own).double().mean(0))
+    assert statistics(restored.values()) == statistics([*saved.values(), master, master][:now])
     assert len({str(values) for values in statistics(saved.values())}) == 3
+
+
+WRAPPERS = {
+    "plain": lambda network: network,
+    "DataParallel": toy.DataParallel,
+    "compiled": torch.compile,
+    "compiled DataParallel": lambda network: torch.compile(toy.DataParallel(network)),
+    "compiled layer": lambda network: nn.Sequential(torch.compile(network[0])),
+}
+
+
+@pytest.mark.parametrize("saved", WRAPPERS)
+@pytest.mark.parametrize("restored", WRAPPERS)
+def test_buffers_are_restored_with_and_without_wrappers(tmp_path, saved, restored):
+    def wrap(networks, name):
+        return {number: WRAPPERS[name](nn.Sequential(network)) for number, network in networks.items()}
+
+    before, after = trained_networks(3), build_networks(range(3))
+    load(save(tmp_path, build(), wrap(before, saved)), build(), wrap(after, restored))
+    assert statistics(after.values()) == statistics(before.values())
 
 
 def test_every_rank_of_a_replica_restores_its_own_buffers(tmp_path):
@@ -522,6 +545,21 @@ def test_full_disk_leaves_previous_checkpoints_intact(tmp_path, monkeypatch, mod
         save(tmp_path, run_steps(build(), range(6)))
     assert names(tmp_path) == [before.name]
     assert state(load(before, build())) == state(run_steps(build(), range(3)))
+
+
+@pytest.mark.filterwarnings("always")  # as after a library has changed a filter
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
+def test_directories_that_cannot_be_synced_are_reported_once(run, tmp_path, monkeypatch, number):
+    """SMB and some FUSE file systems flush files only."""
+
+    def is_directory(file):
+        return os.path.isdir(f"/proc/self/fd/{file}")
+
+    with failing(monkeypatch, os, "fsync", is_directory, OSError(number, os.strerror(number))):
+        assert run.new(tmp_path / "run", "--checkpoint-every", 1, at={12: STOP}) == 75
+    (warning,) = run.warnings()
+    assert os.strerror(number) in warning
+    assert names(tmp_path / "run" / "checkpoints") == ["00000002-0000", "00000002-0002"]
 
 
 def test_files_are_synced_before_the_rename(tmp_path, monkeypatch):
