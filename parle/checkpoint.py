@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import re
+import secrets
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -52,7 +53,8 @@ def save(
         OSError: on every rank, if any rank could not write. Earlier checkpoints are unaffected.
     """
     path = folder / f"{optimizer.rounds_done:08}-{optimizer.step_in_round:04}"
-    temporary = folder / f".{path.name}"
+    suffix = groups.world.all_gather(secrets.token_hex(4))[0]  # so that nobody can put a link there before
+    temporary = folder / f".{path.name}-{suffix}"
     checksums, failure = {}, None
     states = _split_by_replica(optimizer.state_dict())
     shared, counters = {}, {name: optimizer.param_groups[0][name] for name in PROGRESS}
@@ -144,7 +146,7 @@ def read_manifest(path: Path, verify_files: bool = True) -> dict[str, Any]:
         CheckpointError: the checkpoint is damaged, or of another format.
     """
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        manifest = json.loads(_regular_file(path / MANIFEST).read_text())
         if manifest["format"] != FORMAT:
             raise ValueError(
                 f"its format is {manifest['format']}, and this version reads {FORMAT}: use the version that wrote it"
@@ -162,13 +164,32 @@ def read_manifest(path: Path, verify_files: bool = True) -> dict[str, Any]:
             or not (counters["rounds_done"] >= 0)  # refuses NaN as well
         ):
             raise ValueError(f"the counters in {MANIFEST} are invalid")
+        if not _has_all_files(manifest):
+            raise ValueError(f"{MANIFEST} does not name the files of {manifest['num_replicas']} replicas")
         for name, expected in manifest["files"].items() if verify_files else ():
-            if _sha256(path / name) != expected:
+            if _sha256(_regular_file(path / name)) != expected:
                 raise ValueError(f"{name} does not match its checksum")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = f"{MANIFEST} has no {error}" if isinstance(error, KeyError) else error
         raise CheckpointError(f"{path} cannot be used: {reason}") from error
     return manifest
+
+
+def _has_all_files(manifest: dict[str, Any]) -> bool:
+    """Return whether a manifest names exactly the files that `save` writes, so that no other file is ever read."""
+    names, replicas = manifest["files"].keys(), manifest["num_replicas"]
+    ranks = (len(names) - 1) // replicas - 1  # of each replica
+    if ranks < 1:
+        return False
+    expected = {SHARED, *(_replica_file(number) for number in range(replicas))}
+    return names == expected | {_buffers_file(number, rank) for number in range(replicas) for rank in range(ranks)}
+
+
+def _regular_file(path: Path) -> Path:
+    """Return `path`. Raises: ValueError if it is a device or a pipe, whose end may never come."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path.name} is not a regular file")
+    return path
 
 
 def restore(

@@ -127,6 +127,10 @@ def find_checkpoint(args: argparse.Namespace) -> ResumePoint | None:
         path, manifest, complaints = checkpoint.latest_valid(paths)
     except checkpoint.CheckpointError as error:
         raise cli.UsageError(f"--resume: {error}") from error
+    try:
+        TrainState(**manifest["train_state"])
+    except (TypeError, ValueError) as error:
+        raise cli.UsageError(f"--resume: {path / checkpoint.MANIFEST}: {error}") from error
     for complaint in complaints:
         print(f"WARNING: {complaint}; using the previous one", flush=True)
     was, now = manifest["arguments"], json.loads(json.dumps(_to_json(args)))

@@ -203,7 +203,8 @@ class RunLogger:
         try:
             if not all(value.isfinite().all() for value in state.values()):
                 raise ValueError("the latest master has NaN or infinity")
-            with open(temporary, "wb") as file:
+            temporary.unlink(missing_ok=True)  # left by a killed run, or a link to another file
+            with open(temporary, "xb") as file:
                 torch.save(state, file)
                 file.flush()
                 os.fsync(file.fileno())

@@ -8,6 +8,7 @@ import functools
 import hashlib
 import importlib
 import json
+import os
 import shutil
 import sys
 import urllib.error
@@ -189,9 +190,20 @@ def seal(path, changes):
     """Change a manifest and recompute its checksums, so that only its contents are wrong."""
     manifest = json.loads((path / checkpoint.MANIFEST).read_text())
     changes(manifest)
-    del manifest["sha256"]
     if isinstance(manifest.get("files"), dict):
         manifest["files"] = {name: hashlib.sha256((path / name).read_bytes()).hexdigest() for name in manifest["files"]}
+    write_manifest(path, manifest)
+
+
+def reseal(path, change):
+    """Change a manifest and recompute only its own checksum."""
+    manifest = json.loads((path / checkpoint.MANIFEST).read_text())
+    change(manifest)
+    write_manifest(path, manifest)
+
+
+def write_manifest(path, manifest):
+    del manifest["sha256"]
     manifest["sha256"] = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     (path / checkpoint.MANIFEST).write_text(json.dumps(manifest))
 
@@ -221,6 +233,74 @@ def test_manifest_with_wrong_content_is_rejected(saved):
     (saved / checkpoint.MANIFEST).write_text(json.dumps(json.loads(good) | dict(note="not in the checksum")))
     with pytest.raises(checkpoint.CheckpointError, match="checksum"):
         checkpoint.read_manifest(saved)
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "../../secret", "replica-00.pt", "replica-1.pt", "log.jsonl"])
+def test_manifest_names_only_files_of_a_checkpoint(name, run, saved, assert_refused):
+    Path(run.parent, "secret").write_text("not to be read")
+
+    good = (saved / checkpoint.MANIFEST).read_bytes()
+    for dropped in ("nothing", "shared.pt"):
+
+        def change(manifest, dropped=dropped):
+            manifest["files"][name] = manifest["files"].pop(dropped, "0" * 64)
+
+        reseal(saved, change)
+        assert_refused("--resume", run, words=["--resume", saved])
+        (saved / checkpoint.MANIFEST).write_bytes(good)
+
+
+@pytest.mark.parametrize("name", ["replica-0.pt", "manifest.json"])
+@pytest.mark.parametrize("endless", [lambda path: path.symlink_to("/dev/zero"), os.mkfifo], ids=["device", "pipe"])
+def test_files_without_end_are_refused(name, endless, run, saved, assert_refused):
+    (saved / name).unlink()
+    endless(saved / name)
+    assert_refused("--resume", run, words=["--resume", saved, name])
+
+
+@pytest.mark.parametrize("count", [2, 10**9])
+def test_manifest_with_files_of_another_number_of_replicas_is_refused(count, run, saved, assert_refused):
+    reseal(saved, lambda manifest: manifest.update(num_replicas=count))
+    assert_refused("--resume", run, words=["--resume", saved])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("batch_size", -5),
+        ("batch_size", 2.5),
+        ("eval_every", 0),
+        ("replicas", 10**9),
+        ("replicas", [1]),
+        ("seed", True),
+        ("epochs", float("inf")),
+        ("momentum", 1),
+        ("lr", "fast"),
+        ("lr_drops", 3),
+        ("lr_drops", [-1]),
+        ("sync_every", 0),
+        ("model", "../lenet"),
+        ("dataset", "imagenet"),
+        ("method", None),
+        ("zca", "yes"),
+        ("augment", 1),
+        ("data", "/nowhere"),
+        ("device", {}),
+    ],
+)
+def test_saved_arguments_are_validated(name, value, run, saved, assert_refused):
+    reseal(saved, lambda manifest: manifest["arguments"].update({name: value}))
+    words = {"data": "--data", "device": "--device"}.get(name, checkpoint.MANIFEST)
+    assert_refused("--resume", run, words=[words])
+
+
+@pytest.mark.parametrize(
+    "state",
+    [dict(steps_done=-1), dict(steps_done=1.5), dict(train_seconds="1"), dict(seconds=1), dict(master_error=[])],
+)
+def test_saved_progress_is_validated(state, run, saved, assert_refused):
+    reseal(saved, lambda manifest: manifest["train_state"].update(state))
+    assert_refused("--resume", run, words=["--resume", saved / checkpoint.MANIFEST, *state])
 
 
 def doubled(value):

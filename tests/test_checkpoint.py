@@ -547,6 +547,18 @@ def test_full_disk_leaves_previous_checkpoints_intact(tmp_path, monkeypatch, mod
     assert state(load(before, build())) == state(run_steps(build(), range(3)))
 
 
+def test_saving_follows_no_link(tmp_path):
+    """The name of the next checkpoint is known in advance."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "shared.pt").write_text("precious")
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / ".00000001-0000").symlink_to(elsewhere)
+    path = save(tmp_path / "checkpoints", run_steps(build(), range(3)))
+    assert names(elsewhere) == ["shared.pt"] and (elsewhere / "shared.pt").read_text() == "precious"
+    checkpoint.read_manifest(path)
+
+
 @pytest.mark.filterwarnings("always")  # as after a library has changed a filter
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
 def test_directories_that_cannot_be_synced_are_reported_once(run, tmp_path, monkeypatch, number):

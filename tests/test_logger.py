@@ -474,6 +474,15 @@ def test_master_is_synced_then_renamed(logger, model, monkeypatch):
     assert calls == ["fsync", "replace"]
 
 
+def test_saving_the_master_follows_no_link(logger, model, tmp_path):
+    precious = tmp_path / "precious"
+    precious.write_text("precious")
+    (logger.folder / "master.tmp").symlink_to(precious)
+    logger.save_master(model)
+    assert precious.read_text() == "precious"
+    assert {path.name for path in logger.folder.iterdir()} == {"log.jsonl", "master.pt"}
+
+
 def test_failed_save_is_reported_and_keeps_the_old_master(logger, model, monkeypatch, capsys):
     logger.save_master(model)
     before = (logger.folder / "master.pt").read_bytes()
