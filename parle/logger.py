@@ -91,12 +91,11 @@ class RunLogger:
             f"{arguments['model']} on {event['dataset']}: {arguments['method']}, "
             f"{pluralize(event['num_replicas'], 'replica')} {processes} ({threads}), {devices}{idle}"
         )
-        source = f" from {event['source_dir']}" if event["source_dir"] else ""
         automatic = "lr / gamma_k steps (-L auto)"
         length = automatic if event["sync_every"] == "auto" else pluralize(event["sync_every"], "step")
         self.print_line(
-            f"{event['num_parameters']:,} parameters; {event['num_train_images']:,} training images{source}; "
-            f"batch size {arguments['batch_size']}"
+            f"{event['num_parameters']:,} parameters; {event['num_train_images']:,} training images from "
+            f"{_source(event)}; batch size {arguments['batch_size']}"
         )
         self.print_line(
             f"{pluralize(event['num_rounds'], 'round')} of {length}, "
@@ -212,6 +211,13 @@ class RunLogger:
         except (ValueError, OSError, RuntimeError) as error:  # torch raises RuntimeError for a full disk
             temporary.unlink(missing_ok=True)
             self.print_line(f"WARNING: {path} does not hold the latest master: {error}")
+
+
+def _source(event: dict[str, Any]) -> str:
+    """Return where the data of a run come from; without --data this may be the directory of an earlier run."""
+    if event["source_dir"]:
+        return event["source_dir"] + (", pre-processed earlier" if event["arguments"]["data"] is None else "")
+    return "scikit-learn" if event["dataset"] == "digits" else f"{event['arguments']['proc']}/raw"
 
 
 def environment_info() -> dict[str, Any]:
