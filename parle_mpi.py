@@ -293,12 +293,16 @@ def run(given: argparse.Namespace, world: MPIGroup) -> bool:
 
 
 def load_shared(world: MPIGroup, node: MPIGroup, args: argparse.Namespace) -> "Dataset":
-    """Return the data set. One rank pre-processes it, then one per node unless proc/ is shared; then all map it."""
+    """Return the data set. One rank pre-processes it, then one per node unless proc/ is shared; then all map it.
+
+    Downloading and pre-processing may take longer than --timeout.
+    """
     import loader
 
     load = functools.partial(loader.load, args.dataset, args.data, args.proc, args.zca)
-    for is_turn in (world.rank == 0, node.rank == 0):
-        world.run_and_propagate_errors(load, loader.DatasetError, only_if=is_turn)
+    with world.unlimited():
+        for is_turn in (world.rank == 0, node.rank == 0):
+            world.run_and_propagate_errors(load, loader.DatasetError, only_if=is_turn)
     return world.run_and_propagate_errors(load, loader.DatasetError)
 
 
