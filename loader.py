@@ -456,7 +456,7 @@ def _open(name: str, folder: Path, was_built: bool) -> Dataset:
             std=torch.tensor(meta["std"], dtype=torch.float32),
             classes=meta["classes"],
             source_dir=meta["source_dir"],
-            checksum=hashlib.sha256("".join(checksums).encode()).hexdigest(),
+            checksum=hashlib.sha256("".join(checksums).encode()).hexdigest()[:16],
         )
     except (FileNotFoundError, PermissionError, _ChangedError):
         raise

@@ -240,7 +240,15 @@ def world_group() -> MPIGroup:
 def run(given: argparse.Namespace, world: MPIGroup) -> bool:
     """Train, or with --doctor print what training would take. Returns whether the run is complete. Collective."""
     from parle import cli, doctor, launcher
-    from parle.experiment import Experiment, build_replica, find_checkpoint, hyperparameters, load_data, open_logger
+    from parle.experiment import (
+        Experiment,
+        build_replica,
+        describe_data,
+        find_checkpoint,
+        hyperparameters,
+        load_data,
+        open_logger,
+    )
 
     machine_specific = {"data", "proc", "out", "device"}
     world.check_consistent({name: value for name, value in vars(given).items() if name not in machine_specific})
@@ -273,7 +281,8 @@ def run(given: argparse.Namespace, world: MPIGroup) -> bool:
         return doctor.report_ranks(experiment, device, node)
 
     is_first = world.rank == 0
-    resume = world.run_and_propagate_errors(functools.partial(find_checkpoint, args), cli.UsageError, only_if=is_first)
+    find = functools.partial(find_checkpoint, args, describe_data(data, experiment.batches_per_epoch))
+    resume = world.run_and_propagate_errors(find, cli.UsageError, only_if=is_first)
     resume = world.all_gather(resume)[0]
     world.run_and_propagate_errors(functools.partial(experiment.restore, resume), cli.UsageError)
     open_log = functools.partial(open_logger, args, resume)

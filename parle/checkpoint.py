@@ -25,7 +25,7 @@ from parle.optimizer import ParleBase
 FORMAT = 4  # of a checkpoint's contents; increment it when they change
 FOLDER = "checkpoints"  # within the output directory
 MAX_TO_KEEP = 2
-FIELDS = dict(files=dict, arguments=dict, train_state=dict, counters=dict, num_replicas=int, log_bytes=int)
+FIELDS = dict(files=dict, arguments=dict, data=dict, train_state=dict, counters=dict, num_replicas=int, log_bytes=int)
 MANIFEST, SHARED, BUFFERS = "manifest.json", "shared.pt", "buffers-"
 MASTER = ("master", "master_momentum_buffer", "master_average")  # the states that all replicas share
 # of every group
@@ -153,6 +153,7 @@ def read_manifest(path: Path, verify_files: bool = True) -> dict[str, Any]:
             )
         if manifest.pop("sha256") != _manifest_sha256(manifest):
             raise ValueError(f"{MANIFEST} does not match its checksum")
+        manifest.setdefault("data", {})  # earlier versions did not write it
         for name, kind in FIELDS.items():
             if not isinstance(manifest[name], kind):
                 raise ValueError(f"{name} in {MANIFEST} has the wrong type")

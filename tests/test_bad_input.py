@@ -262,7 +262,7 @@ def test_files_without_end_are_refused(name, endless, run, saved, assert_refused
 
 
 @pytest.mark.parametrize("count", [2, 10**9])
-def test_manifest_with_files_of_another_number_of_replicas_is_refused(count, run, saved, assert_refused):
+def test_manifest_of_another_number_of_replicas_is_refused(count, run, saved, assert_refused):
     reseal(saved, lambda manifest: manifest.update(num_replicas=count))
     assert_refused("--resume", run, words=["--resume", saved])
 

@@ -29,6 +29,7 @@ from parle.checkpoint import CheckpointError
 from parle.distributed import Group, Groups
 from parle_gpu import Parle
 from tests import toy
+from tests.test_loader import write_idx
 from tests.toy import run_ranks
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
@@ -1112,6 +1113,76 @@ def test_resume_reports_another_program(run, stopped):
     assert run("--resume", stopped, at={1: STOP}) == 75
     assert re.search(r"parle_gpu\.py.*parle_mpi\.py", run.stdout)
     assert log_of(stopped, "resume")[0]["changes"] == {"program": ["parle_mpi.py", "parle_gpu.py"]}
+
+
+# Data of a resumed run
+
+
+MNIST = "-d mnist --device cpu -n 2 -L 2 -b 5 -B 2"
+
+
+def write_mnist(raw, monkeypatch, train=23, seed=0):
+    """Write random images in torchvision's layout."""
+    random = np.random.default_rng(seed)
+    splits = [(random.integers(0, 256, (count, 6, 6, 1)), np.arange(count) % 10) for count in (train, 11)]
+    write_idx("MNIST", raw, monkeypatch, splits)
+
+
+@pytest.fixture
+def stopped_on_mnist(run, tmp_path, monkeypatch):
+    """Stop a run whose --data and --proc are relative, and change to another directory, with data of the same name."""
+    for seed, name in enumerate("xy"):
+        write_mnist(tmp_path / name / "raw", monkeypatch, seed=seed)
+    monkeypatch.chdir(tmp_path / "x")
+    assert run(*MNIST.split(), "--data", "raw", "--proc", "proc", "--out", "run", at={4: STOP}) == 75
+    monkeypatch.chdir(tmp_path / "y")
+    return Path("../x/run")
+
+
+def test_resume_from_another_directory_uses_the_same_data(run, stopped_on_mnist, tmp_path):
+    assert run("--resume", stopped_on_mnist) == 0
+    (resume,) = log_of(stopped_on_mnist, "resume")
+    assert (resume["source_dir"], resume["changes"]) == (str(tmp_path / "x" / "raw"), {})
+    assert not Path("proc").exists()
+
+
+def test_resume_lists_changed_data(run, stopped_on_mnist, tmp_path, monkeypatch):
+    write_mnist(tmp_path / "z", monkeypatch, 24, seed=2)
+    (start,) = log_of(stopped_on_mnist, "start")
+    assert run("--resume", stopped_on_mnist, "--data", "../z", at={1: STOP}) == 75
+    (resume,) = log_of(stopped_on_mnist, "resume")
+    assert resume["changes"] == {
+        "source_dir": [str(tmp_path / "x" / "raw"), str(tmp_path / "z")],
+        "num_train_images": [23, 24],
+        "data_checksum": [start["data_checksum"], resume["data_checksum"]],
+    }
+    assert start["data_checksum"] != resume["data_checksum"]
+    assert str(tmp_path / "z") in run.stdout
+
+
+def test_changed_pixels_are_listed_when_a_run_resumes(run, stopped_on_mnist, tmp_path, monkeypatch):
+    shutil.rmtree(tmp_path / "x" / "raw")
+    write_mnist(tmp_path / "x" / "raw", monkeypatch, seed=3)
+    assert run("--resume", stopped_on_mnist, at={1: STOP}) == 75
+    assert list(log_of(stopped_on_mnist, "resume")[0]["changes"]) == ["data_checksum"]
+
+
+def test_data_that_change_the_length_of_an_epoch_are_refused(run, stopped_on_mnist, tmp_path, monkeypatch):
+    write_mnist(tmp_path / "z", monkeypatch, 43)
+    before = content(stopped_on_mnist)
+    assert run("--resume", stopped_on_mnist, "--data", "../z") == 2
+    (line,) = run.stderr.splitlines()
+    assert all(word in line for word in ("--resume", "--data", "23", "43"))
+    assert content(stopped_on_mnist) == before
+    assert run("--resume", stopped_on_mnist, "--data", "../z", "-b", 10, at={1: STOP}) == 75
+    assert log_of(stopped_on_mnist, "resume")[0]["changes"].keys() > {"batch_size", "num_train_images"}
+
+
+def test_checkpoint_of_an_earlier_version_without_data_resumes(run, stopped):
+    for path in checkpoint.list_checkpoints(stopped / "checkpoints"):
+        rewrite(path, lambda manifest: manifest.pop("data"))
+    assert run("--resume", stopped, at={1: STOP}) == 75
+    assert log_of(stopped, "resume")[0]["changes"] == {}
 
 
 # What --resume names
