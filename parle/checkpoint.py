@@ -106,9 +106,10 @@ def _complete(temporary: Path, path: Path, manifest: dict[str, Any]) -> None:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints in `folder`, newest first."""
-    paths = [path.parent for path in folder.glob(f"*/{MANIFEST}") if re.fullmatch(r"\d+-\d+", path.parent.name)]
-    return sorted(paths, key=_position, reverse=True)
+    """Return the checkpoints in `folder`, newest first. Raises: PermissionError, which glob would ignore."""
+    names = os.listdir(folder) if folder.is_dir() else []
+    paths = [folder / name for name in names if re.fullmatch(r"\d+-\d+", name)]
+    return sorted((path for path in paths if (path / MANIFEST).exists()), key=_position, reverse=True)
 
 
 def _position(path: Path) -> list[int]:
@@ -409,6 +410,8 @@ def _read(path: Path) -> dict[Any, Any]:
         if not isinstance(content, dict):
             raise ValueError("it is not a dictionary")
         return content
+    except PermissionError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}): make it readable") from error
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"{path} is damaged ({' '.join(str(error).split())[:200]})") from error
 

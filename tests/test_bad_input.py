@@ -9,6 +9,7 @@ import hashlib
 import importlib
 import json
 import os
+import re
 import shutil
 import sys
 import urllib.error
@@ -19,7 +20,16 @@ import torch
 
 import loader
 from parle import checkpoint, launcher
-from tests.test_loader import FullDisk, flip, in_the_way, make_unreadable, snapshot, write_pickle, write_raw
+from tests.test_loader import (
+    FullDisk,
+    another_user,
+    flip,
+    in_the_way,
+    make_unreadable,
+    snapshot,
+    write_pickle,
+    write_raw,
+)
 
 pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("no_launcher")]
 TINY = "-d digits -n 1 -L 1 -b 4 -B 1e-9 --frac 0.01 --device cpu"
@@ -325,6 +335,18 @@ def test_invalid_checkpoint_file_is_refused(name, damage, run, saved, assert_ref
     if damage is write_doubles:
         seal(saved, lambda manifest: None)
     assert_refused("--resume", run, words=["--resume", saved])
+
+
+@pytest.mark.parametrize("closed", ["", "checkpoints", "checkpoints/00000002-0000", "manifest.json", "replica-0.pt"])
+def test_closed_checkpoint_is_reported_as_such(closed, run, saved, cache, tmp_path, monkeypatch, capsys):
+    path = (saved if "." in closed else run) / closed
+    path.chmod(0)
+    with another_user(tmp_path):
+        assert start(monkeypatch, "--resume", "run", "--proc", "proc") == 2
+    path.chmod(0o700)
+    error = capsys.readouterr().err
+    assert "Permission denied" in error and str(path.relative_to(tmp_path)) in error, error
+    assert error.count("\n") == 1 and not re.search("damaged|no checkpoint|does not exist", error)
 
 
 def test_two_damaged_checkpoints_are_both_named(trained, tmp_path, assert_refused):
