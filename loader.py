@@ -7,13 +7,16 @@ batches = loader.BatchLoader(data, batch_size=128, seed=42)  # infinite: next(ba
 import contextlib
 import enum
 import functools
+import hashlib
 import json
 import math
 import os
+import secrets
 import shutil
 import socket
+import stat
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,11 +24,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-FORMAT = 2  # of the files in proc/; increment it when they change, and older caches are rebuilt
+FORMAT = 3  # of the files in proc/; increment it when they change, and older caches are rebuilt
 DOWNLOAD_TIMEOUT = 20  # seconds without data
 ZCA_REGULARIZER = 1e-5  # added to the eigenvalues, as in the authors' code
+CHUNK = 10_000  # images that are processed at a time: SVHN's 604,388 would take 7 GB as floats
+FINGERPRINT = dict(size=int, mtime_ns=int, sha256=str)  # of a file, in meta.json
 
-Arrays = tuple[np.ndarray, np.ndarray]  # images (N, H, W, C) uint8, labels (N,) int64
+# images (N, H, W, C) uint8, in parts that are never joined in memory; labels (N,) int64
+Arrays = tuple[Sequence[np.ndarray], np.ndarray]
 
 
 class DatasetError(Exception):
@@ -48,6 +54,7 @@ class Dataset(NamedTuple):
     std: Tensor
     classes: int
     source_dir: str | None = None  # the directory of raw data; None if it was downloaded
+    checksum: str | None = None  # of images and labels
 
     @property
     def channels(self) -> int:
@@ -77,7 +84,7 @@ def read_idx(kind: str, raw: Path, download: bool) -> tuple[Arrays, Arrays]:
     _fetch(kind, [folder / name for name in names], download, lambda: getattr(datasets, kind)(raw, download=True))
     read = datasets.mnist.read_image_file, datasets.mnist.read_label_file
     arrays = [_parse(folder / name, read[i % 2]).numpy() for i, name in enumerate(names)]
-    return (arrays[0][..., None], arrays[1]), (arrays[2][..., None], arrays[3])
+    return ([arrays[0][..., None]], arrays[1]), ([arrays[2][..., None]], arrays[3])
 
 
 def read_cifar(kind: str, raw: Path, download: bool) -> tuple[Arrays, Arrays]:
@@ -90,7 +97,7 @@ def read_cifar(kind: str, raw: Path, download: bool) -> tuple[Arrays, Arrays]:
     _fetch(kind, list(sums), download, lambda: utils.download_and_extract_archive(cifar.url, raw, **archive))
     _check_sums(sums)
     sets = [cifar(raw, train=train) for train in (True, False)]
-    train, test = ((each.data, np.array(each.targets)) for each in sets)
+    train, test = (([each.data], np.array(each.targets)) for each in sets)
     return train, test
 
 
@@ -104,7 +111,7 @@ def read_svhn(kind: str, raw: Path, download: bool) -> tuple[Arrays, Arrays]:
     sets = [svhn(raw, split=split) for split in splits]
     images = [each.data.transpose(0, 2, 3, 1) for each in sets]
     labels = [each.labels for each in sets]
-    return (np.concatenate(images[:2]), np.concatenate(labels[:2])), (images[2], labels[2])
+    return (images[:2], np.concatenate(labels[:2])), (images[2:], labels[2])
 
 
 def read_digits(kind: str, raw: Path, download: bool) -> tuple[Arrays, Arrays]:
@@ -113,7 +120,7 @@ def read_digits(kind: str, raw: Path, download: bool) -> tuple[Arrays, Arrays]:
 
     digits = load_digits()
     images = np.round(digits.images[..., None] * (255 / 16)).astype(np.uint8)  # from 0..16
-    return (images[:-360], digits.target[:-360]), (images[-360:], digits.target[-360:])
+    return ([images[:-360]], digits.target[:-360]), ([images[-360:]], digits.target[-360:])
 
 
 class DatasetSpec(NamedTuple):
@@ -121,7 +128,7 @@ class DatasetSpec(NamedTuple):
 
     read: Callable[[str, Path, bool], tuple[Arrays, Arrays]]
     kind: str  # torchvision's name
-    raw: str | None  # its path below torchvision's root
+    raw: str | None  # its files below torchvision's root, as a glob pattern
     num_train_images: int
     channels: int
     size: int  # height and width in pixels
@@ -130,11 +137,11 @@ class DatasetSpec(NamedTuple):
 
 
 DATASETS = {
-    "mnist": DatasetSpec(read_idx, "MNIST", "MNIST/raw", 60_000, 1, 28, 10, False),
-    "fashion": DatasetSpec(read_idx, "FashionMNIST", "FashionMNIST/raw", 60_000, 1, 28, 10, False),
-    "cifar10": DatasetSpec(read_cifar, "CIFAR10", "cifar-10-batches-py", 50_000, 3, 32, 10, True),
-    "cifar100": DatasetSpec(read_cifar, "CIFAR100", "cifar-100-python", 50_000, 3, 32, 100, True),
-    "svhn": DatasetSpec(read_svhn, "SVHN", "train_32x32.mat", 604_388, 3, 32, 10, False),
+    "mnist": DatasetSpec(read_idx, "MNIST", "MNIST/raw/*-ubyte", 60_000, 1, 28, 10, False),
+    "fashion": DatasetSpec(read_idx, "FashionMNIST", "FashionMNIST/raw/*-ubyte", 60_000, 1, 28, 10, False),
+    "cifar10": DatasetSpec(read_cifar, "CIFAR10", "cifar-10-batches-py/*", 50_000, 3, 32, 10, True),
+    "cifar100": DatasetSpec(read_cifar, "CIFAR100", "cifar-100-python/*", 50_000, 3, 32, 100, True),
+    "svhn": DatasetSpec(read_svhn, "SVHN", "*_32x32.mat", 604_388, 3, 32, 10, False),
     "digits": DatasetSpec(read_digits, "digits", None, 1_437, 1, 8, 10, False),
 }
 
@@ -153,7 +160,7 @@ def _torchvision_datasets() -> Any:
 
 def _fetch(kind: str, paths: list[Path], download: bool, fetch: Callable[[], Any]) -> None:
     """Download missing files, if allowed. Raises: DatasetError, DownloadError."""
-    missing = [path for path in paths if not os.path.isfile(path)]
+    missing = [path for path in paths if not _is_file(path)]
     if not missing:
         return
     if not download:
@@ -174,9 +181,21 @@ def _fetch(kind: str, paths: list[Path], download: bool, fetch: Callable[[], Any
         socket.setdefaulttimeout(timeout)
 
 
+def _is_file(path: Path) -> bool:
+    """Return whether a file exists. Raises: PermissionError if its directory is closed, unlike os.path.isfile."""
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except PermissionError:
+        raise
+    except OSError:
+        return False
+
+
 def _parse(path: Path, read: Callable[[Path], Tensor]) -> Tensor:
     try:
         return read(path)
+    except PermissionError:
+        raise
     except Exception as error:
         raise DatasetError(f"{path} is damaged ({error}): replace it, or delete it to download it again") from error
 
@@ -187,6 +206,8 @@ def _check_sums(sums: dict[Path, str]) -> None:
     for path, md5 in sums.items():
         try:
             is_intact = check_integrity(path, md5)
+        except PermissionError:
+            raise
         except OSError as error:
             raise DatasetError(
                 f"{path} cannot be read ({error}): replace it, or delete it to download it again"
@@ -200,6 +221,18 @@ def _check_sums(sums: dict[Path, str]) -> None:
 # proc/: a directory per data set with four arrays and meta.json, written under a temporary name and then renamed
 
 
+@contextlib.contextmanager
+def _report_permission_errors() -> Iterator[None]:
+    try:
+        yield
+    except PermissionError as error:
+        raise DatasetError(
+            f"{error.filename}: permission denied: ask its owner to make it readable, or choose other directories with "
+            "--data and --proc"
+        ) from error
+
+
+@_report_permission_errors()
 def load(name: str, raw: Path | None = None, proc: Path = Path("proc"), zca: bool = False) -> Dataset:
     """Return a data set from `proc`, after building it if necessary. The ranks of a node share its memory maps.
 
@@ -215,25 +248,26 @@ def load(name: str, raw: Path | None = None, proc: Path = Path("proc"), zca: boo
         DownloadError: the data is missing and could not be downloaded.
     """
     if raw is not None and not os.path.isdir(raw):
-        raise DatasetError(f"--data {raw}: this directory does not exist")
-    source_dir = None if raw is None or name == "digits" else str(raw.resolve())
-    folder = cache(name, proc, zca)
+        raise DatasetError(f"--data {raw}: this directory does not exist, or permission is denied")
+    folder, spec, was_built = cache(name, proc, zca), DATASETS[name], False
     for _ in range(3):
-        if not is_current(folder, source_dir):
-            spec = DATASETS[name]
+        if not is_current(name, raw, proc, zca):
             train, test = spec.read(spec.kind, proc / "raw" if raw is None else raw, raw is None)
             _check_arrays(name, train, test, spec.classes)
+            raw_files = {file: _fingerprint(path) for file, path in _raw_files(name, raw, proc).items()}
+            meta = dict(format=FORMAT, source_dir=_source_dir(name, raw), raw_files=raw_files, classes=spec.classes)
             try:
-                _build(folder, train, test, zca, dict(format=FORMAT, source_dir=source_dir, classes=spec.classes))
+                _build(folder, train, test, zca, meta, functools.partial(is_current, name, raw, proc, zca))
             except OSError as error:
                 raise DatasetError(
                     f"{folder} cannot be written ({error.strerror or error}): choose another directory with --proc"
                 ) from error
+            was_built = True
         try:
-            return _open(name, folder)
-        except FileNotFoundError as error:  # retry in case another run is replacing it at this moment
-            missing = error
-    raise DatasetError(f"{folder} is damaged ({missing}): delete it and it will be rebuilt")
+            return _open(name, folder, was_built)
+        except (FileNotFoundError, _ChangedError) as error:  # retry: another run may be replacing it at this moment
+            reason = error
+    raise DatasetError(f"{folder} is damaged ({reason}): delete it and it will be rebuilt")
 
 
 def cache(name: str, proc: Path, zca: bool) -> Path:
@@ -241,13 +275,51 @@ def cache(name: str, proc: Path, zca: bool) -> Path:
     return proc / (f"{name}-zca" if zca else name)
 
 
-def is_current(folder: Path, source_dir: str | None) -> bool:
-    """Return whether `folder` has this format and, if a directory of raw data was given, was built from it."""
+@_report_permission_errors()
+def is_current(name: str, raw: Path | None, proc: Path, zca: bool) -> bool:
+    """Return whether `load` with these arguments would find the data set pre-processed, from the raw files of today.
+
+    Without `raw` data of any source is current. Raw files may be deleted.
+    """
     try:
-        meta = _read_meta(folder)
+        meta = _read_meta(cache(name, proc, zca))
     except (FileNotFoundError, NotADirectoryError):
         return False
-    return meta.get("format") == FORMAT and source_dir in (None, meta.get("source_dir"))
+    if meta.get("format") != FORMAT:
+        return False
+    if meta["source_dir"] != _source_dir(name, raw):
+        return raw is None
+    saved = meta["raw_files"]
+    return all(_is_unchanged(path, saved[file]) for file, path in _raw_files(name, raw, proc).items() if file in saved)
+
+
+def _source_dir(name: str, raw: Path | None) -> str | None:
+    return None if raw is None or DATASETS[name].raw is None else str(raw.resolve())
+
+
+def _raw_files(name: str, raw: Path | None, proc: Path) -> dict[str, Path]:
+    """Return the raw files that exist, by their path below torchvision's root."""
+    root, pattern = proc / "raw" if raw is None else raw, DATASETS[name].raw
+    paths = sorted(root.glob(pattern)) if pattern else []
+    return {str(path.relative_to(root)): path for path in paths if os.path.isfile(path)}
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    status = path.stat()
+    return dict(size=status.st_size, mtime_ns=status.st_mtime_ns, sha256=_sha256(path))
+
+
+def _is_unchanged(path: Path, saved: dict[str, Any]) -> bool:
+    """Return whether a file has this fingerprint. Its content is read only if it has been copied or touched."""
+    status = path.stat()
+    if status.st_size != saved["size"]:
+        return False
+    return status.st_mtime_ns == saved["mtime_ns"] or _sha256(path) == saved["sha256"]
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:
@@ -255,7 +327,9 @@ def _read_meta(folder: Path) -> dict[str, Any]:
         meta = json.loads((folder / "meta.json").read_text())
         if not isinstance(meta, dict):
             raise ValueError("meta.json is not an object")
-    except (FileNotFoundError, NotADirectoryError):
+        if meta.get("format") == FORMAT:
+            _check_meta(meta)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
         raise
     except (OSError, ValueError, RecursionError) as error:
         raise DatasetError(
@@ -264,45 +338,59 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     return meta
 
 
+def _check_meta(meta: dict[str, Any]) -> None:
+    """Check what is used before the arrays are opened. Raises: ValueError."""
+    if not isinstance(meta.get("source_dir", 0), str | None):
+        raise ValueError("meta.json has an invalid source_dir")
+    for name in ("raw_files", "arrays"):
+        files = meta.get(name)
+        if not isinstance(files, dict) or not all(_is_fingerprint(value) for value in files.values()):
+            raise ValueError(f"meta.json has invalid {name}")
+
+
+def _is_fingerprint(value: Any) -> bool:
+    return isinstance(value, dict) and {name: type(field) for name, field in value.items()} == FINGERPRINT
+
+
 def _check_arrays(name: str, train: Arrays, test: Arrays, classes: int) -> None:
     for split, (images, labels) in (("training", train), ("test", test)):
-        if len(images) != len(labels) or not len(images):
-            raise DatasetError(f"the {split} set of {name} has {len(images)} images and {len(labels)} labels")
+        count = sum(map(len, images))
+        if count != len(labels) or not count:
+            raise DatasetError(f"the {split} set of {name} has {count} images and {len(labels)} labels")
         if labels.min() < 0 or labels.max() >= classes:
             raise DatasetError(f"the {split} set of {name} has a label outside 0 to {classes - 1}")
-    if train[0].ndim != 4 or train[0].shape[1] != train[0].shape[2] or not train[0].shape[1]:
-        raise DatasetError(f"the images of {name} are {train[0].shape[1:]}: only square images are supported")
-    if train[0].shape[1:] != test[0].shape[1:]:
-        raise DatasetError(
-            f"the images of {name} are {train[0].shape[1:]} for training and {test[0].shape[1:]} for test"
-        )
+    first, *others = (part.shape[1:] for part in (*train[0], *test[0]))
+    if len(first) != 3 or first[0] != first[1] or not first[0]:
+        raise DatasetError(f"the images of {name} are {first}: only square images are supported")
+    for shape in others:
+        if shape != first:
+            raise DatasetError(f"the images of {name} are {first} and {shape}: all must have one size")
 
 
-def _build(folder: Path, train: Arrays, test: Arrays, zca: bool, meta: dict[str, Any]) -> None:
-    images = {"train": train[0], "test": test[0]}
-    channels = train[0].shape[3]
-    mean, std = np.zeros(channels), np.ones(channels)
-    if zca:
-        images = _apply_zca(images)
-    else:
-        mean, std = _channel_mean_std(train[0])
+def _build(
+    folder: Path, train: Arrays, test: Arrays, zca: bool, meta: dict[str, Any], is_current: Callable[[], bool]
+) -> None:
+    shape = train[0][0].shape[1:]
+    mean, std = (np.zeros(shape[2]), np.ones(shape[2])) if zca else _channel_mean_std(train[0])
+    convert, dtype = (_fit_zca(train[0]), np.float32) if zca else (_chunks, np.uint8)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    temporary = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
+    temporary.mkdir()  # unlike mkdtemp's, its mode follows the umask, as that of the files
     try:
-        for split, labels in (("train", train[1]), ("test", test[1])):
-            _save(temporary / f"{split}_images.npy", images[split])
-            _save(temporary / f"{split}_labels.npy", labels.astype(np.int64))
-        meta |= dict(mean=mean.tolist(), std=std.tolist())
+        for split, (images, labels) in (("train", train), ("test", test)):
+            _save(temporary / f"{split}_images.npy", (len(labels), *shape), dtype, convert(images))
+            _save(temporary / f"{split}_labels.npy", labels.shape, np.int64, [labels.astype(np.int64)])
+        arrays = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
+        meta |= dict(mean=mean.tolist(), std=std.tolist(), arrays=arrays)
         with open(temporary / "meta.json", "w") as file:
             json.dump(meta, file)
             _fsync(file)
-        temporary.chmod(0o755)  # mkdtemp's directories are accessible to their user only
-        _put(temporary, folder, meta["source_dir"])
+        _put(temporary, folder, is_current)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _put(temporary: Path, folder: Path, source_dir: str | None) -> None:
+def _put(temporary: Path, folder: Path, is_current: Callable[[], bool]) -> None:
     """Rename `temporary` to `folder`, replacing an older one, unless another run has just written the same.
 
     Raises:
@@ -317,17 +405,20 @@ def _put(temporary: Path, folder: Path, source_dir: str | None) -> None:
         with contextlib.suppress(FileNotFoundError):  # another run has just moved it
             if "meta.json" not in os.listdir(folder):
                 raise DatasetError(f"{folder} was not written by this program: choose another directory with --proc")
-            if is_current(folder, source_dir):
+            if is_current():
                 return
             with tempfile.TemporaryDirectory(dir=folder.parent) as trash:
                 os.rename(folder, Path(trash) / "old")
     raise blocked
 
 
-def _save(path: Path, array: np.ndarray) -> None:
+def _save(path: Path, shape: tuple[int, ...], dtype: type, chunks: Iterable[np.ndarray]) -> None:
+    """Write an array that is given in chunks of rows."""
+    header = dict(descr=np.lib.format.dtype_to_descr(np.dtype(dtype)), fortran_order=False, shape=shape)
     with open(path, "wb") as file:
-        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
-        file.write(np.ascontiguousarray(array).data)  # np.save does not report an error in the last few bytes
+        np.lib.format.write_array_header_1_0(file, header)
+        for chunk in chunks:
+            file.write(np.ascontiguousarray(chunk).data)  # np.save does not report an error in the last few bytes
         _fsync(file)
 
 
@@ -337,14 +428,26 @@ def _fsync(file: Any) -> None:
     os.fsync(file.fileno())
 
 
-def _open(name: str, folder: Path) -> Dataset:
+class _ChangedError(Exception):
+    """An array is not the one that meta.json describes."""
+
+
+def _open(name: str, folder: Path, was_built: bool) -> Dataset:
+    """Map the arrays of a data set, after reading them once if it was just built.
+
+    Raises:
+        FileNotFoundError, _ChangedError: an array is missing, or damaged or replaced.
+    """
     meta = _read_meta(folder)
     try:
-        arrays = {
-            f"{split}_{content}": np.lib.format.open_memmap(folder / f"{split}_{content}.npy", mode="c")
-            for split in ("train", "test")
-            for content in ("images", "labels")
-        }
+        arrays, checksums = {}, []
+        for array in (f"{split}_{content}" for split in ("train", "test") for content in ("images", "labels")):
+            path = folder / f"{array}.npy"
+            saved = meta["arrays"][path.name]
+            if (_sha256(path) != saved["sha256"]) if was_built else not _is_unchanged(path, saved):
+                raise _ChangedError(f"{path.name} does not match its checksum")
+            arrays[array] = np.lib.format.open_memmap(path, mode="c")
+            checksums.append(saved["sha256"])
         _check_cache(name, arrays, meta)
         return Dataset(
             name=name,
@@ -353,8 +456,9 @@ def _open(name: str, folder: Path) -> Dataset:
             std=torch.tensor(meta["std"], dtype=torch.float32),
             classes=meta["classes"],
             source_dir=meta["source_dir"],
+            checksum=hashlib.sha256("".join(checksums).encode()).hexdigest()[:16],
         )
-    except FileNotFoundError:
+    except (FileNotFoundError, PermissionError, _ChangedError):
         raise
     except Exception as error:  # numpy and torch raise many kinds of errors for invalid arrays and numbers
         raise DatasetError(
@@ -370,53 +474,60 @@ def _check_cache(name: str, arrays: dict[str, np.ndarray], meta: dict[str, Any])
             raise ValueError(f"{split}.npy holds {array.dtype} of {array.ndim} dimensions")
     if meta["classes"] != DATASETS[name].classes or not isinstance(meta["classes"], int):
         raise ValueError(f"meta.json has {meta['classes']} classes")
-    if not isinstance(meta["source_dir"], str | None):
-        raise ValueError(f"meta.json has source_dir {meta['source_dir']}")
-    train, test = ((arrays[f"{split}_images"], arrays[f"{split}_labels"]) for split in ("train", "test"))
+    train, test = (([arrays[f"{split}_images"]], arrays[f"{split}_labels"]) for split in ("train", "test"))
     _check_arrays(name, train, test, meta["classes"])
     mean, std = np.array(meta["mean"], dtype=np.float64), np.array(meta["std"], dtype=np.float64)
-    fits = mean.shape == std.shape == train[0].shape[3:]
+    fits = mean.shape == std.shape == train[0][0].shape[3:]
     if not (fits and np.isfinite([mean, std]).all() and (std > 0).all()):
         raise ValueError("meta.json has an invalid mean or std")
 
 
-def _chunks(images: np.ndarray, *shape: int) -> Iterator[Tensor]:
-    """Yield images as float32, reshaped, 10,000 at a time: SVHN's 604,388 would take 7 GB."""
-    for start in range(0, len(images), 10_000):
-        yield torch.from_numpy(images[start : start + 10_000]).reshape(shape).float()
+def _chunks(images: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
+    for part in images:
+        yield from (part[start : start + CHUNK] for start in range(0, len(part), CHUNK))
 
 
-def _channel_mean_std(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _float_chunks(images: Sequence[np.ndarray], row: int) -> Iterator[Tensor]:
+    """Yield chunks as float32 matrices with `row` columns."""
+    for chunk in _chunks(images):
+        yield torch.from_numpy(chunk).reshape(-1, row).float()
+
+
+def _channel_mean_std(images: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Return mean and standard deviation of each channel, (C,)."""
-    channels, count = images.shape[3], images.size // images.shape[3]
-    mean = sum(chunk.sum(0, dtype=torch.float64) for chunk in _chunks(images, -1, channels)) / count
-    squares = sum((chunk - mean).square().sum(0) for chunk in _chunks(images, -1, channels))
+    channels = images[0].shape[3]
+    count = sum(part.size for part in images) // channels
+    mean = sum(chunk.sum(0, dtype=torch.float64) for chunk in _float_chunks(images, channels)) / count
+    squares = sum((chunk - mean).square().sum(0) for chunk in _float_chunks(images, channels))
     return mean.numpy(), (squares / count).sqrt().clamp_min(1e-6).numpy()
 
 
-def _apply_zca(images: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Normalize contrast and whiten every split by the ZCA matrix of images["train"]. CIFAR takes about a minute."""
-    train = images["train"]
-    dimensions = math.prod(train.shape[1:])
+def _fit_zca(train: Sequence[np.ndarray]) -> Callable[[Sequence[np.ndarray]], Iterator[np.ndarray]]:
+    """Return the function that normalizes contrast and whitens by the ZCA matrix of `train`, in chunks.
 
-    def contrast_normalized(split: np.ndarray) -> Iterator[Tensor]:
-        for flat in _chunks(split, -1, dimensions):
+    CIFAR takes about a minute.
+    """
+    dimensions = math.prod(train[0].shape[1:])
+
+    def contrast_normalized(images: Sequence[np.ndarray]) -> Iterator[Tensor]:
+        for flat in _float_chunks(images, dimensions):
             flat -= flat.mean(1, keepdim=True)
             yield flat / flat.std(1, keepdim=True).clamp_min(1e-8)
 
-    mean = sum(chunk.sum(0, dtype=torch.float64) for chunk in contrast_normalized(train)) / len(train)
+    count = sum(map(len, train))
+    mean = sum(chunk.sum(0, dtype=torch.float64) for chunk in contrast_normalized(train)) / count
     covariance = torch.zeros(dimensions, dimensions, dtype=torch.float64)
     for chunk in contrast_normalized(train):
         centered = chunk - mean.float()
         covariance += centered.T @ centered
-    values, vectors = torch.linalg.eigh(covariance / len(train))
+    values, vectors = torch.linalg.eigh(covariance / count)
     zca = ((vectors / (values.clamp_min(0) + ZCA_REGULARIZER).sqrt()) @ vectors.T).float()
-    return {
-        name: torch.cat([(chunk - mean.float()) @ zca for chunk in contrast_normalized(split)])
-        .reshape(split.shape)
-        .numpy()
-        for name, split in images.items()
-    }
+
+    def whiten(images: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
+        for chunk in contrast_normalized(images):
+            yield ((chunk - mean.float()) @ zca).numpy()
+
+    return whiten
 
 
 # Batches

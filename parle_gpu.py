@@ -245,7 +245,14 @@ def train(
     args: argparse.Namespace, data: "Dataset", replica_devices: list[list[torch.device]], idle: list[str]
 ) -> bool:
     from parle import cli, doctor, launcher
-    from parle.experiment import Experiment, build_replica, find_checkpoint, hyperparameters, open_logger
+    from parle.experiment import (
+        Experiment,
+        build_replica,
+        describe_data,
+        find_checkpoint,
+        hyperparameters,
+        open_logger,
+    )
 
     copies = {device: data.to(device) for device in dict.fromkeys(devices[0] for devices in replica_devices)}
     replicas = []
@@ -264,7 +271,7 @@ def train(
     names = [" + ".join(map(cli.device_name, devices)) for devices in replica_devices]
     if args.doctor:
         return doctor.report_devices(experiment, names)
-    resume = find_checkpoint(args)
+    resume = find_checkpoint(args, describe_data(data, experiment.batches_per_epoch))
     experiment.restore(resume)
     logger = open_logger(args, resume)
     program = f"{launcher.python_command()} {shlex.quote(sys.argv[0])}"

@@ -275,7 +275,15 @@ def world_group() -> MPIGroup:
 def run(given: argparse.Namespace, world: MPIGroup) -> bool:
     """Train, or with --doctor print what training would take. Returns whether the run is complete. Collective."""
     from parle import cli, doctor, launcher
-    from parle.experiment import Experiment, build_replica, find_checkpoint, hyperparameters, load_data, open_logger
+    from parle.experiment import (
+        Experiment,
+        build_replica,
+        describe_data,
+        find_checkpoint,
+        hyperparameters,
+        load_data,
+        open_logger,
+    )
 
     machine_specific = {"data", "proc", "out", "device"}
     world.check_consistent({name: value for name, value in vars(given).items() if name not in machine_specific})
@@ -310,7 +318,8 @@ def run(given: argparse.Namespace, world: MPIGroup) -> bool:
         return doctor.report_ranks(experiment, device, node)
 
     is_first = world.rank == 0
-    resume = world.run_and_propagate_errors(functools.partial(find_checkpoint, args), cli.UsageError, only_if=is_first)
+    find = functools.partial(find_checkpoint, args, describe_data(data, experiment.batches_per_epoch))
+    resume = world.run_and_propagate_errors(find, cli.UsageError, only_if=is_first)
     resume = world.all_gather(resume)[0]
     world.run_and_propagate_errors(functools.partial(experiment.restore, resume), cli.UsageError)
     open_log = functools.partial(open_logger, args, resume)
@@ -330,12 +339,16 @@ def run(given: argparse.Namespace, world: MPIGroup) -> bool:
 
 
 def load_shared(world: MPIGroup, node: MPIGroup, args: argparse.Namespace) -> "Dataset":
-    """Return the data set. One rank pre-processes it, then one per node unless proc/ is shared; then all map it."""
+    """Return the data set. One rank pre-processes it, then one per node unless proc/ is shared; then all map it.
+
+    Downloading and pre-processing may take longer than --timeout.
+    """
     import loader
 
     load = functools.partial(loader.load, args.dataset, args.data, args.proc, args.zca)
-    for is_turn in (world.rank == 0, node.rank == 0):
-        world.run_and_propagate_errors(load, loader.DatasetError, only_if=is_turn)
+    with world.unlimited():
+        for is_turn in (world.rank == 0, node.rank == 0):
+            world.run_and_propagate_errors(load, loader.DatasetError, only_if=is_turn)
     return world.run_and_propagate_errors(load, loader.DatasetError)
 
 

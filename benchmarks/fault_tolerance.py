@@ -54,7 +54,7 @@ FAULTS = {
 
 def start(program: str, flags: str, proc: Path, out: Path, **environment: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, program, *FLAGS.split(), *flags.split(), "--proc", str(proc), "--out", str(out)]
-    environment = os.environ | dict(OMP_NUM_THREADS="1") | environment
+    environment = os.environ | dict(OMP_NUM_THREADS="1", PARLE_TESTING="1") | environment
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 

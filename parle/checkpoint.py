@@ -3,11 +3,13 @@
 A checkpoint is written under a temporary name, and renamed once it is complete and on disk. The last two are kept.
 """
 
+import errno
 import hashlib
 import json
 import os
 import pickle
 import re
+import secrets
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -23,8 +25,8 @@ from parle.optimizer import ParleBase
 FORMAT = 4  # of a checkpoint's contents; increment it when they change
 FOLDER = "checkpoints"  # within the output directory
 MAX_TO_KEEP = 2
-FIELDS = dict(files=dict, arguments=dict, train_state=dict, counters=dict, num_replicas=int, log_bytes=int)
-MANIFEST, SHARED = "manifest.json", "shared.pt"
+FIELDS = dict(files=dict, arguments=dict, data=dict, train_state=dict, counters=dict, num_replicas=int, log_bytes=int)
+MANIFEST, SHARED, BUFFERS = "manifest.json", "shared.pt", "buffers-"
 MASTER = ("master", "master_momentum_buffer", "master_average")  # the states that all replicas share
 # of every group
 PROGRESS = ("rounds_done", "step_in_round", "steps_per_round", "rounds_averaged", "gamma_k", "coupling_k", "lr")
@@ -51,7 +53,8 @@ def save(
         OSError: on every rank, if any rank could not write. Earlier checkpoints are unaffected.
     """
     path = folder / f"{optimizer.rounds_done:08}-{optimizer.step_in_round:04}"
-    temporary = folder / f".{path.name}"
+    suffix = groups.world.all_gather(secrets.token_hex(4))[0]  # so that nobody can put a link there before
+    temporary = folder / f".{path.name}-{suffix}"
     checksums, failure = {}, None
     states = _split_by_replica(optimizer.state_dict())
     shared, counters = {}, {name: optimizer.param_groups[0][name] for name in PROGRESS}
@@ -103,9 +106,10 @@ def _complete(temporary: Path, path: Path, manifest: dict[str, Any]) -> None:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints in `folder`, newest first."""
-    paths = [path.parent for path in folder.glob(f"*/{MANIFEST}") if re.fullmatch(r"\d+-\d+", path.parent.name)]
-    return sorted(paths, key=_position, reverse=True)
+    """Return the checkpoints in `folder`, newest first. Raises: PermissionError, which glob would ignore."""
+    names = os.listdir(folder) if folder.is_dir() else []
+    paths = [folder / name for name in names if re.fullmatch(r"\d+-\d+", name)]
+    return sorted((path for path in paths if (path / MANIFEST).exists()), key=_position, reverse=True)
 
 
 def _position(path: Path) -> list[int]:
@@ -143,13 +147,14 @@ def read_manifest(path: Path, verify_files: bool = True) -> dict[str, Any]:
         CheckpointError: the checkpoint is damaged, or of another format.
     """
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        manifest = json.loads(_regular_file(path / MANIFEST).read_text())
         if manifest["format"] != FORMAT:
             raise ValueError(
                 f"its format is {manifest['format']}, and this version reads {FORMAT}: use the version that wrote it"
             )
         if manifest.pop("sha256") != _manifest_sha256(manifest):
             raise ValueError(f"{MANIFEST} does not match its checksum")
+        manifest.setdefault("data", {})  # earlier versions did not write it
         for name, kind in FIELDS.items():
             if not isinstance(manifest[name], kind):
                 raise ValueError(f"{name} in {MANIFEST} has the wrong type")
@@ -161,13 +166,32 @@ def read_manifest(path: Path, verify_files: bool = True) -> dict[str, Any]:
             or not (counters["rounds_done"] >= 0)  # refuses NaN as well
         ):
             raise ValueError(f"the counters in {MANIFEST} are invalid")
+        if not _has_all_files(manifest):
+            raise ValueError(f"{MANIFEST} does not name the files of {manifest['num_replicas']} replicas")
         for name, expected in manifest["files"].items() if verify_files else ():
-            if _sha256(path / name) != expected:
+            if _sha256(_regular_file(path / name)) != expected:
                 raise ValueError(f"{name} does not match its checksum")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = f"{MANIFEST} has no {error}" if isinstance(error, KeyError) else error
         raise CheckpointError(f"{path} cannot be used: {reason}") from error
     return manifest
+
+
+def _has_all_files(manifest: dict[str, Any]) -> bool:
+    """Return whether a manifest names exactly the files that `save` writes, so that no other file is ever read."""
+    names, replicas = manifest["files"].keys(), manifest["num_replicas"]
+    ranks = (len(names) - 1) // replicas - 1  # of each replica
+    if ranks < 1:
+        return False
+    expected = {SHARED, *(_replica_file(number) for number in range(replicas))}
+    return names == expected | {_buffers_file(number, rank) for number in range(replicas) for rank in range(ranks)}
+
+
+def _regular_file(path: Path) -> Path:
+    """Return `path`. Raises: ValueError if it is a device or a pipe, whose end may never come."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path.name} is not a regular file")
+    return path
 
 
 def restore(
@@ -179,7 +203,8 @@ def restore(
 ) -> None:
     """Load a checkpoint into an optimizer and the local networks. The number of replicas may differ.
 
-    Additional replicas start at the master. With fewer replicas the master becomes the mean of the remaining ones.
+    Additional replicas start at the master, with the mean of the saved batch-norm statistics, as the master's are
+    defined in `evaluate_running_stats`. With fewer replicas the master becomes the mean of the remaining ones.
 
     Raises:
         CheckpointError: the checkpoint is from another network or method, or cannot be read.
@@ -212,7 +237,8 @@ def restore(
                     raise ValueError(f"parameter {position} has another shape or dtype")
             contents.append(content | dict(optimizer=state | dict(param_groups=own["param_groups"])))
         saved_buffers = [
-            _read_buffers(path, manifest, network, number, rank_in_replica) for number, network in networks.items()
+            _read_buffers(path, manifest, _buffers(network), number, rank_in_replica)
+            for number, network in networks.items()
         ]
         for content, piggyback in zip(contents, optimizer.piggyback, strict=True):
             if content["piggyback"].shape != piggyback.shape:
@@ -228,7 +254,7 @@ def restore(
                 parameter.copy_(weights)
             piggyback.copy_(content["piggyback"])
         for network, saved in zip(networks.values(), saved_buffers, strict=True):
-            for name, buffer in _buffers(network).items() if saved else ():
+            for name, buffer in _buffers(network).items():
                 buffer.copy_(saved[name])
 
 
@@ -304,22 +330,33 @@ def _parameters(optimizer: ParleBase, replica: int) -> list[nn.Parameter]:
 
 
 def _buffers(network: nn.Module) -> dict[str, Tensor]:
-    return dict((network.module if isinstance(network, nn.DataParallel) else network).named_buffers())
+    """Return the buffers by name; the names do not depend on DataParallel or torch.compile."""
+    if isinstance(network, nn.DataParallel):
+        return _buffers(network.module)
+    if hasattr(network, "_orig_mod"):
+        return _buffers(network._orig_mod)
+    return {name.replace("_orig_mod.", ""): buffer for name, buffer in network.named_buffers()}
 
 
 def _read_buffers(
-    path: Path, manifest: dict[str, Any], network: nn.Module, number: int, rank_in_replica: int
-) -> dict[str, Tensor] | None:
-    """Return the saved buffers of a replica's rank, or of its first one; None for an additional replica."""
+    path: Path, manifest: dict[str, Any], buffers: dict[str, Tensor], number: int, rank_in_replica: int
+) -> dict[str, Tensor]:
+    """Return the saved buffers of a replica's rank, or of its first one; for an additional replica the master's."""
     names = (_buffers_file(number, rank) for rank in (rank_in_replica, 0))
     name = next((name for name in names if name in manifest["files"]), None)
-    if name is None:
-        return None
-    saved = _read(path / name)
-    for name, buffer in _buffers(network).items():
-        if (saved[name].shape, saved[name].dtype) != (buffer.shape, buffer.dtype):
-            raise ValueError(f"{name} has another shape or dtype")
-    return saved
+    sources = [name] if name else [name for name in manifest["files"] if name.startswith(BUFFERS)]
+    contents = [_read(path / source) for source in sources]
+    for saved in contents:
+        for name, buffer in buffers.items():
+            if (saved[name].shape, saved[name].dtype) != (buffer.shape, buffer.dtype):
+                raise ValueError(f"{name} has another shape or dtype")
+    return {name: _mean([saved[name] for saved in contents]) for name in buffers}
+
+
+def _mean(tensors: list[Tensor]) -> Tensor:
+    """Return the mean of floating-point tensors, and the first of others, such as a count of mini-batches."""
+    first = tensors[0]
+    return torch.stack(tensors).double().mean(0).to(first.dtype) if first.is_floating_point() else first
 
 
 def _replica_file(number: int) -> str:
@@ -327,7 +364,7 @@ def _replica_file(number: int) -> str:
 
 
 def _buffers_file(number: int, rank_in_replica: int) -> str:
-    return f"buffers-{number}-{rank_in_replica}.pt"
+    return f"{BUFFERS}{number}-{rank_in_replica}.pt"
 
 
 def _write(path: Path, content: dict[Any, Any]) -> str:
@@ -350,10 +387,18 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def _fsync_directory(folder: Path) -> None:
-    """Force the names in `folder` to disk."""
+    """Force the names in `folder` to disk, where the file system can do it."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        warnings.warn(
+            f"The file system of the output directory cannot force directories to disk ({error.strerror}): a crash "
+            "of the machine may lose the last checkpoint",
+            stacklevel=1,
+        )
     finally:
         os.close(handle)
 
@@ -365,6 +410,8 @@ def _read(path: Path) -> dict[Any, Any]:
         if not isinstance(content, dict):
             raise ValueError("it is not a dictionary")
         return content
+    except PermissionError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}): make it readable") from error
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"{path} is damaged ({' '.join(str(error).split())[:200]})") from error
 

@@ -339,7 +339,10 @@ def parse(parser: Parser) -> argparse.Namespace:
         missing = not os.path.isdir(folder)
         raise UsageError(f"--resume {folder}: {'this directory does not exist' if missing else error}") from error
     run = folder if not is_checkpoint else folder.parent.parent if folder.parent.name == checkpoint.FOLDER else None
-    arguments = manifest["arguments"] | dict(out=run and str(run))
+    try:
+        arguments = saved_arguments(parser, manifest["arguments"]) | dict(out=run)
+    except argparse.ArgumentError as error:
+        raise UsageError(f"--resume {folder}: {checkpoint.MANIFEST}: {error}") from error
     if not launcher.is_started_by_parle() and launcher.has_several_ranks():
         del arguments["replicas"]  # by default the number of ranks, which may differ now
     if PRESETS[arguments["method"]]["rho"] == "1/n" and arguments["rho"] == 1 / manifest["num_replicas"]:
@@ -352,6 +355,41 @@ def parse(parser: Parser) -> argparse.Namespace:
             raise UsageError(f"--resume: {folder} has {name} {arguments[name]}, not {getattr(args, name)}")
     args.resume = folder if is_checkpoint else run / checkpoint.FOLDER
     return args
+
+
+def saved_arguments(parser: Parser, saved: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a checkpoint, validated and converted like those of the command line.
+
+    Arguments that `parser` does not have, such as the other program's, are left out.
+
+    Raises:
+        ArgumentError: an invalid argument, or one that every checkpoint has is missing.
+    """
+    arguments = {}
+    for action in parser._actions:
+        value = saved.get(action.dest)
+        try:
+            if value is not None:
+                arguments[action.dest] = _convert_saved(action, value)
+            elif action.dest in ("model", "dataset", "method", "zca", "replicas", "rho"):
+                raise argparse.ArgumentTypeError("missing")
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentError(action, str(error)) from error
+    return arguments
+
+
+def _convert_saved(action: argparse.Action, value: Any) -> Any:
+    """Return the value of an argument from JSON. Raises: ArgumentTypeError."""
+    convert = action.type or str
+    if action.nargs == 0:
+        if not isinstance(value, bool):
+            raise argparse.ArgumentTypeError(f"{value} is not true or false")
+        return value
+    if action.nargs == "*":
+        if not isinstance(value, list):
+            raise argparse.ArgumentTypeError(f"{value} is not a list")
+        return [convert(str(item)) for item in value]
+    return convert(str(value))
 
 
 def complete(given: argparse.Namespace, num_ranks: int | None) -> argparse.Namespace:
@@ -405,7 +443,7 @@ def validate(args: argparse.Namespace, num_ranks: int | None) -> None:
     if not (threads.strip().isdecimal() and len(threads) < 9 and 1 <= int(threads) <= MAX_THREADS):
         raise UsageError(f"OMP_NUM_THREADS is {threads!r}, not a number of threads from 1 to {MAX_THREADS}")
     if args.data is not None and not os.path.isdir(args.data):
-        raise UsageError(f"--data {args.data}: this directory does not exist")
+        raise UsageError(f"--data {args.data}: this directory does not exist, or permission is denied")
     if num_ranks is None:
         return
     if num_ranks % args.replicas:

@@ -3,11 +3,12 @@
 Importing this module does not start MPI.
 """
 
+import contextlib
 import math
 import os
 import pickle
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -145,6 +146,15 @@ class MPIGroup(Group):
         Unlike MPI's Free this may be called in a garbage collection, which can start in the middle of an MPI call.
         """
         _released.append(self.comm)
+
+    @contextlib.contextmanager
+    def unlimited(self) -> Iterator[None]:
+        """Wait without a time limit: one rank does work that may take hours. Every rank must enter and leave it."""
+        timeout, self.timeout = self.timeout, math.inf
+        try:
+            yield
+        finally:
+            self.timeout = timeout
 
     def wait(self, request: "MPI.Request") -> None:
         """Wait for `request`, polling with short sleeps: MPI's own wait spins on a core that another rank could use.

@@ -90,22 +90,21 @@ def _mpi_library() -> tuple[str, bool]:
 
 
 def _data(args: argparse.Namespace) -> tuple[str, bool]:
-    name, path_below_root = args.dataset, loader.DATASETS[args.dataset].raw
+    name, pattern = args.dataset, loader.DATASETS[args.dataset].raw
     folder = loader.cache(name, args.proc, args.zca)
-    source_dir = None if args.data is None or path_below_root is None else str(args.data.resolve())
     try:
-        if loader.is_current(folder, source_dir):
+        if loader.is_current(name, args.data, args.proc, args.zca):
             return f"{name}, pre-processed in {folder}", True
     except loader.DatasetError as error:
         return str(error), False
-    if path_below_root is None:
+    if pattern is None:
         return f"{name}, part of scikit-learn; the first run writes {folder}", True
-    raw = (args.proc / "raw" if args.data is None else args.data) / path_below_root
-    if raw.is_file() or (raw.is_dir() and any(raw.iterdir())):  # a failed download leaves an empty directory
-        return f"{name}, raw in {raw}; the first run writes {folder}", True
+    root = args.proc / "raw" if args.data is None else args.data
+    if any(root.glob(pattern)):
+        return f"{name}, raw in {root / pattern}; the first run writes {folder}", True
     if args.data is not None:
-        return f"{name} is missing: {raw} does not exist", False
-    return f"{name} is missing: the first run downloads it to {raw}", True
+        return f"{name} is missing: {root / pattern} does not exist", False
+    return f"{name} is missing: the first run downloads it to {root / pattern}", True
 
 
 # Measured costs

@@ -105,19 +105,32 @@ def build_schedule(args: argparse.Namespace) -> Schedule:
     return Schedule(args.epochs, args.lr_drops, args.lr_decay, args.eval_every, args.checkpoint_every)
 
 
+def describe_data(data: Dataset, batches_per_epoch: int) -> dict[str, Any]:
+    """Return what the log and checkpoints record of the data."""
+    return dict(
+        source_dir=data.source_dir,
+        num_train_images=len(data.train_labels),
+        data_checksum=data.checksum,
+        batches_per_epoch=batches_per_epoch,
+    )
+
+
 class ResumePoint(NamedTuple):
     """The checkpoint from which a run resumes."""
 
     path: Path
     manifest: dict[str, Any]
-    changes: dict[str, tuple[Any, Any]]  # arguments that differ: their old and new values
+    changes: dict[str, tuple[Any, Any]]  # arguments and properties of the data that differ: old and new values
 
 
-def find_checkpoint(args: argparse.Namespace) -> ResumePoint | None:
+def find_checkpoint(args: argparse.Namespace, data: dict[str, Any]) -> ResumePoint | None:
     """Return the checkpoint that --resume names, or the latest valid one of the directory that it names.
 
+    Args:
+        data: what `describe_data` returns.
+
     Raises:
-        UsageError: there is none.
+        UsageError: there is none, or its data are others, so that the length of an epoch would change.
     """
     if args.resume is None:
         return None
@@ -127,12 +140,25 @@ def find_checkpoint(args: argparse.Namespace) -> ResumePoint | None:
         path, manifest, complaints = checkpoint.latest_valid(paths)
     except checkpoint.CheckpointError as error:
         raise cli.UsageError(f"--resume: {error}") from error
+    try:
+        TrainState(**manifest["train_state"])
+    except (TypeError, ValueError) as error:
+        raise cli.UsageError(f"--resume: {path / checkpoint.MANIFEST}: {error}") from error
     for complaint in complaints:
         print(f"WARNING: {complaint}; using the previous one", flush=True)
     was, now = manifest["arguments"], json.loads(json.dumps(_to_json(args)))
     changes = {
         name: (was[name], now[name]) for name in was if name not in LOCAL_ARGUMENTS and was[name] != now.get(name)
     }
+    was = data | manifest["data"]
+    if was["batches_per_epoch"] != data["batches_per_epoch"] and not {"batch_size", "frac"} & changes.keys():
+        raise cli.UsageError(
+            f"--resume: {path} has {was['num_train_images']} training images and {was['batches_per_epoch']} rounds per "
+            f"epoch, but these data have {data['num_train_images']} and {data['batches_per_epoch']}: use --data with "
+            "the same images"
+        )
+    names = ("source_dir", "num_train_images", "data_checksum")
+    changes |= {name: (was[name], data[name]) for name in names if was[name] != data[name]}
     return ResumePoint(path, manifest, changes)
 
 
@@ -164,7 +190,8 @@ def open_logger(args: argparse.Namespace, resume: ResumePoint | None) -> RunLogg
 
 
 def _to_json(args: argparse.Namespace) -> dict[str, Any]:
-    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    """Return the arguments with absolute paths, since a run may be resumed from another directory."""
+    return {name: str(value.absolute()) if isinstance(value, Path) else value for name, value in vars(args).items()}
 
 
 @contextlib.contextmanager
@@ -183,8 +210,15 @@ def _note_how_to_resume(optimizer: ParleBase, folder: Path | None, command: str)
 @contextlib.contextmanager
 def _print_warnings(logger: RunLogger | None) -> Iterator[None]:
     """Print warnings as lines of the program's output, once and not on every rank."""
+    printed = set()
+
+    def show(message: Warning | str, *_: Any) -> None:
+        if logger and str(message) not in printed:  # Python forgets what it has shown when a library changes a filter
+            printed.add(str(message))
+            logger.print_line(f"WARNING: {message}")
+
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_: logger and logger.print_line(f"WARNING: {message}")
+        warnings.showwarning = show
         yield
 
 
@@ -247,12 +281,10 @@ class Experiment:
             **environment_info(),
             "arguments": _to_json(args),
             "dataset": args.dataset,
-            "source_dir": self.data.source_dir,
             "num_replicas": args.replicas,
             "sync_every": args.sync_every,
             "num_parameters": sum(parameter.numel() for parameter in evaluation_model.parameters()),
-            "num_train_images": len(self.data.train_labels),
-            "batches_per_epoch": self.batches_per_epoch,
+            **describe_data(self.data, self.batches_per_epoch),
             "num_rounds": schedule.num_rounds(self.batches_per_epoch),
             "threads_per_rank": torch.get_num_threads(),
             **environment,
@@ -272,7 +304,11 @@ class Experiment:
             nonlocal save_error
             if folder is None:
                 return
-            metadata = dict(arguments=_to_json(args), train_state=dataclasses.asdict(state))
+            metadata = dict(
+                arguments=_to_json(args),
+                data=describe_data(self.data, self.batches_per_epoch),
+                train_state=dataclasses.asdict(state),
+            )
             if logger:
                 metadata["log_bytes"] = logger.log_bytes
             try:

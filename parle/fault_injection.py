@@ -1,5 +1,7 @@
 """Faults for the tests of fault tolerance: PARLE_FAULT=KIND:REPLICA:ROUND takes effect as that round begins.
 
+It is ignored outside of tests, which set PARLE_TESTING=1.
+
 raise    raise an exception      kill     SIGKILL, as when memory runs out
 hang     sleep forever           nan      fill the replica's gradient with NaN
 """
@@ -16,7 +18,7 @@ KINDS = ("raise", "kill", "hang", "nan")
 
 def inject_fault(optimizer: ParleBase, replicas: list[int]) -> None:
     """Register the fault that the environment requests, if it is for one of the local replicas."""
-    if "PARLE_FAULT" not in os.environ:
+    if "PARLE_FAULT" not in os.environ or os.environ.get("PARLE_TESTING") != "1":
         return
     kind, replica, round_number = os.environ["PARLE_FAULT"].split(":")
     if kind not in KINDS:

@@ -46,6 +46,10 @@ class RunLogger:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise FileExistsError(f"another run is writing {self.log}") from error
+        except OSError as error:  # Lustre without -o flock and NFS without lockd, for example
+            self.print_line(
+                f"WARNING: the file system of {folder} has no file locks ({error.strerror}): no other run may use it"
+            )
         if log_bytes is not None:
             os.truncate(self.log, min(log_bytes, self.log_bytes))
         self.bar: tqdm | None = None
@@ -87,12 +91,11 @@ class RunLogger:
             f"{arguments['model']} on {event['dataset']}: {arguments['method']}, "
             f"{pluralize(event['num_replicas'], 'replica')} {processes} ({threads}), {devices}{idle}"
         )
-        source = f" from {event['source_dir']}" if event["source_dir"] else ""
         automatic = "lr / gamma_k steps (-L auto)"
         length = automatic if event["sync_every"] == "auto" else pluralize(event["sync_every"], "step")
         self.print_line(
-            f"{event['num_parameters']:,} parameters; {event['num_train_images']:,} training images{source}; "
-            f"batch size {arguments['batch_size']}"
+            f"{event['num_parameters']:,} parameters; {event['num_train_images']:,} training images from "
+            f"{_source(event)}; batch size {arguments['batch_size']}"
         )
         self.print_line(
             f"{pluralize(event['num_rounds'], 'round')} of {length}, "
@@ -199,7 +202,8 @@ class RunLogger:
         try:
             if not all(value.isfinite().all() for value in state.values()):
                 raise ValueError("the latest master has NaN or infinity")
-            with open(temporary, "wb") as file:
+            temporary.unlink(missing_ok=True)  # left by a killed run, or a link to another file
+            with open(temporary, "xb") as file:
                 torch.save(state, file)
                 file.flush()
                 os.fsync(file.fileno())
@@ -207,6 +211,13 @@ class RunLogger:
         except (ValueError, OSError, RuntimeError) as error:  # torch raises RuntimeError for a full disk
             temporary.unlink(missing_ok=True)
             self.print_line(f"WARNING: {path} does not hold the latest master: {error}")
+
+
+def _source(event: dict[str, Any]) -> str:
+    """Return where the data of a run come from; without --data this may be the directory of an earlier run."""
+    if event["source_dir"]:
+        return event["source_dir"] + (", pre-processed earlier" if event["arguments"]["data"] is None else "")
+    return "scikit-learn" if event["dataset"] == "digits" else f"{event['arguments']['proc']}/raw"
 
 
 def environment_info() -> dict[str, Any]:

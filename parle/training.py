@@ -66,6 +66,14 @@ class TrainState:
     master_error: float | None = None  # percent, of the last evaluation
     best_master_error: float | None = None
 
+    def __post_init__(self) -> None:
+        """Check the values, which may come from a file. Raises: ValueError."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            kinds = int if isinstance(field.default, int) else int | float  # an error may be NaN
+            if not (value is field.default is None or (isinstance(value, kinds) and not value < 0)):
+                raise ValueError(f"Invalid {field.name} value: {value}")
+
 
 class StopRequest:
     """Requests made by signals: to `save` a checkpoint, or to save and `stop`."""

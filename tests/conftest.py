@@ -13,6 +13,7 @@ sys.path.insert(0, str(ROOT))
 MPIEXEC = Path(sys.executable).with_name("mpiexec")
 OFFLINE = dict(http_proxy="http://127.0.0.1:9", https_proxy="http://127.0.0.1:9")  # no proxy listens on this port
 
+os.environ["PARLE_TESTING"] = "1"  # otherwise PARLE_FAULT has no effect
 torch.set_num_threads(1)  # the tests' networks are too small for more
 
 
@@ -31,8 +32,8 @@ def comm():
 
 def outside(changes):
     """Return the environment of a shell outside any launcher and any test, with `changes`."""
-    inside = ("PMI", "MPI", "OMPI", "SLURM", "PARLE", "PYTEST")
-    return {name: value for name, value in os.environ.items() if not name.startswith(inside)} | changes
+    inside, testing = ("PMI", "MPI", "OMPI", "SLURM", "PARLE", "PYTEST"), dict(PARLE_TESTING="1")
+    return {name: value for name, value in os.environ.items() if not name.startswith(inside)} | testing | changes
 
 
 @pytest.fixture

@@ -8,6 +8,8 @@ import functools
 import hashlib
 import importlib
 import json
+import os
+import re
 import shutil
 import sys
 import urllib.error
@@ -18,7 +20,16 @@ import torch
 
 import loader
 from parle import checkpoint, launcher
-from tests.test_loader import FullDisk, flip, in_the_way, make_unreadable, snapshot, write_pickle, write_raw
+from tests.test_loader import (
+    FullDisk,
+    another_user,
+    flip,
+    in_the_way,
+    make_unreadable,
+    snapshot,
+    write_pickle,
+    write_raw,
+)
 
 pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("no_launcher")]
 TINY = "-d digits -n 1 -L 1 -b 4 -B 1e-9 --frac 0.01 --device cpu"
@@ -179,7 +190,10 @@ def test_full_disk_is_reported_and_next_run_works(cache, proc, monkeypatch, asse
         patch.setattr(loader, "open", functools.partial(FullDisk, [92_000]), raising=False)
         assert_refused(*arguments, words=[cache, "No space left on device", "--proc"])
     assert start(monkeypatch, *arguments) == 0
-    assert [*snapshot(cache).values()] == [*snapshot(proc / "digits").values()]
+    new, old = (snapshot(folder) for folder in (cache, proc / "digits"))
+    assert [new[cache / path.name] for path in old if path.suffix == ".npy"] == [
+        content for path, content in old.items() if path.suffix == ".npy"
+    ]
 
 
 # Checkpoints
@@ -189,9 +203,20 @@ def seal(path, changes):
     """Change a manifest and recompute its checksums, so that only its contents are wrong."""
     manifest = json.loads((path / checkpoint.MANIFEST).read_text())
     changes(manifest)
-    del manifest["sha256"]
     if isinstance(manifest.get("files"), dict):
         manifest["files"] = {name: hashlib.sha256((path / name).read_bytes()).hexdigest() for name in manifest["files"]}
+    write_manifest(path, manifest)
+
+
+def reseal(path, change):
+    """Change a manifest and recompute only its own checksum."""
+    manifest = json.loads((path / checkpoint.MANIFEST).read_text())
+    change(manifest)
+    write_manifest(path, manifest)
+
+
+def write_manifest(path, manifest):
+    del manifest["sha256"]
     manifest["sha256"] = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     (path / checkpoint.MANIFEST).write_text(json.dumps(manifest))
 
@@ -223,6 +248,74 @@ def test_manifest_with_wrong_content_is_rejected(saved):
         checkpoint.read_manifest(saved)
 
 
+@pytest.mark.parametrize("name", ["/dev/zero", "../../secret", "replica-00.pt", "replica-1.pt", "log.jsonl"])
+def test_manifest_names_only_files_of_a_checkpoint(name, run, saved, assert_refused):
+    Path(run.parent, "secret").write_text("not to be read")
+
+    good = (saved / checkpoint.MANIFEST).read_bytes()
+    for dropped in ("nothing", "shared.pt"):
+
+        def change(manifest, dropped=dropped):
+            manifest["files"][name] = manifest["files"].pop(dropped, "0" * 64)
+
+        reseal(saved, change)
+        assert_refused("--resume", run, words=["--resume", saved])
+        (saved / checkpoint.MANIFEST).write_bytes(good)
+
+
+@pytest.mark.parametrize("name", ["replica-0.pt", "manifest.json"])
+@pytest.mark.parametrize("endless", [lambda path: path.symlink_to("/dev/zero"), os.mkfifo], ids=["device", "pipe"])
+def test_files_without_end_are_refused(name, endless, run, saved, assert_refused):
+    (saved / name).unlink()
+    endless(saved / name)
+    assert_refused("--resume", run, words=["--resume", saved, name])
+
+
+@pytest.mark.parametrize("count", [2, 10**9])
+def test_manifest_of_another_number_of_replicas_is_refused(count, run, saved, assert_refused):
+    reseal(saved, lambda manifest: manifest.update(num_replicas=count))
+    assert_refused("--resume", run, words=["--resume", saved])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("batch_size", -5),
+        ("batch_size", 2.5),
+        ("eval_every", 0),
+        ("replicas", 10**9),
+        ("replicas", [1]),
+        ("seed", True),
+        ("epochs", float("inf")),
+        ("momentum", 1),
+        ("lr", "fast"),
+        ("lr_drops", 3),
+        ("lr_drops", [-1]),
+        ("sync_every", 0),
+        ("model", "../lenet"),
+        ("dataset", "imagenet"),
+        ("method", None),
+        ("zca", "yes"),
+        ("augment", 1),
+        ("data", "/nowhere"),
+        ("device", {}),
+    ],
+)
+def test_saved_arguments_are_validated(name, value, run, saved, assert_refused):
+    reseal(saved, lambda manifest: manifest["arguments"].update({name: value}))
+    words = {"data": "--data", "device": "--device"}.get(name, checkpoint.MANIFEST)
+    assert_refused("--resume", run, words=[words])
+
+
+@pytest.mark.parametrize(
+    "state",
+    [dict(steps_done=-1), dict(steps_done=1.5), dict(train_seconds="1"), dict(seconds=1), dict(master_error=[])],
+)
+def test_saved_progress_is_validated(state, run, saved, assert_refused):
+    reseal(saved, lambda manifest: manifest["train_state"].update(state))
+    assert_refused("--resume", run, words=["--resume", saved / checkpoint.MANIFEST, *state])
+
+
 def doubled(value):
     if isinstance(value, dict):
         return {key: doubled(item) for key, item in value.items()}
@@ -242,6 +335,18 @@ def test_invalid_checkpoint_file_is_refused(name, damage, run, saved, assert_ref
     if damage is write_doubles:
         seal(saved, lambda manifest: None)
     assert_refused("--resume", run, words=["--resume", saved])
+
+
+@pytest.mark.parametrize("closed", ["", "checkpoints", "checkpoints/00000002-0000", "manifest.json", "replica-0.pt"])
+def test_closed_checkpoint_is_reported_as_such(closed, run, saved, cache, tmp_path, monkeypatch, capsys):
+    path = (saved if "." in closed else run) / closed
+    path.chmod(0)
+    with another_user(tmp_path):
+        assert start(monkeypatch, "--resume", "run", "--proc", "proc") == 2
+    path.chmod(0o700)
+    error = capsys.readouterr().err
+    assert "Permission denied" in error and str(path.relative_to(tmp_path)) in error, error
+    assert error.count("\n") == 1 and not re.search("damaged|no checkpoint|does not exist", error)
 
 
 def test_two_damaged_checkpoints_are_both_named(trained, tmp_path, assert_refused):

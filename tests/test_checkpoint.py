@@ -28,6 +28,8 @@ from parle import checkpoint, cli, distributed, evaluation, experiment, fault_in
 from parle.checkpoint import CheckpointError
 from parle.distributed import Group, Groups
 from parle_gpu import Parle
+from tests import toy
+from tests.test_loader import write_idx
 from tests.toy import run_ranks
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
@@ -437,14 +439,36 @@ def trained_networks(count):
 
 
 @pytest.mark.parametrize("now", [2, 3, 5])
-def test_buffers_are_restored_and_fresh_in_new_replicas(tmp_path, now):
+def test_buffers_are_restored_and_averaged_in_new_replicas(tmp_path, now):
     optimizer, saved = run_steps(build(), range(4)), trained_networks(3)
     path = save(tmp_path, optimizer, saved)
     restored = build_networks(range(now))
     load(path, build(now), restored)
-    expected = [*saved.values(), *build_networks(range(2)).values()][:now]
-    assert statistics(restored.values()) == statistics(expected)
+    master = nn.BatchNorm1d(2, affine=False)  # with the mean of the replicas' statistics
+    for buffer, *own in zip(master.buffers(), *(network.buffers() for network in saved.values()), strict=True):
+        buffer.copy_(torch.stack(own).double().mean(0))
+    assert statistics(restored.values()) == statistics([*saved.values(), master, master][:now])
     assert len({str(values) for values in statistics(saved.values())}) == 3
+
+
+WRAPPERS = {
+    "plain": lambda network: network,
+    "DataParallel": toy.DataParallel,
+    "compiled": torch.compile,
+    "compiled DataParallel": lambda network: torch.compile(toy.DataParallel(network)),
+    "compiled layer": lambda network: nn.Sequential(torch.compile(network[0])),
+}
+
+
+@pytest.mark.parametrize("saved", WRAPPERS)
+@pytest.mark.parametrize("restored", WRAPPERS)
+def test_buffers_are_restored_with_and_without_wrappers(tmp_path, saved, restored):
+    def wrap(networks, name):
+        return {number: WRAPPERS[name](nn.Sequential(network)) for number, network in networks.items()}
+
+    before, after = trained_networks(3), build_networks(range(3))
+    load(save(tmp_path, build(), wrap(before, saved)), build(), wrap(after, restored))
+    assert statistics(after.values()) == statistics(before.values())
 
 
 def test_every_rank_of_a_replica_restores_its_own_buffers(tmp_path):
@@ -522,6 +546,33 @@ def test_full_disk_leaves_previous_checkpoints_intact(tmp_path, monkeypatch, mod
         save(tmp_path, run_steps(build(), range(6)))
     assert names(tmp_path) == [before.name]
     assert state(load(before, build())) == state(run_steps(build(), range(3)))
+
+
+def test_saving_follows_no_link(tmp_path):
+    """The name of the next checkpoint is known in advance."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "shared.pt").write_text("precious")
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / ".00000001-0000").symlink_to(elsewhere)
+    path = save(tmp_path / "checkpoints", run_steps(build(), range(3)))
+    assert names(elsewhere) == ["shared.pt"] and (elsewhere / "shared.pt").read_text() == "precious"
+    checkpoint.read_manifest(path)
+
+
+@pytest.mark.filterwarnings("always")  # as after a library has changed a filter
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
+def test_directories_that_cannot_be_synced_are_reported_once(run, tmp_path, monkeypatch, number):
+    """SMB and some FUSE file systems flush files only."""
+
+    def is_directory(file):
+        return os.path.isdir(f"/proc/self/fd/{file}")
+
+    with failing(monkeypatch, os, "fsync", is_directory, OSError(number, os.strerror(number))):
+        assert run.new(tmp_path / "run", "--checkpoint-every", 1, at={12: STOP}) == 75
+    (warning,) = run.warnings()
+    assert os.strerror(number) in warning
+    assert names(tmp_path / "run" / "checkpoints") == ["00000002-0000", "00000002-0002"]
 
 
 def test_files_are_synced_before_the_rename(tmp_path, monkeypatch):
@@ -1062,6 +1113,76 @@ def test_resume_reports_another_program(run, stopped):
     assert run("--resume", stopped, at={1: STOP}) == 75
     assert re.search(r"parle_gpu\.py.*parle_mpi\.py", run.stdout)
     assert log_of(stopped, "resume")[0]["changes"] == {"program": ["parle_mpi.py", "parle_gpu.py"]}
+
+
+# Data of a resumed run
+
+
+MNIST = "-d mnist --device cpu -n 2 -L 2 -b 5 -B 2"
+
+
+def write_mnist(raw, monkeypatch, train=23, seed=0):
+    """Write random images in torchvision's layout."""
+    random = np.random.default_rng(seed)
+    splits = [(random.integers(0, 256, (count, 6, 6, 1)), np.arange(count) % 10) for count in (train, 11)]
+    write_idx("MNIST", raw, monkeypatch, splits)
+
+
+@pytest.fixture
+def stopped_on_mnist(run, tmp_path, monkeypatch):
+    """Stop a run whose --data and --proc are relative, and change to another directory, with data of the same name."""
+    for seed, name in enumerate("xy"):
+        write_mnist(tmp_path / name / "raw", monkeypatch, seed=seed)
+    monkeypatch.chdir(tmp_path / "x")
+    assert run(*MNIST.split(), "--data", "raw", "--proc", "proc", "--out", "run", at={4: STOP}) == 75
+    monkeypatch.chdir(tmp_path / "y")
+    return Path("../x/run")
+
+
+def test_resume_from_another_directory_uses_the_same_data(run, stopped_on_mnist, tmp_path):
+    assert run("--resume", stopped_on_mnist) == 0
+    (resume,) = log_of(stopped_on_mnist, "resume")
+    assert (resume["source_dir"], resume["changes"]) == (str(tmp_path / "x" / "raw"), {})
+    assert not Path("proc").exists()
+
+
+def test_resume_lists_changed_data(run, stopped_on_mnist, tmp_path, monkeypatch):
+    write_mnist(tmp_path / "z", monkeypatch, 24, seed=2)
+    (start,) = log_of(stopped_on_mnist, "start")
+    assert run("--resume", stopped_on_mnist, "--data", "../z", at={1: STOP}) == 75
+    (resume,) = log_of(stopped_on_mnist, "resume")
+    assert resume["changes"] == {
+        "source_dir": [str(tmp_path / "x" / "raw"), str(tmp_path / "z")],
+        "num_train_images": [23, 24],
+        "data_checksum": [start["data_checksum"], resume["data_checksum"]],
+    }
+    assert start["data_checksum"] != resume["data_checksum"]
+    assert str(tmp_path / "z") in run.stdout
+
+
+def test_changed_pixels_are_listed_when_a_run_resumes(run, stopped_on_mnist, tmp_path, monkeypatch):
+    shutil.rmtree(tmp_path / "x" / "raw")
+    write_mnist(tmp_path / "x" / "raw", monkeypatch, seed=3)
+    assert run("--resume", stopped_on_mnist, at={1: STOP}) == 75
+    assert list(log_of(stopped_on_mnist, "resume")[0]["changes"]) == ["data_checksum"]
+
+
+def test_data_that_change_the_length_of_an_epoch_are_refused(run, stopped_on_mnist, tmp_path, monkeypatch):
+    write_mnist(tmp_path / "z", monkeypatch, 43)
+    before = content(stopped_on_mnist)
+    assert run("--resume", stopped_on_mnist, "--data", "../z") == 2
+    (line,) = run.stderr.splitlines()
+    assert all(word in line for word in ("--resume", "--data", "23", "43"))
+    assert content(stopped_on_mnist) == before
+    assert run("--resume", stopped_on_mnist, "--data", "../z", "-b", 10, at={1: STOP}) == 75
+    assert log_of(stopped_on_mnist, "resume")[0]["changes"].keys() > {"batch_size", "num_train_images"}
+
+
+def test_checkpoint_of_an_earlier_version_without_data_resumes(run, stopped):
+    for path in checkpoint.list_checkpoints(stopped / "checkpoints"):
+        rewrite(path, lambda manifest: manifest.pop("data"))
+    assert run("--resume", stopped, at={1: STOP}) == 75
+    assert log_of(stopped, "resume")[0]["changes"] == {}
 
 
 # What --resume names

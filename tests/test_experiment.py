@@ -8,6 +8,7 @@ import time
 from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import ANY
 
 import pytest
 import torch
@@ -296,7 +297,8 @@ def test_only_the_last_evaluation_has_running_statistics(finished):
 
 def test_the_first_event_describes_the_run(finished):
     start, trial = finished.logger.record[0], finished.trial
-    assert start["arguments"] == vars(trial.args) | dict(proc="proc")
+    assert start["arguments"] == vars(trial.args) | dict(proc=ANY)
+    assert Path(start["arguments"]["proc"]).is_absolute()
     expected = dict(event="start", log_version=2, dataset="digits", source_dir="/raw", num_replicas=2, sync_every=2)
     expected |= dict(num_train_images=64, num_rounds=4, batches_per_epoch=8, devices=["a", "b"], mpi="none")
     assert start.items() >= expected.items()
@@ -323,7 +325,7 @@ def test_checkpoints_are_in_the_output_directory(every, kept, folder):
     paths = sorted((folder / "run" / "checkpoints").iterdir())
     assert [path.name for path in paths] == [f"{rounds:08}-0000" for rounds in kept]
     manifest = checkpoint.read_manifest(paths[-1])
-    assert manifest["arguments"] == vars(trial.args) | dict(proc="proc")
+    assert manifest["arguments"] == vars(trial.args) | dict(proc=str(folder / "proc"))
     assert (manifest["log_bytes"], manifest["num_replicas"]) == (1234, 2)
     assert manifest["train_state"]["images_seen"] == 12 * 2 * 8 * 2
 

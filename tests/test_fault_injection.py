@@ -56,8 +56,10 @@ def test_exception_is_raised_at_the_start_of_the_round(arm, optimizer):
     assert (optimizer.rounds_done, optimizer.step_in_round) == (1, 0)
 
 
-def test_without_the_variable_nothing_is_injected(optimizer, monkeypatch):
-    monkeypatch.delenv("PARLE_FAULT", raising=False)
+@pytest.mark.parametrize("missing", ["PARLE_FAULT", "PARLE_TESTING"])
+def test_without_both_variables_nothing_is_injected(missing, optimizer, monkeypatch):
+    monkeypatch.setenv("PARLE_FAULT", "raise:0:1")
+    monkeypatch.delenv(missing)
     hooks = []
     monkeypatch.setattr(optimizer, "register_step_pre_hook", hooks.append)
     fault_injection.inject_fault(optimizer, [0, 1])

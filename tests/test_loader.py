@@ -17,6 +17,7 @@ import time
 import tracemalloc
 import urllib.error
 from pathlib import Path
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
@@ -58,7 +59,7 @@ def tiny(monkeypatch):
 
     def read(kind, raw, download):
         reads.append(raw)
-        return arrays
+        return [([images], labels) for images, labels in arrays]
 
     monkeypatch.setitem(loader.DATASETS, "tiny", loader.DatasetSpec(read, "Tiny", None, 12, 2, 5, 10, False))
     return arrays, reads
@@ -316,10 +317,10 @@ def test_raw_paths_are_those_of_torchvision(tmp_path):
         kind = getattr(datasets, loader.DATASETS[name].kind)
         unread = kind.__new__(kind)
         unread.root = tmp_path
-        assert Path(unread.raw_folder) == tmp_path / loader.DATASETS[name].raw
-    assert datasets.CIFAR10.base_folder == loader.DATASETS["cifar10"].raw
-    assert datasets.CIFAR100.base_folder == loader.DATASETS["cifar100"].raw
-    assert datasets.SVHN.split_list["train"][1] == loader.DATASETS["svhn"].raw
+        assert Path(unread.raw_folder) == tmp_path / Path(loader.DATASETS[name].raw).parent
+    assert Path(datasets.CIFAR10.base_folder, "*") == Path(loader.DATASETS["cifar10"].raw)
+    assert Path(datasets.CIFAR100.base_folder, "*") == Path(loader.DATASETS["cifar100"].raw)
+    assert all(Path(names[1]).match(loader.DATASETS["svhn"].raw) for names in datasets.SVHN.split_list.values())
 
 
 @pytest.mark.parametrize("raw", [None, "empty"])
@@ -546,9 +547,59 @@ def test_arrays_are_copy_on_write_maps_of_proc(tiny, proc):
     assert_holds(loader.load("tiny", proc=proc), arrays)
 
 
-def test_cache_is_readable_by_other_users(tiny, proc):
-    loader.load("tiny", proc=proc)
-    assert (proc / "tiny").stat().st_mode & 0o777 == 0o755
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
+def test_modes_of_the_cache_follow_the_umask(umask, tiny, proc):
+    before = os.umask(umask)
+    try:
+        loader.load("tiny", proc=proc)
+    finally:
+        os.umask(before)
+    assert (proc / "tiny").stat().st_mode & 0o777 == 0o777 & ~umask
+    assert {path.stat().st_mode & 0o777 for path in (proc / "tiny").iterdir()} == {0o666 & ~umask}
+
+
+@contextlib.contextmanager
+def another_user(folder):
+    """Be a user who is not root, in a directory that this user can reach."""
+    folder.chmod(0o755)
+    os.chdir(folder)
+    user = os.geteuid()
+    os.seteuid(user or 65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+def assert_permission_denied(path, raw):
+    with pytest.raises(loader.DatasetError, match=rf"{re.escape(str(path))}.*permission denied") as caught:
+        loader.load("mnist", raw, Path("proc"))
+    assert not re.search("damaged|missing|delete", str(caught.value))
+
+
+@pytest.mark.parametrize("name", ["", "meta.json", "train_images.npy"])
+def test_closed_cache_is_not_reported_as_damaged(name, tmp_path, proc, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_raw("mnist", tmp_path / "raw", monkeypatch)
+    loader.load("mnist", tmp_path / "raw", proc)
+    (proc / "mnist" / name).chmod(0)
+    with another_user(tmp_path):
+        assert_permission_denied(Path("proc", "mnist", name), None)
+    (proc / "mnist" / name).chmod(0o700)
+
+
+@pytest.mark.parametrize("name", ["mnist", "cifar10", "svhn"])
+@pytest.mark.parametrize("closed", [0, -1])
+def test_closed_raw_file_is_not_reported_as_damaged_or_missing(name, closed, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _, files = write_raw(name, tmp_path / "raw", monkeypatch)
+    closed = files[0] if closed else files[0].parent
+    closed.chmod(0)
+    with another_user(tmp_path), pytest.raises(loader.DatasetError, match="permission denied") as caught:
+        loader.load(name, Path("raw"), Path("proc"))
+    closed.chmod(0o700)
+    assert str(closed.relative_to(tmp_path)) in str(caught.value)
+    assert not re.search("damaged|missing|delete", str(caught.value))
 
 
 def leave_temporary_folder(proc):
@@ -576,6 +627,13 @@ def cache(tiny, proc):
     """Return the directory of `tiny`, pre-processed."""
     loader.load("tiny", proc=proc)
     return proc / "tiny"
+
+
+def seal(cache):
+    """Make meta.json describe the arrays as they are, so that only their contents are wrong."""
+    meta = json.loads((cache / "meta.json").read_text())
+    meta["arrays"] = {name: loader._fingerprint(cache / name) for name in meta["arrays"]}
+    (cache / "meta.json").write_text(json.dumps(meta))
 
 
 @pytest.fixture
@@ -658,6 +716,47 @@ def test_damaged_cache_file_is_rejected_unexecuted(name, damage, marker, cache, 
     monkeypatch.chdir(tmp_path)
     damage(cache / name, marker)
     assert_damaged()
+    if name != "meta.json":
+        with contextlib.suppress(OSError):  # it is missing or cannot be read
+            seal(cache)
+        assert_damaged()
+
+
+@pytest.mark.parametrize("name", ["train_images.npy", "train_labels.npy", "test_images.npy", "test_labels.npy"])
+def test_changed_value_in_the_cache_is_detected(name, cache, assert_damaged):
+    flip(-1 if "images" in name else -8)(cache / name)
+    assert_damaged()
+
+
+def test_copied_cache_is_used(cache, tiny):
+    """A copy's files have other times of modification."""
+    arrays, reads = tiny
+    shutil.copytree(cache, cache.parent / "copy" / "tiny", copy_function=shutil.copyfile)
+    assert_holds(loader.load("tiny", proc=cache.parent / "copy"), arrays)
+    assert len(reads) == 1
+
+
+def test_cache_that_was_written_wrong_is_not_used(tiny, proc, monkeypatch):
+    """A new cache is read once, whatever its times of modification."""
+    rename = os.rename
+
+    def rename_and_corrupt(source, target):
+        status = (source / "test_images.npy").stat()
+        flip(-1)(source / "test_images.npy")
+        os.utime(source / "test_images.npy", ns=(status.st_atime_ns, status.st_mtime_ns))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", rename_and_corrupt)
+    with pytest.raises(loader.DatasetError, match=re.escape(str(proc / "tiny"))):
+        loader.load("tiny", proc=proc)
+
+
+def test_checksum_depends_on_the_data_only(tiny, tmp_path):
+    arrays, _ = tiny
+    checksums = [loader.load("tiny", proc=tmp_path / name).checksum for name in "ab"]
+    arrays[1][1][0] ^= 1
+    checksums.append(loader.load("tiny", proc=tmp_path / "c").checksum)
+    assert checksums[0] == checksums[1] != checksums[2]
 
 
 META = {
@@ -665,6 +764,8 @@ META = {
     "std": [None, [0, 1], [-1, 1], [1], {}, [[]], [float("inf"), 1]],
     "classes": [None, "10", 10.0, 0, -1, [10], 9, 10**30],
     "source_dir": [5, ["x"]],
+    "raw_files": [[], {"x": 1}, {"x": {"size": 1}}, {"x": {"size": "1", "mtime_ns": 1, "sha256": ""}}],
+    "arrays": [[], {}, {"train_images.npy": []}],
 }
 
 
@@ -681,10 +782,10 @@ def test_invalid_or_missing_meta_value_is_rejected(name, cache, assert_damaged):
 
 @pytest.mark.parametrize("value", [0, 1, 10**30, str(loader.FORMAT), None, {}])
 def test_cache_of_another_format_is_rebuilt(value, cache):
-    meta = (cache / "meta.json").read_text()
-    (cache / "meta.json").write_text(json.dumps(json.loads(meta) | dict(format=value)))
+    meta = json.loads((cache / "meta.json").read_text())
+    (cache / "meta.json").write_text(json.dumps(meta | dict(format=value)))
     loader.load("tiny", proc=cache.parent)
-    assert (cache / "meta.json").read_text() == meta
+    assert json.loads((cache / "meta.json").read_text()) == meta | dict(arrays=ANY)
 
 
 def keep_files(cache):
@@ -728,6 +829,46 @@ def test_another_data_folder_rebuilds_cache(tmp_path, proc, monkeypatch):
         assert_holds(loader.load("mnist", raw, proc), sets[raw])
         assert [path.name for path in proc.iterdir()] == ["mnist"]
     assert_holds(loader.load("mnist", None, proc), sets[raw])
+
+
+@pytest.mark.parametrize("downloaded", [False, True])
+@pytest.mark.parametrize("name", FORMATS)
+def test_changed_raw_files_rebuild_cache(name, downloaded, proc, tmp_path, monkeypatch):
+    raw = proc / "raw" if downloaded else tmp_path / "raw"
+    for seed in (1, 2):
+        shutil.rmtree(raw, ignore_errors=True)
+        arrays, _ = write_raw(name, raw, monkeypatch, seed)
+        assert_holds(loader.load(name, None if downloaded else raw, proc), arrays)
+
+
+@pytest.fixture
+def no_reads(monkeypatch):
+    """Return a function after which no raw data can be read."""
+
+    def forbid():
+        monkeypatch.setitem(loader.DATASETS, "mnist", loader.DATASETS["mnist"]._replace(read=None))
+
+    return forbid
+
+
+def test_touched_raw_files_do_not_rebuild_cache(tmp_path, proc, monkeypatch, no_reads):
+    """Jobs that copy the same data to a node's own disk give the files new times."""
+    arrays, files = write_raw("mnist", tmp_path / "raw", monkeypatch)
+    loader.load("mnist", tmp_path / "raw", proc)
+    no_reads()
+    for file in files:
+        os.utime(file)
+    assert_holds(loader.load("mnist", tmp_path / "raw", proc), arrays)
+
+
+def test_without_a_data_folder_its_later_changes_do_not_matter(tmp_path, proc, monkeypatch, no_reads):
+    arrays, files = write_raw("mnist", tmp_path / "raw", monkeypatch)
+    loader.load("mnist", tmp_path / "raw", proc)
+    no_reads()
+    append(b"\0")(files[0])
+    data = loader.load("mnist", None, proc)
+    assert_holds(data, arrays)
+    assert data.source_dir == str(tmp_path / "raw")
 
 
 def test_relative_path_of_same_data_folder_uses_cache(tmp_path, proc, monkeypatch):
@@ -915,6 +1056,46 @@ def test_building_makes_no_float_copy_of_images(tiny, proc):
 
 
 # ZCA whitening
+
+
+def peak_memory():
+    """Return the largest resident set since the last call, in bytes. Unlike tracemalloc it counts torch's memory."""
+    status = Path("/proc/self/status").read_text()
+    Path("/proc/self/clear_refs").write_text("5")
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status)[1])
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux")
+def test_whitening_holds_no_float_copy_of_the_images(tiny, proc, monkeypatch):
+    """SVHN's would take 7 GB."""
+    monkeypatch.setattr(loader, "CHUNK", 500)
+    arrays, _ = tiny
+    loader.load("tiny", proc=proc / "small", zca=True)  # libraries allocate memory at their first use
+    images = np.random.default_rng(1).integers(0, 256, (60_000, 9, 9, 2), np.uint8)
+    arrays[0] = (images, np.zeros(len(images), np.int64))
+    arrays[1] = (images[:1, ...].copy(), np.zeros(1, np.int64))
+    peak_memory()
+    before = peak_memory()
+    loader.load("tiny", proc=proc, zca=True)
+    assert peak_memory() - before < 2 * images.nbytes  # as floats they take four times their bytes
+
+
+@pytest.mark.parametrize("zca", [False, True])
+def test_parts_of_a_data_set_are_written_as_one(zca, tiny, proc, monkeypatch):
+    """SVHN is in two parts of different sizes."""
+    monkeypatch.setattr(loader, "CHUNK", 90)
+    arrays, _ = tiny
+    arrays[0] = (np.random.default_rng(1).integers(0, 256, (400, 5, 5, 2), np.uint8), np.arange(400) % 10)
+    whole = loader.load("tiny", proc=proc / "whole", zca=zca)
+
+    def read_parts(*_):
+        (images, labels), (test, wanted) = arrays
+        return ([images[:130], images[130:]], labels), ([test], wanted)
+
+    monkeypatch.setitem(loader.DATASETS, "tiny", loader.DATASETS["tiny"]._replace(read=read_parts))
+    parts = loader.load("tiny", proc=proc / "parts", zca=zca)
+    for name in ("train_images", "train_labels", "test_images", "test_labels", "mean", "std"):
+        torch.testing.assert_close(getattr(parts, name), getattr(whole, name), rtol=1e-4, atol=1e-4)
 
 
 def correlated_images(count, correlation, random):

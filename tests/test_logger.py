@@ -1,4 +1,6 @@
 import contextlib
+import errno
+import fcntl
 import json
 import os
 import platform
@@ -24,6 +26,8 @@ START = {
         "batch_size": 128,
         "epochs": 0.5,
         "lr_drops": [],
+        "data": None,
+        "proc": "there/proc",
         "on_nan": "restart",
     },
     "dataset": "mnist",
@@ -125,7 +129,9 @@ def test_everything_is_printed_to_stdout(logger, capsys):
         ({}, ["132,220", "60,000", r"\b128\b", "12 rounds", r"\b25 steps\b", r"\b24\b"]),
         (dict(num_rounds=1, sync_every=1), ["60,000", r"\b128\b", r"\b1 round\b", r"\b1 step\b"]),
         (dict(sync_every="auto"), ["128", "12 rounds", "auto"]),
-        (dict(source_dir="/data"), ["60,000", "/data", "12 rounds"]),
+        ({}, ["60,000", "there/proc/raw", "12 rounds"]),
+        (dict(source_dir="/old"), ["60,000", "/old", "earlier", "12 rounds"]),
+        (dict(source_dir="/data", arguments=START["arguments"] | {"data": "/data"}), ["/data; batch size"]),
         (dict(devices=["cuda:0"] * 6), ["6 ranks", "cuda:0"]),
         (
             dict(num_replicas=1, num_ranks=1, threads_per_rank=1, devices=["cpu"]),
@@ -399,6 +405,20 @@ def test_resume_is_refused_while_the_run_is_alive(tmp_path):
     assert second.log.read_bytes().startswith(before)
 
 
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP])
+def test_file_system_without_locks_is_reported_and_used(tmp_path, number, monkeypatch, capsys):
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    first = RunLogger(tmp_path)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert mentions(line, "WARNING", re.escape(str(tmp_path)), os.strerror(number))
+    first(START)
+    RunLogger(tmp_path, first.log_bytes)(RESUME)
+    assert [json.loads(line)["event"] for line in first.log.read_text().splitlines()] == ["start", "resume"]
+
+
 def closed_pipe():
     reads, writes = os.pipe()
     os.close(reads)
@@ -456,6 +476,15 @@ def test_master_is_synced_then_renamed(logger, model, monkeypatch):
     monkeypatch.setattr(os, "replace", lambda *paths: calls.append("replace") or replace(*paths))
     logger.save_master(model)
     assert calls == ["fsync", "replace"]
+
+
+def test_saving_the_master_follows_no_link(logger, model, tmp_path):
+    precious = tmp_path / "precious"
+    precious.write_text("precious")
+    (logger.folder / "master.tmp").symlink_to(precious)
+    logger.save_master(model)
+    assert precious.read_text() == "precious"
+    assert {path.name for path in logger.folder.iterdir()} == {"log.jsonl", "master.pt"}
 
 
 def test_failed_save_is_reported_and_keeps_the_old_master(logger, model, monkeypatch, capsys):

@@ -1,14 +1,19 @@
 """parle_mpi.py and its class in real MPI processes, each run with a time limit. See also test_programs.py."""
 
 import json
+import math
 import os
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+import loader
+import parle_mpi
+from parle.distributed import MPIGroup
 from parle_mpi import Parle
 from tests.conftest import OFFLINE, ROOT
 
@@ -50,9 +55,28 @@ def test_class_on_four_ranks(python):
         )
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_timeout_does_not_run_while_one_rank_builds_the_data(fails, comm, monkeypatch):
+    world, timeouts = MPIGroup(comm, 5.0), []
+
+    def load(*_):
+        timeouts.append(world.timeout)
+        if fails:
+            raise loader.DatasetError("no data")
+
+    monkeypatch.setattr(loader, "load", load)
+    args = SimpleNamespace(dataset="mnist", data=None, proc="proc", zca=False)
+    if fails:
+        with pytest.raises(loader.DatasetError):
+            parle_mpi.load_shared(world, world, args)
+    else:
+        parle_mpi.load_shared(world, world, args)
+    assert timeouts == ([math.inf] if fails else [math.inf, math.inf, 5.0])
+    assert world.timeout == 5.0
+
+
 SYNC_ON_ONE_RANK = """
 import torch
-from torch import nn
 from mpi4py import MPI
 from parle.distributed import CollectiveTimeout
 from parle_mpi import Parle

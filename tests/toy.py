@@ -42,7 +42,7 @@ def network():
 class DataParallel(nn.DataParallel):
     """torch's DataParallel over devices that the CPU simulates."""
 
-    def __init__(self, module, device_ids):
+    def __init__(self, module, device_ids=()):
         nn.Module.__init__(self)
         self.module, self.device_ids = module, device_ids
 
