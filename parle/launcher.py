@@ -15,6 +15,8 @@ import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from parle.streams import ignore_write_errors
+
 # Environment variables that hold a process's rank and the number of ranks; PMIx does not give the latter
 LAUNCHERS = {
     "Open MPI": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
@@ -92,14 +94,12 @@ def spawn_ranks(count: int) -> int | None:
     command = find_mpiexec()
     if command is None:
         raise FileNotFoundError("no mpiexec beside this Python or on the PATH: pip install mpich")
-    if sys.stdout and sys.stdout.isatty():
+    if sys.stdout.isatty():
         os.environ[TERMINAL_WIDTH] = str(shutil.get_terminal_size().columns)
     # Open MPI refuses root and more ranks than cores without these; other launchers ignore them
     os.environ.setdefault("PRTE_MCA_rmaps_default_mapping_policy", ":oversubscribe")
     os.environ.setdefault("OMPI_ALLOW_RUN_AS_ROOT", "1")
     os.environ.setdefault("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")
-    if sys.stdout is None:  # closed before the program started
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     sys.stdout.flush()
     with tempfile.TemporaryDirectory(prefix="parle-") as folder:
         return _supervise([command, "-n", str(count), sys.executable, *sys.argv], Path(folder), count)
@@ -139,7 +139,7 @@ def _supervise(command: list[str], folder: Path, count: int) -> int:
                 streams.unregister(key.fileobj)
             if not isinstance(key.data, int):
                 open_outputs -= not chunk
-                with contextlib.suppress(OSError):  # the reader is gone or the disk is full; the run continues
+                with ignore_write_errors(key.data):
                     key.data.buffer.write(chunk)
                     key.data.flush()
             elif chunk:
@@ -154,8 +154,9 @@ def _supervise(command: list[str], folder: Path, count: int) -> int:
         failed_rank = "mpiexec: killed"
     if failed_rank is not None and FAILED not in exit_notices.values():
         resume = folder / "resume"
-        hint = f"; resume with: {resume.read_text()}" if resume.exists() else ""
-        sys.stderr.write(f"{failed_rank}{hint}\n")
+        hint = f"; resume with: {os.fsdecode(resume.read_bytes())}" if resume.exists() else ""
+        with ignore_write_errors(sys.stderr):
+            sys.stderr.write(f"{failed_rank}{hint}\n")
         status = status or 1
     return status if status >= 0 else 128 - status
 
@@ -182,7 +183,7 @@ def write_resume_command(command: str) -> None:
     if is_started_by_parle() and rank_from_environment() is not None:
         folder, rank = Path(os.environ[STATUS_DIR]), rank_from_environment()[0]
         with contextlib.suppress(OSError):  # on a full disk the last line lacks this hint
-            (folder / f".resume-{rank}").write_text(command)
+            (folder / f".resume-{rank}").write_bytes(os.fsencode(command))
             os.replace(folder / f".resume-{rank}", folder / "resume")  # atomic
 
 
@@ -208,9 +209,11 @@ def run_or_abort(main: Callable[[], None]) -> None:
             code = error.code if isinstance(error.code, int) else 1
         else:
             text = f"rank {mpi.COMM_WORLD.rank}: {type(error).__name__}: {describe_error(error)}\n"
-            sys.stderr.write(traceback.format_exc() + text)
-        sys.stdout.flush()
-        sys.stderr.flush()
+            with ignore_write_errors(sys.stderr):
+                sys.stderr.write(traceback.format_exc() + text)
+        for stream in (sys.stdout, sys.stderr):
+            with ignore_write_errors(stream):
+                stream.flush()
         time.sleep(0.1)  # otherwise mpiexec may end before it has forwarded the output
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # MPI_Abort would print another last line
         mpi.COMM_WORLD.Abort(code)

@@ -24,12 +24,19 @@ def script(tmp_path):
     def write(body, before="", count=3):
         path = tmp_path / f"script{len(list(tmp_path.glob('*.py')))}.py"
         imports = f"import os, signal, sys, time\nsys.path.insert(0, {str(ROOT)!r})\n"
-        imports += "from parle import distributed, launcher\n"
+        imports += "from parle import distributed, launcher, streams\nstreams.prepare_streams()\n"
         spawn = f"if launcher.rank_from_environment() is None:\n    sys.exit(launcher.spawn_ranks({count}))\n"
         path.write_text(f"{imports}{before}\n{spawn}rank, size = launcher.rank_from_environment()\n{body}")
         return path
 
     return write
+
+
+def start_in_shell(path, redirected, **environment):
+    """Run a script in a shell that redirects its streams and return its exit status, stdout and stderr."""
+    line = f"{shlex.quote(sys.executable)} {shlex.quote(str(path))} {redirected}"
+    done = subprocess.run(["sh", "-c", line], env=outside(environment), capture_output=True, timeout=60)
+    return done.returncode, done.stdout, done.stderr
 
 
 @pytest.fixture
@@ -274,6 +281,15 @@ def test_signals_and_exit_status_75_are_forwarded(start, script, tmp_path, last)
     assert received == [f"{int(signal.SIGUSR1)} {int(last)} "] * 3
 
 
+@pytest.mark.parametrize("redirected", ["2>&-", ">&- 2>&-", ">/dev/full 2>/dev/full"])
+@pytest.mark.parametrize("end", ["sys.exit(75)", "os.kill(os.getpid(), signal.SIGKILL)"])
+def test_exit_status_is_the_same_with_unusable_streams(script, redirected, end):
+    path = script(f"print('out'), print('err', file=sys.stderr)\nlauncher.open_status_pipe()\n{end}", count=2)
+    status, out, err = start_in_shell(path, "")
+    assert status and b"out" in out and b"err" in err
+    assert start_in_shell(path, redirected)[::2] == (status, b"")
+
+
 KILLED = """
 from mpi4py import MPI
 
@@ -294,6 +310,12 @@ def test_last_line_names_killed_rank_and_resume_command(python, script, killed):
     assert done.returncode not in (0, 75)
     last = done.stderr.splitlines()[-1]
     assert f"rank {killed}" in last and "killed" in last and last.endswith("python this --resume that")
+
+
+def test_resume_command_has_the_bytes_of_the_directory(script):
+    path = script(KILLED.format(killed=1).replace('"python this --resume that"', "os.fsdecode(b'--resume run\\xff')"))
+    status, _, err = start_in_shell(path, "", PYTHONIOENCODING="ascii")
+    assert status not in (0, 75) and err.splitlines()[-1].endswith(b"--resume run\xff")
 
 
 def test_without_a_resume_command_the_killed_rank_is_named(python, script):
