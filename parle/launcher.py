@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from parle.streams import ignore_write_errors
@@ -28,6 +28,8 @@ STATUS_DIR = "PARLE_STATUS_DIR"  # set for ranks started by this program: the di
 TERMINAL_WIDTH = "PARLE_TERMINAL_WIDTH"  # set if that program runs in a terminal; the ranks themselves write to a pipe
 FINISHED, EXITED, FAILED = b"finished", b"exited", b"failed"  # a rank's exit notice; a killed rank sends none
 GRACE_PERIOD = 10.0  # seconds that the others have to exit after a rank that did not finish
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # save and stop
+FORWARDED_AS = {signal.SIGHUP: signal.SIGTERM}  # mpiexec would exit on SIGHUP, and its ranks could not save
 
 
 def rank_from_environment(environment: Mapping[str, str] = os.environ) -> tuple[int, int | None] | None:
@@ -122,8 +124,8 @@ def _supervise(command: list[str], folder: Path, count: int) -> int:
         process_group=0,
         preexec_fn=_die_with_parent if sys.platform == "linux" else None,
     )
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda number, _: mpiexec.send_signal(number))
+    for number in (*unignored(STOP_SIGNALS), signal.SIGUSR1):
+        signal.signal(number, lambda number, _: mpiexec.send_signal(FORWARDED_AS.get(number, number)))
     streams.register(mpiexec.stdout, selectors.EVENT_READ, sys.stdout)
     streams.register(mpiexec.stderr, selectors.EVENT_READ, sys.stderr)
     open_outputs, exited_ranks, exit_notices, deadline = 2, [], {}, None
@@ -185,6 +187,11 @@ def write_resume_command(command: str) -> None:
         with contextlib.suppress(OSError):  # on a full disk the last line lacks this hint
             (folder / f".resume-{rank}").write_bytes(os.fsencode(command))
             os.replace(folder / f".resume-{rank}", folder / "resume")  # atomic
+
+
+def unignored(numbers: Iterable[signal.Signals]) -> list[signal.Signals]:
+    """Return the signals that this process does not ignore: nohup and background jobs of a shell ignore some."""
+    return [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 def run_or_abort(main: Callable[[], None]) -> None:

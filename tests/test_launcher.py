@@ -260,7 +260,7 @@ def handle(number, frame):
     if number != signal.SIGUSR1:
         sys.exit(75)
 
-for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
     signal.signal(number, handle)
 open(f"ready-{rank}", "w").close()
 time.sleep(20)
@@ -268,8 +268,11 @@ time.sleep(20)
 """
 
 
-@pytest.mark.parametrize("last", [signal.SIGINT, signal.SIGTERM])
-def test_signals_and_exit_status_75_are_forwarded(start, script, tmp_path, last):
+@pytest.mark.parametrize(
+    ("last", "forwarded"),
+    [(signal.SIGINT, signal.SIGINT), (signal.SIGTERM, signal.SIGTERM), (signal.SIGHUP, signal.SIGTERM)],
+)
+def test_signals_and_exit_status_75_are_forwarded(start, script, tmp_path, last, forwarded):
     process = start(script(HANDLE))
     wait_until(lambda: len(list(tmp_path.glob("ready-*"))) == 3)
     process.send_signal(signal.SIGUSR1)
@@ -278,7 +281,18 @@ def test_signals_and_exit_status_75_are_forwarded(start, script, tmp_path, last)
     process.communicate(timeout=60)
     assert process.returncode == 75
     received = [path.read_text() for path in tmp_path.glob("signals-*")]
-    assert received == [f"{int(signal.SIGUSR1)} {int(last)} "] * 3
+    assert received == [f"{int(signal.SIGUSR1)} {int(forwarded)} "] * 3
+
+
+def test_ignored_signals_stay_ignored(start, script, tmp_path):
+    ignore = "for number in (signal.SIGINT, signal.SIGHUP):\n    signal.signal(number, signal.SIG_IGN)"
+    process = start(script(HANDLE, before=ignore))
+    wait_until(lambda: len(list(tmp_path.glob("ready-*"))) == 3)
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert [path.read_text() for path in tmp_path.glob("signals-*")] == [f"{int(signal.SIGTERM)} "] * 3
 
 
 @pytest.mark.parametrize("redirected", ["2>&-", ">&- 2>&-", ">/dev/full 2>/dev/full"])
