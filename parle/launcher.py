@@ -1,7 +1,6 @@
 """Start MPI ranks and supervise them; detect the launcher that started this process."""
 
 import contextlib
-import ctypes
 import os
 import selectors
 import shlex
@@ -30,6 +29,16 @@ FINISHED, EXITED, FAILED = b"finished", b"exited", b"failed"  # a rank's exit no
 GRACE_PERIOD = 10.0  # seconds that the others have to exit after a rank that did not finish
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # save and stop
 FORWARDED_AS = {signal.SIGHUP: signal.SIGTERM}  # mpiexec would exit on SIGHUP, and its ranks could not save
+
+# Requests SIGTERM for the parent's death (PR_SET_PDEATHSIG), unless it is dead already, and executes the arguments
+BECOME_COMMAND = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+for number in (signal.SIGPIPE, signal.SIGXFSZ):  # which Python ignores
+    signal.signal(number, signal.SIG_DFL)
+if os.getppid() == int(sys.argv[1]):
+    os.execv(sys.argv[2], sys.argv[2:])
+"""
 
 
 def rank_from_environment(environment: Mapping[str, str] = os.environ) -> tuple[int, int | None] | None:
@@ -76,8 +85,7 @@ def python_command() -> str:
 
 def find_mpiexec() -> str | None:
     """Return the mpiexec in the directory of this Python, or else the first one on the PATH."""
-    beside = Path(sys.executable).with_name("mpiexec")
-    return str(beside) if beside.exists() else shutil.which("mpiexec")
+    return shutil.which("mpiexec", path=Path(sys.executable).parent) or shutil.which("mpiexec")
 
 
 def spawn_ranks(count: int) -> int | None:
@@ -116,13 +124,12 @@ def _supervise(command: list[str], folder: Path, count: int) -> int:
     # mpiexec has its own process group, so that Ctrl-C reaches it once, through this process; it cannot read from
     # the terminal then.
     mpiexec = subprocess.Popen(
-        command,
+        [*_end_with_parent(), *command],
         env=os.environ | {STATUS_DIR: str(folder)},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         process_group=0,
-        preexec_fn=_die_with_parent if sys.platform == "linux" else None,
     )
     for number in (*unignored(STOP_SIGNALS), signal.SIGUSR1):
         signal.signal(number, lambda number, _: mpiexec.send_signal(FORWARDED_AS.get(number, number)))
@@ -163,9 +170,13 @@ def _supervise(command: list[str], folder: Path, count: int) -> int:
     return status if status >= 0 else 128 - status
 
 
-def _die_with_parent() -> None:
-    """Make Linux send SIGTERM to mpiexec, which ends its ranks, if this process is killed (PR_SET_PDEATHSIG)."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+def _end_with_parent() -> list[str]:
+    """Return the command that makes Linux send SIGTERM to mpiexec, which ends its ranks, if this process is killed.
+
+    It is a program that becomes mpiexec: between fork and exec, as with preexec_fn, Python may find a lock held by a
+    thread that does not exist in the child.
+    """
+    return [sys.executable, "-I", "-S", "-c", BECOME_COMMAND, str(os.getpid())] if sys.platform == "linux" else []
 
 
 def open_status_pipe() -> Callable[[bytes], None]:

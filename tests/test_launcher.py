@@ -2,6 +2,7 @@ import contextlib
 import os
 import re
 import shlex
+import shutil
 import signal
 import stat
 import subprocess
@@ -150,9 +151,10 @@ def folders(tmp_path, monkeypatch, no_launcher):
     class Silent:
         """A process that prints nothing and exits with 7."""
 
-        def __init__(self, command, env, **_):
+        def __init__(self, command, env, **options):
+            assert "preexec_fn" not in options  # unsafe if there are threads
             assert Path(env[launcher.STATUS_DIR]).is_dir()
-            folders.spawned.append((command, Path(env[launcher.STATUS_DIR])))
+            folders.spawned.append((command[command.index("-n") - 1 :], Path(env[launcher.STATUS_DIR])))
             self.stdout, self.stderr = self.closed_pipe(), self.closed_pipe()
 
         def closed_pipe(self):
@@ -209,6 +211,13 @@ def test_mpiexec_on_the_path_is_used_otherwise(folders):
     launcher.spawn_ranks(12)
     ((command, _),) = folders.spawned
     assert command == [on_path, "-n", "12", sys.executable, *sys.argv]
+
+
+def test_mpiexec_that_cannot_be_executed_is_passed_over(folders):
+    Path(mpiexec(folders.beside)).chmod(0o644)
+    assert launcher.find_mpiexec() is None
+    on_path = mpiexec(folders.path)
+    assert launcher.find_mpiexec() == on_path
 
 
 def test_missing_mpiexec_is_an_error_with_advice(folders):
@@ -396,6 +405,23 @@ def test_finished_ranks_may_exit_slowly(start, script):
     for process in processes:
         assert process.communicate(timeout=60) == ("", "")
         assert process.returncode == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_mpiexec_inherits_no_signal_that_python_ignores():
+    command = [shutil.which("grep"), "SigIgn", "/proc/self/status"]
+    expected, found = (
+        subprocess.run(line, capture_output=True, check=True).stdout
+        for line in (command, [*launcher._end_with_parent(), *command])
+    )
+    assert found == expected != b""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux sends the signal")
+def test_mpiexec_does_not_start_if_its_parent_is_dead():
+    *program, parent = launcher._end_with_parent()
+    done = subprocess.run([*program, str(int(parent) + 1), sys.executable, "--version"], capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 
 
 def test_killed_mpiexec_is_named(start, script, tmp_path):
