@@ -302,4 +302,7 @@ def estimate_memory(args: argparse.Namespace, data: "Dataset") -> tuple[int, int
 
 
 if __name__ == "__main__":
+    from parle.streams import prepare_streams
+
+    prepare_streams()
     main()

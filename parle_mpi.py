@@ -354,5 +354,7 @@ def load_shared(world: MPIGroup, node: MPIGroup, args: argparse.Namespace) -> "D
 
 if __name__ == "__main__":
     from parle.launcher import run_or_abort
+    from parle.streams import prepare_streams
 
+    prepare_streams()
     run_or_abort(main)

@@ -405,8 +405,9 @@ def _fsync_directory(folder: Path) -> None:
 
 def _read(path: Path) -> dict[Any, Any]:
     try:
-        with warnings.catch_warnings(action="ignore"):  # torch warns about what it then rejects
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # torch warns about what it then rejects; it maps files by name, which must be UTF-8
+        with warnings.catch_warnings(action="ignore"), open(path, "rb") as file:
+            content = torch.load(f"/dev/fd/{file.fileno()}", map_location="cpu", weights_only=True, mmap=True)
         if not isinstance(content, dict):
             raise ValueError("it is not a dictionary")
         return content

@@ -13,11 +13,13 @@ import torch
 
 from parle import checkpoint, launcher
 from parle.algorithm import PRESETS
+from parle.streams import ignore_write_errors, prepare_streams
 
 try:
     import loader
     import models
 except ImportError as error:  # `pip install .` installs neither, since other projects have modules of these names
+    prepare_streams()
     sys.stderr.write(f"error: run this program in a checkout of Parle, which has models.py and loader.py ({error})\n")
     raise SystemExit(2) from error
 
@@ -32,8 +34,9 @@ class UsageError(Exception):
 def print_error(prog: str, error: Exception) -> None:
     """Print an error as one line on stderr, on the first rank only."""
     if launcher.is_first_rank():
-        sys.stderr.write(f"{prog}: error: {launcher.describe_error(error)}\n")
-        sys.stderr.flush()
+        with ignore_write_errors(sys.stderr):
+            sys.stderr.write(f"{prog}: error: {launcher.describe_error(error)}\n")
+            sys.stderr.flush()
 
 
 class Parser(argparse.ArgumentParser):

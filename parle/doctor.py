@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from parle import cli, launcher
+from parle import cli, launcher, streams
 from parle.algorithm import steps_per_round
 from parle.distributed import Group, available_cores
 from parle.experiment import Experiment
@@ -257,4 +257,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    streams.prepare_streams()
     main()

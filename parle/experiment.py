@@ -22,6 +22,7 @@ from parle import checkpoint, cli, evaluation, fault_injection, launcher, signal
 from parle.distributed import Groups
 from parle.logger import RunLogger, environment_info
 from parle.optimizer import ParleBase
+from parle.streams import print_line
 from parle.training import LocalReplica, Schedule, TrainState, train
 
 # Arguments that may change without notice when a run is resumed: they do not affect what is trained
@@ -53,10 +54,7 @@ def load_data(
         if given.dataset or given.data:
             raise
         if is_first_rank:
-            print(
-                f"WARNING: training on digits, scikit-learn's 8 x 8 images, instead of {args.dataset}: {error}",
-                flush=True,
-            )
+            print_line(f"WARNING: training on digits, scikit-learn's 8 x 8 images, instead of {args.dataset}: {error}")
     args = cli.complete(argparse.Namespace(**vars(given) | dict(dataset="digits")), num_ranks)
     return args, load(args)
 
@@ -145,7 +143,7 @@ def find_checkpoint(args: argparse.Namespace, data: dict[str, Any]) -> ResumePoi
     except (TypeError, ValueError) as error:
         raise cli.UsageError(f"--resume: {path / checkpoint.MANIFEST}: {error}") from error
     for complaint in complaints:
-        print(f"WARNING: {complaint}; using the previous one", flush=True)
+        print_line(f"WARNING: {complaint}; using the previous one")
     was, now = manifest["arguments"], json.loads(json.dumps(_to_json(args)))
     changes = {
         name: (was[name], now[name]) for name in was if name not in LOCAL_ARGUMENTS and was[name] != now.get(name)

@@ -1,7 +1,6 @@
 """Start MPI ranks and supervise them; detect the launcher that started this process."""
 
 import contextlib
-import ctypes
 import os
 import selectors
 import shlex
@@ -12,9 +11,11 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import FrameType
+
+from parle.streams import ignore_write_errors
 
 # Environment variables that hold a process's rank and the number of ranks; PMIx does not give the latter
 LAUNCHERS = {
@@ -30,6 +31,18 @@ STARTED = b"started "  # a rank's first notice
 FINISHED, EXITED, FAILED = b"finished", b"exited", b"failed"  # a rank's exit notice; a killed rank sends none
 START_TIMEOUT = 300.0  # seconds for the first rank to start, with Python on a slow file system
 GRACE_PERIOD = 10.0  # seconds that the others have to exit after a rank that did not finish
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # save and stop
+FORWARDED_AS = {signal.SIGHUP: signal.SIGTERM}  # mpiexec would exit on SIGHUP, and its ranks could not save
+
+# Requests SIGTERM for the parent's death (PR_SET_PDEATHSIG), unless it is dead already, and executes the arguments
+BECOME_COMMAND = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+for number in (signal.SIGPIPE, signal.SIGXFSZ):  # which Python ignores
+    signal.signal(number, signal.SIG_DFL)
+if os.getppid() == int(sys.argv[1]):
+    os.execv(sys.argv[2], sys.argv[2:])
+"""
 
 
 def rank_from_environment(environment: Mapping[str, str] = os.environ) -> tuple[int, int | None] | None:
@@ -130,8 +143,7 @@ def python_command() -> str:
 
 def find_mpiexec() -> str | None:
     """Return the mpiexec in the directory of this Python, or else the first one on the PATH."""
-    beside = Path(sys.executable).with_name("mpiexec")
-    return str(beside) if beside.exists() else shutil.which("mpiexec")
+    return shutil.which("mpiexec", path=Path(sys.executable).parent) or shutil.which("mpiexec")
 
 
 def spawn_ranks(count: int, max_restarts: int = 0) -> int | None:
@@ -159,29 +171,31 @@ def spawn_ranks(count: int, max_restarts: int = 0) -> int | None:
         raise OSError(f"this job has {nodes} nodes: start its ranks with {start} -n {count} python {sys.argv[0]}")
     if nodes == 1:  # MPICH's mpiexec would start them through srun, which waits for cores, or ssh
         os.environ.setdefault("HYDRA_LAUNCHER", "fork")
-    if sys.stdout and sys.stdout.isatty():
+    if sys.stdout.isatty():
         os.environ[TERMINAL_WIDTH] = str(shutil.get_terminal_size().columns)
     # Open MPI refuses root and more ranks than cores without these; other launchers ignore them
     os.environ.setdefault("PRTE_MCA_rmaps_default_mapping_policy", ":oversubscribe")  # version 5
     os.environ.setdefault("OMPI_MCA_rmaps_base_oversubscribe", "1")  # version 4
     os.environ.setdefault("OMPI_ALLOW_RUN_AS_ROOT", "1")
     os.environ.setdefault("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")
-    if sys.stdout is None:  # closed before the program started
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     sys.stdout.flush()
     command, resume, restarts = [command, "-n", str(count), sys.executable, *sys.argv], [], 0
     while True:
         with tempfile.TemporaryDirectory(prefix="parle-") as folder:
             status, is_failure = _supervise([*command, *resume], Path(folder), count)
-            run = Path(folder, RUN).read_text() if Path(folder, RUN).exists() else None
+            run = _read_text(Path(folder, RUN)) if Path(folder, RUN).exists() else None
         if not is_failure or restarts == max_restarts:
             return status
+        restarts += 1
+        with ignore_write_errors(sys.stderr):
+            if run is None:
+                sys.stderr.write("not restarted: there is no checkpoint yet\n")
+            else:
+                sys.stderr.write(f"restart {restarts} of {max_restarts}, from the newest checkpoint in {run}\n")
+            sys.stderr.flush()
         if run is None:
-            sys.stderr.write("not restarted: there is no checkpoint yet\n")
             return status
-        restarts, resume = restarts + 1, ["--resume", run]
-        sys.stderr.write(f"restart {restarts} of {max_restarts}, from the newest checkpoint in {run}\n")
-        sys.stderr.flush()
+        resume = ["--resume", run]
 
 
 def _supervise(command: list[str], folder: Path, count: int) -> tuple[int, bool]:
@@ -196,21 +210,20 @@ def _supervise(command: list[str], folder: Path, count: int) -> tuple[int, bool]
     # mpiexec has its own process group, so that Ctrl-C reaches it once, through this process; it cannot read from
     # the terminal then.
     mpiexec = subprocess.Popen(
-        command,
+        [*_end_with_parent(), *command],
         env=os.environ | {STATUS_DIR: str(folder)},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         process_group=0,
-        preexec_fn=_die_with_parent if sys.platform == "linux" else None,
     )
     received = []
 
     def forward(number: int, frame: FrameType | None) -> None:
         received.append(number)
-        mpiexec.send_signal(number)
+        mpiexec.send_signal(FORWARDED_AS.get(number, number))
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (*unignored(STOP_SIGNALS), signal.SIGUSR1):
         signal.signal(number, forward)
     streams.register(mpiexec.stdout, selectors.EVENT_READ, sys.stdout)
     streams.register(mpiexec.stderr, selectors.EVENT_READ, sys.stderr)
@@ -231,7 +244,7 @@ def _supervise(command: list[str], folder: Path, count: int) -> tuple[int, bool]
                 streams.unregister(key.fileobj)
             if not isinstance(key.data, int):
                 open_outputs -= not chunk
-                with contextlib.suppress(OSError):  # the reader is gone or the disk is full; the run continues
+                with ignore_write_errors(key.data):
                     key.data.buffer.write(chunk)
                     key.data.flush()
             elif chunk:
@@ -249,16 +262,21 @@ def _supervise(command: list[str], folder: Path, count: int) -> tuple[int, bool]
     elif status < 0:
         failed_rank = "mpiexec: killed"
     if failed_rank is not None and FAILED not in exit_notices.values():
-        hint = f"; resume with: {(folder / RESUME).read_text()}" if (folder / RESUME).exists() else ""
-        sys.stderr.write(f"{failed_rank}{hint}\n")
+        hint = f"; resume with: {_read_text(folder / RESUME)}" if (folder / RESUME).exists() else ""
+        with ignore_write_errors(sys.stderr):
+            sys.stderr.write(f"{failed_rank}{hint}\n")
         status = status or 1
-    is_failure = status not in (0, os.EX_TEMPFAIL, 2) and not {signal.SIGINT, signal.SIGTERM} & set(received)
+    is_failure = status not in (0, os.EX_TEMPFAIL, 2) and not set(STOP_SIGNALS) & set(received)
     return status if status >= 0 else 128 - status, is_failure
 
 
-def _die_with_parent() -> None:
-    """Make Linux send SIGTERM to mpiexec, which ends its ranks, if this process is killed (PR_SET_PDEATHSIG)."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+def _end_with_parent() -> list[str]:
+    """Return the command that makes Linux send SIGTERM to mpiexec, which ends its ranks, if this process is killed.
+
+    It is a program that becomes mpiexec: between fork and exec, as with preexec_fn, Python may find a lock held by a
+    thread that does not exist in the child.
+    """
+    return [sys.executable, "-I", "-S", "-c", BECOME_COMMAND, str(os.getpid())] if sys.platform == "linux" else []
 
 
 def open_status_pipe() -> Callable[[bytes], None]:
@@ -283,8 +301,18 @@ def write_resume_command(command: str, run: Path) -> None:
         folder, rank = Path(os.environ[STATUS_DIR]), rank_from_environment()[0]
         with contextlib.suppress(OSError):  # on a full disk the last line lacks this hint
             for name, text in ((RUN, str(run)), (RESUME, command)):
-                (folder / f".{name}-{rank}").write_text(text)
+                (folder / f".{name}-{rank}").write_bytes(os.fsencode(text))
                 os.replace(folder / f".{name}-{rank}", folder / name)  # atomic
+
+
+def _read_text(path: Path) -> str:
+    """Return what a rank has written, which may hold a path that is not UTF-8."""
+    return os.fsdecode(path.read_bytes())
+
+
+def unignored(numbers: Iterable[signal.Signals]) -> list[signal.Signals]:
+    """Return the signals that this process does not ignore: nohup and background jobs of a shell ignore some."""
+    return [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 def run_or_abort(main: Callable[[], None]) -> None:
@@ -309,9 +337,11 @@ def run_or_abort(main: Callable[[], None]) -> None:
             code = error.code if isinstance(error.code, int) else 1
         else:
             text = f"rank {mpi.COMM_WORLD.rank}: {type(error).__name__}: {describe_error(error)}\n"
-            sys.stderr.write(traceback.format_exc() + text)
-        sys.stdout.flush()
-        sys.stderr.flush()
+            with ignore_write_errors(sys.stderr):
+                sys.stderr.write(traceback.format_exc() + text)
+        for stream in (sys.stdout, sys.stderr):
+            with ignore_write_errors(stream):
+                stream.flush()
         time.sleep(0.1)  # otherwise mpiexec may end before it has forwarded the output
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # MPI_Abort would print another last line
         mpi.COMM_WORLD.Abort(code)

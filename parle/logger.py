@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 from parle import launcher
+from parle.streams import ignore_write_errors
 
 LOG_VERSION = 2  # of the events and their keys: see docs/logs.md
 LINE_EVERY = 5.0  # seconds between lines about rounds
@@ -73,9 +73,7 @@ class RunLogger:
         return self.log.stat().st_size if self.log.exists() else 0
 
     def print_line(self, text: str) -> None:
-        if sys.stdout is None:  # closed before the program started
-            return
-        with ignore_closed_stdout():
+        with ignore_write_errors(sys.stdout):
             tqdm.write(text)
             sys.stdout.flush()
 
@@ -102,8 +100,9 @@ class RunLogger:
             f"{pluralize(event['batches_per_epoch'], 'round')} per epoch; output directory {self.folder}"
         )
         columns = os.environ.get(launcher.TERMINAL_WIDTH)
-        if sys.stdout and (columns or sys.stdout.isatty()):
-            with ignore_closed_stdout():  # on stdout like all other output: mpiexec may reorder stdout and stderr
+        if columns or sys.stdout.isatty():
+            # on stdout like all other output: mpiexec may reorder stdout and stderr
+            with ignore_write_errors(sys.stdout):
                 self.bar = tqdm(
                     total=event["num_rounds"],
                     initial=event.get("round", 0),
@@ -129,7 +128,7 @@ class RunLogger:
     def _close(self) -> None:
         self.release_lock()
         if self.bar is not None:
-            with ignore_closed_stdout():
+            with ignore_write_errors(sys.stdout):
                 self.bar.close()
 
     def _interrupted(self, event: dict[str, Any]) -> None:
@@ -146,7 +145,7 @@ class RunLogger:
         done, total = event["round"], self.start["num_rounds"]
         numbers = f"loss {event['train_loss']:.4f}  error {event['train_error']:5.2f} %"
         if self.bar is not None:
-            with ignore_closed_stdout():
+            with ignore_write_errors(sys.stdout):
                 self.bar.set_postfix_str(numbers, refresh=False)
                 self.bar.update(done - self.bar.n)
         elif event["train_seconds"] - self.last_line_seconds >= LINE_EVERY or done == total:
@@ -247,15 +246,6 @@ def revision() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return f"{commit}-dirty" if changed else commit or None
-
-
-@contextlib.contextmanager
-def ignore_closed_stdout() -> Iterator[None]:
-    """Discard output, and let the run continue, if the reader of stdout is gone or the disk is full."""
-    try:
-        yield
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _nan_to_null(value: Any) -> Any:

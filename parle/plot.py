@@ -9,10 +9,13 @@ import io
 import itertools
 import json
 import math
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+os.environ.pop("MPLBACKEND", None)  # matplotlib rejects the backend of a notebook, and figures of files need none
 
 import matplotlib
 import numpy as np
@@ -22,7 +25,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import AutoLocator, LogLocator, NullLocator
 from PIL import Image
 
-from parle import cli, experiment
+from parle import cli, experiment, streams
 
 MAX_POINTS = 200  # of a curve; with more events, each point is the mean of neighbors
 MAX_MARKERS = 30  # of a curve; with more points, none has a marker
@@ -123,7 +126,8 @@ def labels(runs: Sequence[Run]) -> list[str]:
             chosen, distinct = [*chosen, name], kinds
     if distinct == len(runs):
         return [_label(run, chosen) for run in runs]
-    return [", ".join(filter(None, (_label(run, chosen), str(run.folder)))) for run in runs]
+    folders = [os.fsencode(run.folder).decode(errors="replace") for run in runs]  # fonts need valid Unicode
+    return [", ".join(filter(None, (_label(run, chosen), folder))) for run, folder in zip(runs, folders, strict=True)]
 
 
 def _label(run: Run, names: Sequence[str]) -> str:
@@ -272,13 +276,18 @@ def run(args: argparse.Namespace) -> None:
     out = args.out or args.runs[0] / "plot.png"
     if out.suffix not in SUFFIXES:
         raise cli.UsageError(f"-o {out}: choose a name that ends in {', '.join(SUFFIXES)}")
-    figure = plot_runs([read(folder) for folder in args.runs])
-    try:
-        save(figure, out)
-    except OSError as error:
-        raise cli.UsageError(f"-o: {error}; choose another file") from error
+    runs = [read(folder) for folder in args.runs]
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # the user's matplotlibrc may ask for LaTeX or another layout
+        matplotlib.rcParams["text.parse_math"] = False  # names of directories may contain $
+        figure = plot_runs(runs)
+        try:
+            save(figure, out)
+        except OSError as error:
+            raise cli.UsageError(f"-o: {error}; choose another file") from error
     print(out)
 
 
 if __name__ == "__main__":
+    streams.prepare_streams()
     main()

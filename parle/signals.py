@@ -6,6 +6,7 @@ import signal
 from collections.abc import Iterator
 from types import FrameType
 
+from parle import launcher
 from parle.training import StopRequest
 
 EXIT_RESUMABLE = os.EX_TEMPFAIL  # 75: the run was stopped by a signal and can be resumed
@@ -18,9 +19,9 @@ def ignore_sigusr1() -> None:
 
 @contextlib.contextmanager
 def handle_signals() -> Iterator[StopRequest]:
-    """Turn signals into requests: SIGINT and SIGTERM to save and stop, SIGUSR1 to save and continue.
+    """Turn signals into requests: SIGINT, SIGTERM and SIGHUP to save and stop, SIGUSR1 to save and continue.
 
-    A second SIGINT raises KeyboardInterrupt.
+    A second SIGINT raises KeyboardInterrupt. Stop signals that the parent ignores, as under nohup, stay ignored.
     """
     request = StopRequest()
 
@@ -32,7 +33,8 @@ def handle_signals() -> Iterator[StopRequest]:
         else:
             request.stop = True
 
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    numbers = (*launcher.unignored(launcher.STOP_SIGNALS), signal.SIGUSR1)
+    previous = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield request
     finally:

@@ -640,6 +640,11 @@ def test_with_fewer_replicas_master_is_their_mean(tmp_path, done, remain):
     check_master_stays_the_mean(fewer, range(done, done + 9))
 
 
+def test_folder_name_may_be_any_bytes(tmp_path):
+    path = save(tmp_path / os.fsdecode(b"run\xff"), run_steps(build(2), range(6)))
+    assert counters(load(path, build(2))) == counters(run_steps(build(2), range(6)))
+
+
 def test_replica_files_are_memory_mapped_and_averaged_one_at_a_time(tmp_path, monkeypatch):
     """Memory that holds two replicas of WRN-28-10 need not hold twelve."""
     path = save(tmp_path, run_steps(build(7), range(6)))
@@ -648,7 +653,7 @@ def test_replica_files_are_memory_mapped_and_averaged_one_at_a_time(tmp_path, mo
     def count(*given, **named):
         assert named["mmap"] and named["weights_only"]
         content = torch_load(*given, **named)
-        if Path(given[0]).name.startswith("replica"):
+        if Path(given[0]).resolve().name.startswith("replica"):
             contents.append(weakref.ref(content["weights"][0]))
             alive.append(sum(content() is not None for content in contents))
         return content

@@ -506,6 +506,12 @@ def test_device_name_includes_the_model(monkeypatch):
 # Output: only rank 0 prints
 
 
+def test_error_that_cannot_be_printed_is_no_other_error(monkeypatch):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        cli.print_error("parle_mpi.py", cli.UsageError("wrong"))
+
+
 def test_help_names_every_flag(capsys):
     with pytest.raises(SystemExit) as exit:
         parse("-h")

@@ -2,6 +2,7 @@ import contextlib
 import os
 import re
 import shlex
+import shutil
 import signal
 import stat
 import subprocess
@@ -24,12 +25,19 @@ def script(tmp_path):
     def write(body, before="", count=3):
         path = tmp_path / f"script{len(list(tmp_path.glob('*.py')))}.py"
         imports = f"import os, signal, sys, time\nsys.path.insert(0, {str(ROOT)!r})\n"
-        imports += "from parle import distributed, launcher\n"
+        imports += "from parle import distributed, launcher, streams\nstreams.prepare_streams()\n"
         spawn = f"if launcher.rank_from_environment() is None:\n    sys.exit(launcher.spawn_ranks({count}))\n"
         path.write_text(f"{imports}{before}\n{spawn}rank, size = launcher.rank_from_environment()\n{body}")
         return path
 
     return write
+
+
+def start_in_shell(path, redirected, **environment):
+    """Run a script in a shell that redirects its streams and return its exit status, stdout and stderr."""
+    line = f"{shlex.quote(sys.executable)} {shlex.quote(str(path))} {redirected}"
+    done = subprocess.run(["sh", "-c", line], env=outside(environment), capture_output=True, timeout=60)
+    return done.returncode, done.stdout, done.stderr
 
 
 @pytest.fixture
@@ -240,9 +248,10 @@ def folders(tmp_path, monkeypatch, no_launcher):
     class Silent:
         """A process that prints nothing and exits with 7."""
 
-        def __init__(self, command, env, **_):
+        def __init__(self, command, env, **options):
+            assert "preexec_fn" not in options  # unsafe if there are threads
             assert Path(env[launcher.STATUS_DIR]).is_dir()
-            folders.spawned.append((command, Path(env[launcher.STATUS_DIR])))
+            folders.spawned.append((command[command.index("-n") - 1 :], Path(env[launcher.STATUS_DIR])))
             self.stdout, self.stderr = self.closed_pipe(), self.closed_pipe()
 
         def closed_pipe(self):
@@ -301,6 +310,13 @@ def test_mpiexec_on_the_path_is_used_otherwise(folders):
     assert command == [on_path, "-n", "12", sys.executable, *sys.argv]
 
 
+def test_mpiexec_that_cannot_be_executed_is_passed_over(folders):
+    Path(mpiexec(folders.beside)).chmod(0o644)
+    assert launcher.find_mpiexec() is None
+    on_path = mpiexec(folders.path)
+    assert launcher.find_mpiexec() == on_path
+
+
 def test_missing_mpiexec_is_an_error_with_advice(folders):
     with pytest.raises(FileNotFoundError, match="pip install mpich"):
         launcher.spawn_ranks(3)
@@ -350,7 +366,7 @@ def handle(number, frame):
     if number != signal.SIGUSR1:
         sys.exit(75)
 
-for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
     signal.signal(number, handle)
 open(f"ready-{rank}", "w").close()
 time.sleep(20)
@@ -358,8 +374,11 @@ time.sleep(20)
 """
 
 
-@pytest.mark.parametrize("last", [signal.SIGINT, signal.SIGTERM])
-def test_signals_and_exit_status_75_are_forwarded(start, script, tmp_path, last):
+@pytest.mark.parametrize(
+    ("last", "forwarded"),
+    [(signal.SIGINT, signal.SIGINT), (signal.SIGTERM, signal.SIGTERM), (signal.SIGHUP, signal.SIGTERM)],
+)
+def test_signals_and_exit_status_75_are_forwarded(start, script, tmp_path, last, forwarded):
     process = start(script(HANDLE))
     wait_until(lambda: len(list(tmp_path.glob("ready-*"))) == 3)
     process.send_signal(signal.SIGUSR1)
@@ -368,7 +387,27 @@ def test_signals_and_exit_status_75_are_forwarded(start, script, tmp_path, last)
     process.communicate(timeout=60)
     assert process.returncode == 75
     received = [path.read_text() for path in tmp_path.glob("signals-*")]
-    assert received == [f"{int(signal.SIGUSR1)} {int(last)} "] * 3
+    assert received == [f"{int(signal.SIGUSR1)} {int(forwarded)} "] * 3
+
+
+def test_ignored_signals_stay_ignored(start, script, tmp_path):
+    ignore = "for number in (signal.SIGINT, signal.SIGHUP):\n    signal.signal(number, signal.SIG_IGN)"
+    process = start(script(HANDLE, before=ignore))
+    wait_until(lambda: len(list(tmp_path.glob("ready-*"))) == 3)
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert [path.read_text() for path in tmp_path.glob("signals-*")] == [f"{int(signal.SIGTERM)} "] * 3
+
+
+@pytest.mark.parametrize("redirected", ["2>&-", ">&- 2>&-", ">/dev/full 2>/dev/full"])
+@pytest.mark.parametrize("end", ["sys.exit(75)", "os.kill(os.getpid(), signal.SIGKILL)"])
+def test_exit_status_is_the_same_with_unusable_streams(script, redirected, end):
+    path = script(f"print('out'), print('err', file=sys.stderr)\nlauncher.open_status_pipe()\n{end}", count=2)
+    status, out, err = start_in_shell(path, "")
+    assert status and b"out" in out and b"err" in err
+    assert start_in_shell(path, redirected)[::2] == (status, b"")
 
 
 KILLED = """
@@ -391,6 +430,12 @@ def test_last_line_names_killed_rank_and_resume_command(python, script, killed):
     assert done.returncode not in (0, 75)
     last = done.stderr.splitlines()[-1]
     assert f"rank {killed}" in last and "killed" in last and last.endswith("python this --resume that")
+
+
+def test_resume_command_has_the_bytes_of_the_directory(script):
+    path = script(KILLED.format(killed=1).replace('"python this --resume that"', "os.fsdecode(b'--resume run\\xff')"))
+    status, _, err = start_in_shell(path, "", PYTHONIOENCODING="ascii")
+    assert status not in (0, 75) and err.splitlines()[-1].endswith(b"--resume run\xff")
 
 
 def test_without_a_resume_command_the_killed_rank_is_named(python, script):
@@ -511,6 +556,23 @@ def test_finished_ranks_may_exit_slowly(start, script):
     for process in processes:
         assert process.communicate(timeout=60) == ("", "")
         assert process.returncode == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_mpiexec_inherits_no_signal_that_python_ignores():
+    command = [shutil.which("grep"), "SigIgn", "/proc/self/status"]
+    expected, found = (
+        subprocess.run(line, capture_output=True, check=True).stdout
+        for line in (command, [*launcher._end_with_parent(), *command])
+    )
+    assert found == expected != b""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux sends the signal")
+def test_mpiexec_does_not_start_if_its_parent_is_dead():
+    *program, parent = launcher._end_with_parent()
+    done = subprocess.run([*program, str(int(parent) + 1), sys.executable, "--version"], capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 
 
 def test_killed_mpiexec_is_named(start, script, tmp_path):

@@ -1,9 +1,11 @@
 """Plots of runs: reading logs, drawing curves and writing files."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 
@@ -318,6 +320,21 @@ def test_figure_is_written_beside_the_first_log_or_to_out(write, main, monkeypat
         out = tmp_path / f"figure{suffix}"
         assert main(first, "-o", out) == (0, f"{out}\n", "")
         assert out.exists()
+
+
+def test_directories_in_labels_may_have_any_name(write, main):
+    status, _, err = main(*(write(events(), name) for name in ("_first", "$x^$", os.fsdecode(b"run\xff"))))
+    assert (status, err) == (0, "")
+
+
+def test_the_users_matplotlib_settings_do_not_matter(write, main, monkeypatch, python):
+    colors = []
+    monkeypatch.setattr(plot, "save", lambda figure, path: colors.append(figure.axes[0].get_facecolor()))
+    with matplotlib.rc_context({"axes.facecolor": "red", "text.usetex": True}):
+        assert main(write(events()))[0] == 0
+    assert colors == [matplotlib.colors.to_rgba("white")]
+    done = python("-c", "from parle import plot", MPLBACKEND="module://matplotlib_inline.backend_inline")
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("no_launcher")
 def fatal():
     """Return the numbers of the signals that would have ended the program, filled in as they arrive."""
     seen = []
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
     before = {number: signal.signal(number, lambda number, _: seen.append(number)) for number in numbers}
     yield seen
     for number, handler in before.items():
@@ -41,7 +41,7 @@ def test_sigusr1_saves_only_during_training(fatal):
     assert fatal == [signal.SIGTERM]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_first_signal_requests_a_stop_second_sigint_raises(number, fatal):
     with pytest.raises(KeyboardInterrupt), signals.handle_signals() as request:
         send(number)
@@ -51,6 +51,17 @@ def test_first_signal_requests_a_stop_second_sigint_raises(number, fatal):
         assert (request.save, request.stop) == (True, True)
         send(signal.SIGINT)
     assert fatal == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_stop_signal_that_the_parent_ignores_stays_ignored(number, fatal):
+    signal.signal(number, signal.SIG_IGN)
+    with signals.handle_signals() as request:
+        send(number)
+        assert not request.stop
+        send(signal.SIGUSR1)
+        assert request.save
+    assert signal.getsignal(number) is signal.SIG_IGN
 
 
 @pytest.mark.parametrize("program", [parle_gpu, parle_mpi])
