@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-os.environ.pop("MPLBACKEND", None)  # matplotlib rejects the backend of a notebook, and figures of files need none
+if __name__ == "__main__":  # matplotlib may not have the backend of a notebook, and files need none
+    os.environ.pop("MPLBACKEND", None)
 
 import matplotlib
 import numpy as np
