@@ -137,6 +137,7 @@ def check_mismatched_construction(comm):
     frozen = nn.Parameter(torch.zeros(3 + last), requires_grad=False)
     for parameters, settings, words in (
         ([nn.Parameter(torch.zeros(5))], dict(lr=0.1 + last), ["lr of group 0", "0.1", "1.1"]),
+        ([nn.Parameter(torch.zeros(5))], dict(master_average=0.5 * last), ["master_average of group 0", "0.5"]),
         ([nn.Parameter(torch.zeros(5 + last))], {}, ["parameters", "5", "6"]),
         ([nn.Parameter(torch.zeros(4, 3) if not last else torch.zeros(3, 4).t())], {}, ["strides"]),
         ([nn.Parameter(torch.zeros(5).to(torch.float64 if last else torch.float32))], {}, ["float32", "float64"]),
@@ -272,7 +273,8 @@ def check_nonfinite(comm, sync_every):
     """Every rank lists the replica with NaN, which restarts from the mean of the others without momentum."""
     failed = comm.size - 1
     parameter = nn.Parameter(torch.zeros(5))
-    optimizer = Parle([parameter], comm, lr=0.1, sync_every=sync_every, batches_per_epoch=10)
+    settings = dict(sync_every=sync_every, master_average=0.5)
+    optimizer = Parle([parameter], comm, lr=0.1, batches_per_epoch=10, **settings)
     for number in range(3):
         if number == 1 and comm.rank == failed:
             with torch.no_grad():
@@ -282,7 +284,8 @@ def check_nonfinite(comm, sync_every):
             optimizer.step()
         assert optimizer.nonfinite_replicas == ([failed] if number == 1 else [])
         assert optimizer.master.isfinite().all() and parameter.isfinite().all()
-        assert identical(comm, optimizer.master)
+        average = optimizer.state[parameter]["master_average"]
+        assert identical(comm, optimizer.master) and identical(comm, average) and average.isfinite().all()
         anchors = torch.tensor(comm.allgather(parameter.tolist()))
         torch.testing.assert_close(optimizer.master, anchors.mean(0))
         if number == 1 and comm.rank == failed:

@@ -941,6 +941,7 @@ AUTO = PARLE.replace("-L 5", "-L auto --gamma 0.02")
 AUGMENTED = PARLE.replace("-b 24 --frac 0.075", "-b 150 --frac 0.5") + " --augment"
 ELASTIC = ONE.replace("-L 1", "--method elastic-sgd --eval-every 7")
 ENTROPY = PARLE.replace("-n 3", "--method entropy-sgd --outer-momentum 0.5")
+AVERAGED = PARLE + " --master-average 0.5"
 
 
 @pytest.mark.parametrize(
@@ -960,6 +961,7 @@ ENTROPY = PARLE.replace("-n 3", "--method entropy-sgd --outer-momentum 0.5")
         pytest.param(AUGMENTED, [12], id="augmented"),
         pytest.param(ELASTIC, [17, 4], id="elastic-sgd"),
         pytest.param(ENTROPY, [12], id="entropy-sgd"),
+        pytest.param(AVERAGED, [13], id="averaged master"),
     ],
 )
 def test_resume_is_bitwise_identical(run, uninterrupted, tmp_path, settings, stops):
@@ -1058,6 +1060,17 @@ def test_resume_with_another_number_of_replicas(run, stopped, n):
     assert last["master_error"] < 80
     assert log_of(stopped)[-1]["images_seen"] == 24 * (7 * 3 + 28 * n)
     checkpoint.read_manifest(checkpoint.list_checkpoints(stopped / "checkpoints")[0])
+
+
+def test_resume_may_switch_the_average_of_the_master_on_and_off(run, uninterrupted, stopped):
+    expected_log, expected_master = uninterrupted(PARLE)
+    assert run("--resume", stopped, "--master-average", 0.5, at={8: STOP}) == 75
+    assert log_of(stopped, "resume")[-1]["changes"] == {"master_average": [0.0, 0.5]}
+    assert run("--resume", stopped, at={15: STOP}) == 75
+    assert log_of(stopped, "eval")[-1]["unaveraged_master_loss"] == expected_log[1]["master_loss"]
+    assert run("--resume", stopped, "--master-average", 0) == 0
+    log, master = result(stopped)
+    assert (log[-2], master) == (expected_log[-2], expected_master)
 
 
 def test_elastic_sgd_keeps_rho_n_at_one_with_another_n(run, tmp_path):

@@ -614,12 +614,31 @@ def test_decay_of_the_average_may_change_during_a_run():
         optimizer.step()
     optimizer.copy_master_to(target)
     before = target[0].clone()
-    optimizer.param_groups[0]["master_average"] = 0.5
+    state = copy.deepcopy(optimizer.state_dict())
+    state["param_groups"][0]["master_average"] = 0.5
+    optimizer.load_state_dict(state)
     for _ in range(3):
         optimizer.step()
     optimizer.copy_master_to(target)
-    weight = 0.5 / (1 - 0.5**3)
-    torch.testing.assert_close(target[0], before.lerp(optimizer.master, weight))
+    torch.testing.assert_close(target[0], before.lerp(optimizer.master, 0.5 / (1 - 0.5**3)))
+    optimizer.param_groups[0]["master_average"] = 0.2
+    before = target[0].clone()
+    for _ in range(3):
+        optimizer.step()
+    optimizer.copy_master_to(target)
+    torch.testing.assert_close(target[0], before.lerp(optimizer.master, 0.8 / (1 - 0.2**4)))
+
+
+def test_average_cannot_be_switched_off_in_an_optimizer():
+    parameter = nn.Parameter(torch.zeros(1))
+    optimizer = build([parameter], master_average=0.9)
+    with pytest.raises(ValueError, match="master_average"):
+        optimizer.load_state_dict(build([nn.Parameter(torch.zeros(1))]).state_dict())
+    optimizer.param_groups[0]["master_average"] = 0.0
+    parameter.grad = torch.ones(1)
+    with pytest.raises(ValueError, match="master_average"):
+        optimizer.step()
+    assert parameter == 0
 
 
 # Weights and groups changed by other code

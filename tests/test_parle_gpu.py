@@ -122,7 +122,8 @@ def test_resume_of_three_replicas_is_bitwise_identical(devices, tmp_path, sync_e
     def start():
         torch.manual_seed(1)
         replicas = networks(round_robin(3, 2))
-        return replicas, build(replicas, sync_every=sync_every, gamma=0.06)  # auto: first 2, then 1
+        # auto: first 2, then 1
+        return replicas, build(replicas, sync_every=sync_every, gamma=0.06, master_average=0.5)
 
     replicas, optimizer = start()
     train(replicas, optimizer, range(at))
@@ -280,6 +281,21 @@ def test_master_and_replicas_are_copied_by_name(devices):
     assert [weights(model).tolist() for model in replicas] == before
 
 
+def test_average_of_the_master_is_copied_to_every_device(devices):
+    replicas, target = networks(round_robin(3, 2)), network()
+    optimizer = build(replicas, master_average=0.5)
+    masters = []
+    for start in (0, 3):
+        train(replicas, optimizer, range(start, start + 3))
+        optimizer.copy_master_to(target, averaged=False)
+        assert weights(target).tolist() == optimizer.master.tolist()
+        masters.append(optimizer.master.to("cpu:0"))
+    optimizer.copy_master_to(target)
+    assert weights(target).tolist() == pytest.approx(((masters[0] + 2 * masters[1]) / 3).tolist(), rel=1e-5, abs=1e-7)
+    with optimizer.master_weights():
+        assert [weights(model).tolist() for model in replicas] == [weights(target).tolist()] * 3
+
+
 def test_distances_are_relative_to_the_norm_of_the_master(devices):
     replicas = networks(round_robin(3, 2))
     optimizer = build(replicas)
@@ -345,12 +361,14 @@ def test_scheduler_sets_lr_of_every_replica(devices):
     assert [group["lr"] for group in optimizer.param_groups] == [0.025] * 3
 
 
+@pytest.mark.parametrize("master_average", [0, 0.5])
 @pytest.mark.parametrize(("sync_every", "replicas", "count"), [(1, 5, 3), (3, 5, 3), ("auto", 5, 3)])
-def test_memory_use_is_as_documented(devices, replicas, count, sync_every):
+def test_memory_use_is_as_documented(devices, replicas, count, sync_every, master_average):
     gc.collect()
     gc.freeze()  # from here on get_objects returns what is new
     parameters = [nn.Parameter(torch.ones(1000).to(device)) for device in round_robin(replicas, count)]
-    optimizer = Parle([[parameter] for parameter in parameters], **SETTINGS | dict(sync_every=sync_every, gamma=0.06))
+    settings = dict(sync_every=sync_every, gamma=0.06, master_average=master_average)
+    optimizer = Parle([[parameter] for parameter in parameters], **SETTINGS | settings)
     for _ in range(4):
         for parameter in parameters:
             parameter.grad = torch.ones_like(parameter)
@@ -363,7 +381,7 @@ def test_memory_use_is_as_documented(devices, replicas, count, sync_every):
         3: 5 * replicas + 2,  # weights, two momenta, anchor, inner average; master and its momentum
         "auto": 5 * replicas + count + 1,
     }[sync_every]
-    vectors += replicas  # gradients
+    vectors += replicas + (master_average > 0)  # gradients
     gc.collect()
     found = [item.untyped_storage() for item in gc.get_objects() if issubclass(type(item), torch.Tensor)]
     gc.unfreeze()

@@ -157,6 +157,17 @@ def test_screen_shows_devices_directory_and_errors(program, runs):
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
+def test_saved_master_is_the_average(program, runs):
+    run = runs[program]
+    names = [name for name, _ in models.build("lenet", channels=1, size=8, classes=10).named_parameters()]
+    shared = torch.load(run.folder / "checkpoints" / "00000006-0000" / "shared.pt", weights_only=True)
+    assert shared.keys() == set(range(len(names)))
+    for position, name in enumerate(names):
+        assert torch.equal(run.master[name], shared[position]["master_average"])
+        assert not torch.equal(run.master[name], shared[position]["master"])
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
 def test_master_is_a_plain_state_dict(program, runs):
     run = runs[program]
     assert {path.name for path in run.folder.iterdir()} == {"log.jsonl", "master.pt", "checkpoints"}
