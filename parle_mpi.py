@@ -239,23 +239,21 @@ def world_group() -> MPIGroup:
 
 def run(given: argparse.Namespace, world: MPIGroup) -> bool:
     """Train, or with --doctor print what training would take. Returns whether the run is complete. Collective."""
-    from parle import cli, doctor, launcher
+    from parle import cli, cores, doctor, launcher
     from parle.experiment import Experiment, build_replica, find_checkpoint, hyperparameters, load_data, open_logger
 
     machine_specific = {"data", "proc", "out", "device"}
     world.check_consistent({name: value for name, value in vars(given).items() if name not in machine_specific})
     world.timeout = given.timeout
     node = world.split_by_node()
-    cores = set().union(
-        *node.all_gather(distributed.available_cores())
-    )  # launchers may bind each rank to its own cores
+    num_cores = cores.count_cores(node)
 
     def complete() -> tuple[argparse.Namespace, list[torch.device]]:
         args = cli.complete(given, world.size)
         return args, cli.find_devices(args.device)
 
     args, devices = world.run_and_propagate_errors(complete, cli.UsageError)
-    torch.set_num_threads(distributed.threads_per_rank(len(cores), node.size))
+    torch.set_num_threads(cores.threads_per_rank(num_cores, node.size))
     device = devices[node.rank % len(devices)]
     load = doctor.synthetic_data if args.doctor else functools.partial(load_shared, world, node)
     args, data = load_data(given, args, num_ranks=world.size, load=load, is_first_rank=world.rank == 0)
@@ -269,8 +267,9 @@ def run(given: argparse.Namespace, world: MPIGroup) -> bool:
     own = dict(replicas=args.replicas, buffers=network.buffers(), timeout=args.timeout)
     optimizer = Parle(network.parameters(), world.comm, **own, **settings)
     experiment = Experiment(args, data, optimizer, [replica], optimizer.groups)
+    hosts = cores.describe_hosts(world, node, torch.get_num_threads())
     if args.doctor:
-        return doctor.report_ranks(experiment, device, node)
+        return doctor.report_ranks(experiment, device, hosts)
 
     is_first = world.rank == 0
     resume = world.run_and_propagate_errors(functools.partial(find_checkpoint, args), cli.UsageError, only_if=is_first)
@@ -286,6 +285,7 @@ def run(given: argparse.Namespace, world: MPIGroup) -> bool:
         resume,
         program,
         num_ranks=world.size,
+        hosts=hosts,
         devices=world.all_gather(cli.device_name(device)),
         mpi=distributed.mpi_library(),
         mpi4py=importlib.metadata.version("mpi4py"),

@@ -77,7 +77,7 @@ class RunLogger:
         self.start, arguments = event, event["arguments"]
         threads, processes = pluralize(event["threads_per_rank"], "thread"), "in one process"
         if "num_ranks" in event:
-            threads, processes = f"{threads} each", f"on {pluralize(event['num_ranks'], 'rank')}"
+            threads, processes = _threads(event["hosts"]), f"on {pluralize(event['num_ranks'], 'rank')}"
         counts = collections.Counter(event["devices"])
         devices = ", ".join(f"{counts[name]} on {name}" if len(counts) > 1 else name for name in sorted(counts))
         idle = f"; idle: {', '.join(event['idle_devices'])}" if event.get("idle_devices") else ""
@@ -251,6 +251,16 @@ def _errors(evaluation: dict[str, Any], prefix: str = "") -> list[float]:
     names = ["master_error", "unaveraged_master_error", "ensemble_error"]
     master, *unaveraged, ensemble = (evaluation[prefix + name] for name in names if prefix + name in evaluation)
     return [master, *unaveraged, *evaluation[f"{prefix}replica_errors"], ensemble]
+
+
+def _threads(hosts: list[dict[str, Any]]) -> str:
+    """Return the threads of each rank, with the names of the hosts if their numbers differ."""
+    names = collections.defaultdict(list)
+    for host in hosts:
+        names[host["threads_per_rank"]].append(host["name"])
+    if len(names) == 1:
+        return f"{pluralize(*names, 'thread')} each"
+    return "; ".join(f"{pluralize(count, 'thread')} each on {', '.join(names[count])}" for count in sorted(names))
 
 
 def pluralize(number: int, noun: str) -> str:

@@ -35,9 +35,12 @@ START = {
     "num_rounds": 12,
     "num_ranks": 6,
     "threads_per_rank": 2,
+    "hosts": [dict(name="node1", ranks=6, cores=12, threads_per_rank=2)],
     "devices": ["cuda:1", "cuda:0", "cuda:1"] * 2,
 }
-ONE_PROCESS = {name: value for name, value in START.items() if name != "num_ranks"} | {"devices": START["devices"][:3]}
+ONE_PROCESS = {name: value for name, value in START.items() if name not in ("num_ranks", "hosts")} | {
+    "devices": START["devices"][:3]
+}
 RESUME = START | {"event": "resume", "round": 7, "checkpoint": "runs/x/checkpoints/00000007-0000", "changes": {}}
 INTERRUPTED = {"event": "interrupted", "round": 7, "resume_command": "python parle_gpu.py --resume runs/x"}
 EVAL = {
@@ -127,9 +130,14 @@ def test_everything_is_printed_to_stdout(logger, capsys):
         (dict(source_dir="/data"), ["60,000", "/data", "12 rounds"]),
         (dict(devices=["cuda:0"] * 6), ["6 ranks", "cuda:0"]),
         (
-            dict(num_replicas=1, num_ranks=1, threads_per_rank=1, devices=["cpu"]),
+            dict(num_replicas=1, num_ranks=1, hosts=[dict(name="node1", threads_per_rank=1)], devices=["cpu"]),
             [r"1 replica\b", r"1 rank\b", r"1 thread\b", "cpu"],
         ),
+        (
+            dict(hosts=[dict(name=f"node{i}", threads_per_rank=threads) for i, threads in enumerate((2, 3, 2))]),
+            ["6 ranks", r"2 threads\b.*node0, node2\b", r"3 threads\b.*node1\b", "cuda:0"],
+        ),
+        (dict(hosts=[dict(name="node1", threads_per_rank=3)] * 2), [r"6 ranks \(3 threads each\)"]),
     ],
 )
 def test_start_is_printed_with_counts_and_devices(changed, patterns, logger, capsys):

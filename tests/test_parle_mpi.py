@@ -1,13 +1,13 @@
 """parle_mpi.py and its class in real MPI processes, each run with a time limit. See also test_programs.py."""
 
 import json
-import os
 import re
 import sys
 
 import pytest
 import torch
 
+from parle import cores
 from tests.conftest import OFFLINE, ROOT
 
 
@@ -79,7 +79,7 @@ def test_gradients_are_never_taken_for_a_synchronization(python, tmp_path):
 def test_one_replica_per_rank_by_default(train):
     log, _ = train("-B", 0.08, "-L", 2, ranks=3)
     assert log[0]["num_replicas"] == log[0]["num_ranks"] == len(select(log, "eval")[0]["replica_errors"]) == 3
-    assert log[0]["threads_per_rank"] == max(1, len(os.sched_getaffinity(0)) // 3)
+    assert log[0]["threads_per_rank"] == max(1, cores.count_cores() // 3)
 
 
 @pytest.mark.slow
