@@ -82,7 +82,7 @@ def _mpi_library() -> tuple[str, bool]:
     )
     command, root = [sys.executable, "-c", program], Path(__file__).parent.parent
     try:
-        done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=MPI_TIMEOUT)
+        done = subprocess.run(command, cwd=root, capture_output=True, errors="replace", timeout=MPI_TIMEOUT)
     except subprocess.TimeoutExpired:
         return f"mpi4py could not load one within {MPI_TIMEOUT} s", False
     if done.returncode == 0:

@@ -223,18 +223,39 @@ def environment_info() -> dict[str, Any]:
 
 
 def revision() -> str | None:
-    """Return this program's commit, with "-dirty" if a .py file differs from it, or None outside a repository."""
+    """Return this program's commit, with "-dirty" if a .py file differs from it.
+
+    Outside a repository that contains this file: the version of the installed package, or None if it is not installed.
+    """
+    return _commit() or _installed_version()
+
+
+def _commit() -> str | None:
+    file = Path(__file__)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
 
     def git(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = ["git", "-C", str(Path(__file__).parent.parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=10)
+        command = ["git", "-C", str(file.parent.parent), *arguments]
+        return subprocess.run(command, env=environment, capture_output=True, errors="replace", timeout=10)
 
     try:
+        # an installed package may be in a directory of another repository
+        if git("ls-files", "--error-unmatch", str(file)).returncode:
+            return None
         commit = git("rev-parse", "HEAD").stdout.strip()
         changed = commit and git("diff", "--quiet", "HEAD", "--", "*.py").returncode
     except (OSError, subprocess.TimeoutExpired):
         return None
     return f"{commit}-dirty" if changed else commit or None
+
+
+def _installed_version() -> str | None:
+    try:
+        package = importlib.metadata.distribution("parle")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    installed = Path(str(package.locate_file("parle/logger.py")))  # elsewhere if another checkout is installed
+    return package.version if installed.resolve() == Path(__file__).resolve() else None
 
 
 def _nan_to_null(value: Any) -> Any:
