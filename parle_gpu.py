@@ -176,10 +176,11 @@ def run(given: argparse.Namespace, args: argparse.Namespace) -> bool:
         given, args: the command line before and after `cli.complete`.
     """
     import loader
-    from parle import cli, cores, doctor, experiment, launcher
+    from parle import cli, cores, doctor, experiment, launcher, training
 
     if launcher.has_several_ranks():
         raise cli.UsageError("one process trains all replicas: omit mpirun, or use mpirun -n 3 python parle_mpi.py")
+    training.disable_malloc_trim()
     devices = cli.find_devices(args.device)
     replica_devices = assign_devices(devices, args)
     if devices[0].type == "cpu":  # the number of threads of a rank, so that both programs round identically

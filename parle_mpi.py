@@ -239,7 +239,7 @@ def world_group() -> MPIGroup:
 
 def run(given: argparse.Namespace, world: MPIGroup) -> bool:
     """Train, or with --doctor print what training would take. Returns whether the run is complete. Collective."""
-    from parle import cli, cores, doctor, launcher
+    from parle import cli, cores, doctor, launcher, training
     from parle.experiment import Experiment, build_replica, find_checkpoint, hyperparameters, load_data, open_logger
 
     machine_specific = {"data", "proc", "out", "device"}
@@ -253,6 +253,7 @@ def run(given: argparse.Namespace, world: MPIGroup) -> bool:
         return args, cli.find_devices(args.device)
 
     args, devices = world.run_and_propagate_errors(complete, cli.UsageError)
+    training.disable_malloc_trim()
     torch.set_num_threads(cores.threads_per_rank(num_cores, node.size))
     device = devices[node.rank % len(devices)]
     load = doctor.synthetic_data if args.doctor else functools.partial(load_shared, world, node)
