@@ -176,7 +176,7 @@ def run(given: argparse.Namespace, args: argparse.Namespace) -> bool:
         given, args: the command line before and after `cli.complete`.
     """
     import loader
-    from parle import cli, doctor, experiment, launcher
+    from parle import cli, cores, doctor, experiment, launcher, training
 
     try:
         launcher.check_environment()
@@ -184,11 +184,11 @@ def run(given: argparse.Namespace, args: argparse.Namespace) -> bool:
         raise cli.UsageError(str(error)) from error
     if launcher.has_several_ranks():
         raise cli.UsageError("one process trains all replicas: omit mpirun, or use mpirun -n 3 python parle_mpi.py")
+    training.disable_malloc_trim()
     devices = cli.find_devices(args.device)
     replica_devices = assign_devices(devices, args)
     if devices[0].type == "cpu":  # the number of threads of a rank, so that both programs round identically
-        cores = distributed.available_cores()
-        torch.set_num_threads(distributed.threads_per_rank(len(cores), args.replicas))
+        torch.set_num_threads(cores.threads_per_rank(cores.count_cores(), args.replicas))
 
     def load(args: argparse.Namespace) -> loader.Dataset:
         return doctor.synthetic_data(args) if args.doctor else loader.load(args.dataset, args.data, args.proc, args.zca)

@@ -274,7 +274,7 @@ def world_group() -> MPIGroup:
 
 def run(given: argparse.Namespace, world: MPIGroup) -> bool:
     """Train, or with --doctor print what training would take. Returns whether the run is complete. Collective."""
-    from parle import cli, doctor, launcher
+    from parle import cli, cores, doctor, launcher, training
     from parle.experiment import (
         Experiment,
         build_replica,
@@ -289,9 +289,7 @@ def run(given: argparse.Namespace, world: MPIGroup) -> bool:
     world.check_consistent({name: value for name, value in vars(given).items() if name not in machine_specific})
     world.timeout = given.timeout
     node = world.split_by_node()
-    cores = set().union(
-        *node.all_gather(distributed.available_cores())
-    )  # launchers may bind each rank to its own cores
+    num_cores = cores.count_cores(node)
 
     def complete() -> tuple[argparse.Namespace, list[torch.device]]:
         if given.max_restarts and not launcher.is_started_by_parle():
@@ -300,7 +298,8 @@ def run(given: argparse.Namespace, world: MPIGroup) -> bool:
         return args, cli.find_devices(args.device)
 
     args, devices = world.run_and_propagate_errors(complete, cli.UsageError)
-    torch.set_num_threads(distributed.threads_per_rank(len(cores), node.size))
+    training.disable_malloc_trim()
+    torch.set_num_threads(cores.threads_per_rank(num_cores, node.size))
     device = devices[node.rank % len(devices)]
     load = doctor.synthetic_data if args.doctor else functools.partial(load_shared, world, node)
     args, data = load_data(given, args, num_ranks=world.size, load=load, is_first_rank=world.rank == 0)
@@ -314,8 +313,9 @@ def run(given: argparse.Namespace, world: MPIGroup) -> bool:
     own = dict(replicas=args.replicas, buffers=network.buffers(), timeout=args.timeout)
     optimizer = Parle(network.parameters(), world.comm, **own, **settings)
     experiment = Experiment(args, data, optimizer, [replica], optimizer.groups)
+    hosts = cores.describe_hosts(world, node, torch.get_num_threads())
     if args.doctor:
-        return doctor.report_ranks(experiment, device, node)
+        return doctor.report_ranks(experiment, device, hosts)
 
     is_first = world.rank == 0
     find = functools.partial(find_checkpoint, args, describe_data(data, experiment.batches_per_epoch))
@@ -332,6 +332,7 @@ def run(given: argparse.Namespace, world: MPIGroup) -> bool:
         resume,
         program,
         num_ranks=world.size,
+        hosts=hosts,
         devices=world.all_gather(cli.device_name(device)),
         mpi=distributed.mpi_library(),
         mpi4py=importlib.metadata.version("mpi4py"),

@@ -37,7 +37,8 @@ import loader
 import models
 from benchmarks import results
 from benchmarks.baseline_optimizers import GRID, Method, average, first_settings, flatten, methods
-from parle import distributed, evaluation, launcher, training
+from parle import evaluation, launcher, training
+from parle.cores import count_cores
 from parle.distributed import MPIGroup
 
 NAME = Path(__file__).stem
@@ -298,7 +299,7 @@ def main() -> None:
         "-n",
         "--ranks",
         type=int,
-        default=len(distributed.available_cores()),
+        default=count_cores(),
         metavar="N",
         help="number of ranks (%(default)s)",
     )

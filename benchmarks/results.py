@@ -101,14 +101,14 @@ def machine() -> str:
     """Return the processor and the versions that a number depends on, in one line."""
     import torch
 
-    from parle import distributed
+    from parle.cores import count_cores
 
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next(line.split(":")[1] for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         cpu = platform.machine()
-    cores = len(distributed.available_cores())
+    cores = count_cores()
     return f"{cores} cores of {cpu.strip()}, Python {platform.python_version()}, torch {torch.__version__}"
 
 

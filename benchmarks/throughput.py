@@ -155,6 +155,7 @@ def measure(raw: Path, proc: Path) -> None:
 
     world = MPIGroup(MPI.COMM_WORLD)
     torch.set_num_threads(1)
+    training.disable_malloc_trim()
     torch.manual_seed(SEED + world.rank)
     common = dict(seed=SEED, mpi=distributed.mpi_library()) | results.provenance()
     jobs = [("loop", "lenet", functools.partial(time_loops, world, raw, proc))]

@@ -27,8 +27,9 @@ from torch.nn import functional as F
 import loader
 import models
 from benchmarks import results
-from parle import distributed, evaluation, training
+from parle import evaluation, training
 from parle.algorithm import COUPLING_MAX, PRESETS, update_average
+from parle.cores import count_cores
 from parle_gpu import Parle
 
 BATCH_SIZE = 128
@@ -323,7 +324,7 @@ def run_missing(
     jobs = list(missing(name, trials))
     if not jobs:
         print(results.nothing_to_run(name))
-    with ProcessPoolExecutor(len(distributed.available_cores()), mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(count_cores(), mp_context=get_context("spawn")) as pool:
         running = []
         for task, config, seed in jobs:
             digest = hashlib.sha256(f"{config_key(task, config)} {seed}".encode()).hexdigest()[:16]

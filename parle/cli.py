@@ -442,7 +442,7 @@ def validate(args: argparse.Namespace, num_ranks: int | None) -> None:
         raise UsageError("-L auto needs a coupling to the anchor: use --gamma 0.01")
     if args.sync_every == "auto" and args.lr > MAX_STEPS_PER_ROUND * args.gamma:
         raise UsageError(f"-L auto is lr / gamma, and {args.lr:g} / {args.gamma:g} is too large: use --gamma 0.01")
-    threads = os.environ.get("OMP_NUM_THREADS", "1").split(",")[0]
+    threads = (os.environ.get("OMP_NUM_THREADS") or "1").split(",")[0]
     if not (threads.strip().isdecimal() and len(threads) < 9 and 1 <= int(threads) <= MAX_THREADS):
         raise UsageError(f"OMP_NUM_THREADS is {threads!r}, not a number of threads from 1 to {MAX_THREADS}")
     if args.data is not None and not os.path.isdir(args.data):

@@ -211,15 +211,3 @@ def mpi_library() -> str:
 
     vendor, version = MPI.get_vendor()
     return f"{vendor} {'.'.join(map(str, version))}"
-
-
-def available_cores() -> set[int]:
-    """Return the cores that this process may use."""
-    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
-
-
-def threads_per_rank(cores: int, ranks: int) -> int:
-    """Return the number of threads for each of `ranks` processes on `cores` cores; OMP_NUM_THREADS overrides it."""
-    if "OMP_NUM_THREADS" in os.environ:
-        return int(os.environ["OMP_NUM_THREADS"].split(",")[0])
-    return max(1, cores // ranks)

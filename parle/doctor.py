@@ -23,8 +23,10 @@ from torch.nn import functional as F
 
 from parle import cli, launcher, streams
 from parle.algorithm import steps_per_round
-from parle.distributed import Group, available_cores
+from parle.cores import count_cores
+from parle.distributed import Group
 from parle.experiment import Experiment
+from parle.logger import pluralize
 from parle.optimizer import ParleBase
 from parle.training import LocalReplica, network_devices
 
@@ -80,7 +82,7 @@ def _mpi_library() -> tuple[str, bool]:
     )
     command, root = [sys.executable, "-c", program], Path(__file__).parent.parent
     try:
-        done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=MPI_TIMEOUT)
+        done = subprocess.run(command, cwd=root, capture_output=True, errors="replace", timeout=MPI_TIMEOUT)
     except subprocess.TimeoutExpired:
         return f"mpi4py could not load one within {MPI_TIMEOUT} s", False
     if done.returncode == 0:
@@ -121,14 +123,15 @@ def synthetic_data(args: argparse.Namespace) -> loader.Dataset:
     return loader.Dataset(args.dataset, images, labels, images[:1], labels[:1], mean, std, spec.classes)
 
 
-def report_ranks(experiment: Experiment, device: torch.device, node: Group) -> bool:
+def report_ranks(experiment: Experiment, device: torch.device, hosts: Sequence[dict[str, Any]]) -> bool:
     """Print where the ranks of an MPI run are and what its steps cost. Returns True. Collective."""
     world, replicas = experiment.groups.world, experiment.args.replicas
     places = world.all_gather((socket.gethostname(), cli.device_name(device)))
-    machines = sum(world.all_gather(node.rank == 0))
-    several = len({host for host, _ in places}) > 1
-    where = f"{world.size} on {machines} machine{'s' * (machines > 1)}"
-    rows = [("ranks", f"{where}, {torch.get_num_threads()} of {len(available_cores())} cores each", True)]
+    several = len(hosts) > 1
+    rows = [
+        ("ranks", f"{world.size} on {pluralize(len(hosts), 'machine')}", True),
+        ("threads", "; ".join(_threads(host, several) for host in hosts), True),
+    ]
     width = world.size // replicas
     for number in range(replicas):
         ranks = range(number * width, (number + 1) * width)
@@ -138,9 +141,14 @@ def report_ranks(experiment: Experiment, device: torch.device, node: Group) -> b
     return print_rows(_costs(experiment, "allreduce", f"over {world.size} ranks"), world.rank == 0)
 
 
+def _threads(host: dict[str, Any], with_name: bool) -> str:
+    name = f"{host['name']}: " if with_name else ""
+    return f"{name}{host['threads_per_rank']} per rank, {pluralize(host['cores'], 'core')}"
+
+
 def report_devices(experiment: Experiment, device_names: Sequence[str]) -> bool:
     """Print where the replicas of this process are and what its steps cost. Returns True."""
-    threads = f"{torch.get_num_threads()} of {len(available_cores())} cores"
+    threads = f"{torch.get_num_threads()}, {pluralize(count_cores(), 'core')}"
     rows = [("threads", threads, True), *((f"replica {a}", name, True) for a, name in enumerate(device_names))]
     print_rows(rows, True)
     count = len({device for network in experiment.networks.values() for device in network_devices(network)[:1]})

@@ -81,7 +81,7 @@ class RunLogger:
         self.start, arguments = event, event["arguments"]
         threads, processes = pluralize(event["threads_per_rank"], "thread"), "in one process"
         if "num_ranks" in event:
-            threads, processes = f"{threads} each", f"on {pluralize(event['num_ranks'], 'rank')}"
+            threads, processes = _threads(event["hosts"]), f"on {pluralize(event['num_ranks'], 'rank')}"
         counts = collections.Counter(event["devices"])
         devices = ", ".join(f"{counts[name]} on {name}" if len(counts) > 1 else name for name in sorted(counts))
         idle = f"; idle: {', '.join(event['idle_devices'])}" if event.get("idle_devices") else ""
@@ -234,18 +234,39 @@ def environment_info() -> dict[str, Any]:
 
 
 def revision() -> str | None:
-    """Return this program's commit, with "-dirty" if a .py file differs from it, or None outside a repository."""
+    """Return this program's commit, with "-dirty" if a .py file differs from it.
+
+    Outside a repository that contains this file: the version of the installed package, or None if it is not installed.
+    """
+    return _commit() or _installed_version()
+
+
+def _commit() -> str | None:
+    file = Path(__file__)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
 
     def git(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = ["git", "-C", str(Path(__file__).parent.parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=10)
+        command = ["git", "-C", str(file.parent.parent), *arguments]
+        return subprocess.run(command, env=environment, capture_output=True, errors="replace", timeout=10)
 
     try:
+        # an installed package may be in a directory of another repository
+        if git("ls-files", "--error-unmatch", str(file)).returncode:
+            return None
         commit = git("rev-parse", "HEAD").stdout.strip()
         changed = commit and git("diff", "--quiet", "HEAD", "--", "*.py").returncode
     except (OSError, subprocess.TimeoutExpired):
         return None
     return f"{commit}-dirty" if changed else commit or None
+
+
+def _installed_version() -> str | None:
+    try:
+        package = importlib.metadata.distribution("parle")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    installed = Path(str(package.locate_file("parle/logger.py")))  # elsewhere if another checkout is installed
+    return package.version if installed.resolve() == Path(__file__).resolve() else None
 
 
 def _nan_to_null(value: Any) -> Any:
@@ -262,6 +283,16 @@ def _errors(evaluation: dict[str, Any], prefix: str = "") -> list[float]:
     names = ["master_error", "unaveraged_master_error", "ensemble_error"]
     master, *unaveraged, ensemble = (evaluation[prefix + name] for name in names if prefix + name in evaluation)
     return [master, *unaveraged, *evaluation[f"{prefix}replica_errors"], ensemble]
+
+
+def _threads(hosts: list[dict[str, Any]]) -> str:
+    """Return the threads of each rank, with the names of the hosts if their numbers differ."""
+    names = collections.defaultdict(list)
+    for host in hosts:
+        names[host["threads_per_rank"]].append(host["name"])
+    if len(names) == 1:
+        return f"{pluralize(*names, 'thread')} each"
+    return "; ".join(f"{pluralize(count, 'thread')} each on {', '.join(names[count])}" for count in sorted(names))
 
 
 def pluralize(number: int, noun: str) -> str:

@@ -506,6 +506,13 @@ def test_device_name_includes_the_model(monkeypatch):
 # Output: only rank 0 prints
 
 
+def test_empty_omp_num_threads_is_as_if_unset(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "")
+    empty = parse("")
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert empty == parse("")
+
+
 def test_error_that_cannot_be_printed_is_no_other_error(monkeypatch):
     with open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "stderr", full)

@@ -1,4 +1,3 @@
-import os
 import re
 import time
 from types import SimpleNamespace
@@ -17,8 +16,8 @@ def script(tmp_path):
 
     def write(body):
         path = tmp_path / "script.py"
-        imports = "from parle import distributed, launcher\nfrom parle.distributed import MPIGroup\n"
-        path.write_text(f"import os, sys, time\nsys.path.insert(0, {str(ROOT)!r})\n{imports}{body}")
+        imports = "from parle import cores, distributed, launcher\nfrom parle.distributed import MPIGroup\n"
+        path.write_text(f"import math, os, socket, sys, time\nsys.path.insert(0, {str(ROOT)!r})\n{imports}{body}")
         return path
 
     return write
@@ -141,15 +140,25 @@ def check_listed_errors_are_raised_on_every_rank(world):
 def check_ranks_of_a_node_share_its_cores(world):
     node = world.split_by_node()
     assert (node.size, node.rank) == (3, world.rank)
-    os.environ.pop("OMP_NUM_THREADS", None)
-    for cores, threads in [
-        (set(range(13)), 4),
-        ({0, 1}, 1),
-        ({2 * world.rank, 2 * world.rank + 1}, 2),
+    for affinity, quota, count in [
+        (set(range(13)), math.inf, 13),
+        ({0, 1}, math.inf, 2),
+        ({2 * world.rank, 2 * world.rank + 1}, math.inf, 6),
+        ({2 * world.rank, 2 * world.rank + 1}, 3.5, 4),
+        (set(range(13)), 0.5, 1),
+        (set(range(13)), 20.0, 13),
     ]:
-        os.sched_getaffinity = lambda process: cores
-        count = len(set().union(*node.all_gather(distributed.available_cores())))
-        assert distributed.threads_per_rank(count, node.size) == threads, (cores, count)
+        cores.available_cores, cores.cpu_quota = lambda: affinity, lambda: quota
+        assert cores.count_cores(node) == count, (affinity, quota)
+
+
+def check_hosts_are_described_with_their_own_threads(world):
+    cores.available_cores, cores.cpu_quota = lambda: set(range(8 >> world.rank)), lambda: math.inf
+    node = world.split(world.rank == 2)  # as if rank 2 were on another host
+    found = cores.describe_hosts(world, node, 1 + (world.rank == 2))
+    name = socket.gethostname()
+    first, second = (dict(name=name, ranks=2, cores=8), dict(name=name, ranks=1, cores=2))
+    assert found == [first | dict(threads_per_rank=1), second | dict(threads_per_rank=2)], found
 
 
 def main():
@@ -166,7 +175,7 @@ launcher.run_or_abort(main)
 
 def test_groups_of_three_ranks(python, script):
     checks = re.findall(r"^def (check_\w+)\(world\):", THREE_RANKS, re.M)
-    assert len(checks) == 13
+    assert len(checks) == 14
     done = python(script(THREE_RANKS.replace("CHECKS", f"[{', '.join(checks)}]")), ranks=3)
     assert (done.returncode, done.stderr) == (0, "")
     assert sorted(done.stdout.splitlines()) == ["0 is done", "1 is done", "2 is done"]
@@ -202,32 +211,6 @@ def test_only_listed_errors_are_propagated(error, propagated):
     with pytest.raises(type(error), match="listed"):
         Recorder().run_and_propagate_errors(fail, OSError, KeyError)
     assert gathered == [error] * propagated
-
-
-@pytest.mark.parametrize("value", ["3", "3,2"])
-def test_threads_follow_omp_num_threads(value, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", value)
-    assert distributed.threads_per_rank(64, 2) == 3
-
-
-@pytest.mark.parametrize(
-    ("cores", "ranks", "threads"), [(1, 1, 1), (8, 1, 8), (13, 3, 4), (6, 3, 2), (2, 3, 1), (1, 100, 1)]
-)
-def test_cores_are_divided_among_ranks(cores, ranks, threads, monkeypatch):
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert distributed.threads_per_rank(cores, ranks) == threads
-
-
-def test_available_cores_follow_the_affinity_mask(monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0: {2, 5}}[process], raising=False)
-    assert distributed.available_cores() == {2, 5}
-
-
-@pytest.mark.parametrize(("count", "cores"), [(4, {0, 1, 2, 3}), (None, {0})])
-def test_all_cores_are_available_without_affinity_mask(count, cores, monkeypatch):
-    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
-    monkeypatch.setattr(os, "cpu_count", lambda: count)
-    assert distributed.available_cores() == cores
 
 
 HANG = """

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ import loader
 import parle_gpu
 import parle_mpi
 from parle import cli, doctor, experiment, launcher
-from parle.distributed import Group
+from parle.distributed import Group, Groups
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.usefixtures("no_launcher")
@@ -335,12 +336,24 @@ def test_launcher_is_recognized_from_the_environment(environment, name):
     assert launcher.launcher_name(environment) == name
 
 
+def test_each_host_is_printed_with_its_threads(monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "_costs", lambda *_: [])
+    run = SimpleNamespace(args=arguments("-n", 1), groups=Groups())
+    hosts = [dict(name=f"node{i}", ranks=2 + i, cores=4, threads_per_rank=2 - i) for i in range(2)]
+    assert doctor.report_ranks(run, torch.device("cpu"), hosts)
+    out = capsys.readouterr().out
+    assert "2 machines" in value(out, "ranks")
+    assert re.search(r"node0\b.*\b2 per rank.*\b4 cores.*node1\b.*\b1 per rank.*\b4 cores", value(out, "threads"))
+    assert doctor.report_ranks(run, torch.device("cpu"), hosts[:1])
+    assert "node0" not in value(capsys.readouterr().out, "threads")
+
+
 @pytest.mark.slow
 def test_program_starts_its_ranks_and_the_first_prints(python, tmp_path):
     done = python(ROOT / "parle_mpi.py", "--doctor", "-n", 2, "-d", "digits", "-b", 4, cwd=tmp_path, timeout=110)
     assert (done.returncode, done.stderr) == (0, "")
     bfloat16 = ["bfloat16"] * doctor.cpu_computes_bfloat16()
-    costs = ["ranks", "replica 0", "replica 1", "model", "step", *bfloat16, "allreduce", "L"]
+    costs = ["ranks", "threads", "replica 0", "replica 1", "model", "step", *bfloat16, "allreduce", "L"]
     assert labels(done.stdout) == ENVIRONMENT + costs
     assert "rank 1" in value(done.stdout, "replica 1")
     assert re.search(r"^[\d.,]+ ms\b.*\b132,220\b.*\b2 ranks", value(done.stdout, "allreduce"))

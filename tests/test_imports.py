@@ -14,7 +14,7 @@ CLASS_MODULES = {
     "parle.distributed",
 }
 LAYERS = [
-    *("algorithm", "flat_replica", "validation", "agreement", "optimizer", "distributed"),
+    *("algorithm", "flat_replica", "validation", "agreement", "optimizer", "distributed", "cores"),
     *("evaluation", "training", "streams", "launcher", "signals", "checkpoint"),
     *("fault_injection", "logger", "cli", "experiment", "doctor", "plot"),
 ]

@@ -39,9 +39,12 @@ START = {
     "num_rounds": 12,
     "num_ranks": 6,
     "threads_per_rank": 2,
+    "hosts": [dict(name="node1", ranks=6, cores=12, threads_per_rank=2)],
     "devices": ["cuda:1", "cuda:0", "cuda:1"] * 2,
 }
-ONE_PROCESS = {name: value for name, value in START.items() if name != "num_ranks"} | {"devices": START["devices"][:3]}
+ONE_PROCESS = {name: value for name, value in START.items() if name not in ("num_ranks", "hosts")} | {
+    "devices": START["devices"][:3]
+}
 RESUME = START | {"event": "resume", "round": 7, "checkpoint": "runs/x/checkpoints/00000007-0000", "changes": {}}
 INTERRUPTED = {"event": "interrupted", "round": 7, "resume_command": "python parle_gpu.py --resume runs/x"}
 EVAL = {
@@ -133,9 +136,14 @@ def test_everything_is_printed_to_stdout(logger, capsys):
         (dict(source_dir="/data", arguments=START["arguments"] | {"data": "/data"}), ["/data; batch size"]),
         (dict(devices=["cuda:0"] * 6), ["6 ranks", "cuda:0"]),
         (
-            dict(num_replicas=1, num_ranks=1, threads_per_rank=1, devices=["cpu"]),
+            dict(num_replicas=1, num_ranks=1, hosts=[dict(name="node1", threads_per_rank=1)], devices=["cpu"]),
             [r"1 replica\b", r"1 rank\b", r"1 thread\b", "cpu"],
         ),
+        (
+            dict(hosts=[dict(name=f"node{i}", threads_per_rank=threads) for i, threads in enumerate((2, 3, 2))]),
+            ["6 ranks", r"2 threads\b.*node0, node2\b", r"3 threads\b.*node1\b", "cuda:0"],
+        ),
+        (dict(hosts=[dict(name="node1", threads_per_rank=3)] * 2), [r"6 ranks \(3 threads each\)"]),
     ],
 )
 def test_start_is_printed_with_counts_and_devices(changed, patterns, logger, capsys):
@@ -528,28 +536,64 @@ def test_environment_info_has_time_versions_and_machine(monkeypatch):
     assert json.loads(json.dumps(found)) == found
 
 
-@pytest.mark.parametrize(
-    ("changed", "expected"),
-    [
-        (None, "{commit}"),
-        ("README.md", "{commit}"),
-        ("parle.py", "{commit}-dirty"),
-    ],
-)
-def test_revision_is_the_commit_and_whether_code_differs(changed, expected, tmp_path, monkeypatch):
+@pytest.fixture
+def git(tmp_path):
+    """A function that runs git in a new repository, which contains the program, and returns what it prints."""
+
     def git(*arguments):
         who = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
-        return subprocess.run(["git", "-C", tmp_path, *who, *arguments], check=True, capture_output=True, text=True)
+        command = ["git", "-C", tmp_path / "clone", *who, *arguments]
+        return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.strip()
 
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    (tmp_path / "clone" / "parle").mkdir(parents=True)
+    for name in ("README.md", "main.py", "parle/logger.py"):
+        (tmp_path / "clone" / name).write_text("before")
     git("init", "-q")
-    for name in ("README.md", "parle.py"):
-        (tmp_path / name).write_text("before")
     git("add", ".")
     git("commit", "-qm", "all")
+    return git
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [(None, "{commit}"), ("README.md", "{commit}"), ("main.py", "{commit}-dirty")],
+)
+def test_revision_is_the_commit_and_whether_code_differs(changed, expected, git, tmp_path, monkeypatch):
     if changed:
-        (tmp_path / changed).write_text("after")
-    monkeypatch.setattr("parle.logger.__file__", str(tmp_path / "parle" / "logger.py"))
-    assert revision() == expected.format(commit=git("rev-parse", "HEAD").stdout.strip())
+        (tmp_path / "clone" / changed).write_text("after")
+    monkeypatch.setattr("parle.logger.__file__", str(tmp_path / "clone" / "parle" / "logger.py"))
+    assert revision() == expected.format(commit=git("rev-parse", "HEAD"))
+
+
+def test_revision_is_found_in_a_directory_of_any_name(git, tmp_path, monkeypatch):
+    commit, renamed = git("rev-parse", "HEAD"), tmp_path / os.fsdecode(b"clone\xff")
+    git("config", "core.quotePath", "false")
+    (tmp_path / "clone").rename(renamed)
+    monkeypatch.setattr("parle.logger.__file__", str(renamed / "parle" / "logger.py"))
+    assert revision() == commit
+    monkeypatch.setattr("parle.logger.__file__", str(renamed / "parle" / "untracked.py"))
+    assert revision() is None
+
+
+def test_revision_is_of_the_repository_with_the_program(git, tmp_path, monkeypatch):
+    monkeypatch.setattr("parle.logger.__file__", str(tmp_path / "clone" / "parle" / "logger.py"))
+    git("init", "-q", str(tmp_path / "other"))
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "other" / ".git"))  # as in a git hook
+    monkeypatch.setenv("GIT_INDEX_FILE", str(tmp_path / "other" / "index"))
+    assert revision() == git("rev-parse", "HEAD")
+
+
+@pytest.mark.parametrize(("is_installed", "expected"), [(True, "1.2.3"), (False, None)])
+def test_revision_in_another_repository_is_the_installed_version(is_installed, expected, git, tmp_path, monkeypatch):
+    site = tmp_path / "clone" / "env"
+    (site / "parle").mkdir(parents=True)
+    for folder in (site, tmp_path) if is_installed else (tmp_path,):
+        (folder / "parle-1.2.3.dist-info").mkdir(parents=True)
+        (folder / "parle-1.2.3.dist-info" / "METADATA").write_text("Name: parle\nVersion: 1.2.3\n")
+    monkeypatch.syspath_prepend(str(site if is_installed else tmp_path))
+    monkeypatch.setattr("parle.logger.__file__", str(site / "parle" / "logger.py"))
+    assert revision() == expected
 
 
 @pytest.mark.parametrize(
@@ -561,7 +605,7 @@ def test_revision_is_the_commit_and_whether_code_differs(changed, expected, tmp_
     ],
     ids=["no repository", "no git", "hangs"],
 )
-def test_revision_is_none_without_git(git, monkeypatch):
+def test_revision_is_none_without_git_and_installation(git, tmp_path, monkeypatch):
     def run(command, **options):
         assert command[0] == "git"
         assert options["timeout"] <= 10
@@ -570,6 +614,7 @@ def test_revision_is_none_without_git(git, monkeypatch):
         return git(command)
 
     monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr("parle.logger.__file__", str(tmp_path / "parle" / "logger.py"))
     assert revision() is None
 
 

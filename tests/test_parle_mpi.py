@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 import sys
 from types import SimpleNamespace
@@ -13,6 +12,7 @@ from torch import nn
 
 import loader
 import parle_mpi
+from parle import cores
 from parle.distributed import MPIGroup
 from parle_mpi import Parle
 from tests.conftest import OFFLINE, ROOT
@@ -106,7 +106,7 @@ def test_gradients_are_never_taken_for_a_synchronization(python, tmp_path):
 def test_one_replica_per_rank_by_default(train):
     log, _ = train("-B", 0.08, "-L", 2, ranks=3)
     assert log[0]["num_replicas"] == log[0]["num_ranks"] == len(select(log, "eval")[0]["replica_errors"]) == 3
-    assert log[0]["threads_per_rank"] == max(1, len(os.sched_getaffinity(0)) // 3)
+    assert log[0]["threads_per_rank"] == max(1, cores.count_cores() // 3)
 
 
 @pytest.mark.slow

@@ -221,6 +221,21 @@ def test_every_flag_reaches_what_it_controls(program, monkeypatch, proc, tmp_pat
     assert calls["find_devices"]["positional"] == ("cpu",)
 
 
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_programs_disable_malloc_trim(program, monkeypatch, tmp_path):
+    class Called(Exception):
+        pass
+
+    def disable():
+        raise Called
+
+    monkeypatch.setattr(training, "disable_malloc_trim", disable)
+    monkeypatch.setattr(sys, "argv", [program, "-n", "1", "-d", "digits", "--proc", str(tmp_path)])
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    with pytest.raises(Called):
+        {"parle_gpu.py": parle_gpu, "parle_mpi.py": parle_mpi}[program].main()
+
+
 # parle_gpu.py in this process
 
 

@@ -1,5 +1,6 @@
 """The training loop: its events, its schedule, its equivalence with torch's SGD, and its random numbers."""
 
+import sys
 import time
 from contextlib import contextmanager
 from copy import deepcopy
@@ -55,6 +56,27 @@ def train(model, batches, optimizer, evaluate=constant_error, *, epochs=2, sched
 
 def of_kind(kind, events):
     return [event for event in events if event["event"] == kind]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="is only called on Linux")
+@pytest.mark.parametrize(("accepts", "names"), [(True, {"M_MMAP_THRESHOLD", "M_TRIM_THRESHOLD"}), (False, set())])
+def test_malloc_thresholds_are_both_changed_or_neither(accepts, names, monkeypatch):
+    changed = set()
+
+    def mallopt(parameter, value):
+        name = {-1: "M_TRIM_THRESHOLD", -3: "M_MMAP_THRESHOLD"}[parameter]
+        accepted = accepts or name == "M_TRIM_THRESHOLD" or value <= 2**25
+        changed.update({name} if accepted else ())
+        return int(accepted)
+
+    monkeypatch.setattr(training.ctypes, "CDLL", lambda name: SimpleNamespace(mallopt=mallopt))
+    training.disable_malloc_trim()
+    assert changed == names
+
+
+def test_classes_and_the_training_loop_leave_malloc_alone(comm, monkeypatch):
+    monkeypatch.setattr(training.ctypes, "CDLL", lambda name: pytest.fail("changes malloc"))
+    train(*start(comm), epochs=0.1)
 
 
 @pytest.mark.parametrize(
