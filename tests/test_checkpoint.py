@@ -1429,7 +1429,7 @@ def test_resume_command_quotes_the_directory(run, tmp_path):
 def commands(monkeypatch):
     """Return the resume commands that the supervising process gets, filled in as they are written."""
     written = []
-    monkeypatch.setattr(launcher, "write_resume_command", written.append)
+    monkeypatch.setattr(launcher, "write_resume_command", lambda command, folder: written.append(command))
     return written
 
 

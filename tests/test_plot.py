@@ -333,7 +333,7 @@ def test_the_users_matplotlib_settings_do_not_matter(write, main, monkeypatch, p
     with matplotlib.rc_context({"axes.facecolor": "red", "text.usetex": True}):
         assert main(write(events()))[0] == 0
     assert colors == [matplotlib.colors.to_rgba("white")]
-    done = python("-c", "from parle import plot", MPLBACKEND="module://matplotlib_inline.backend_inline")
+    done = python("-m", "parle.plot", "-h", MPLBACKEND="module://matplotlib_inline.backend_inline")
     assert (done.returncode, done.stderr) == (0, "")
 
 

@@ -95,6 +95,7 @@ def test_both_programs_train_identically(runs):
     gpu_arguments, mpi_arguments = dict(gpu[0]["arguments"]), dict(mpi[0]["arguments"])
     for name in ("program", "proc"):  # they ran in two directories
         assert gpu_arguments.pop(name) != mpi_arguments.pop(name)
+    assert mpi_arguments.pop("max_restarts") == 0
     assert gpu_arguments.items() >= mpi_arguments.items()
     last_evals = [select(log, "eval")[-1] for log in (gpu, mpi)]
     for key in RUNNING_STATS:
