@@ -173,7 +173,7 @@ def test_ranks_start_within_a_job_of_one_node(start, script):
     """MPICH's mpiexec would call srun, which need not exist in a container."""
     host = os.uname().nodename
     job = dict(SLURM_JOB_ID="7", SLURM_NODELIST=host, SLURM_JOB_NODELIST=host, SLURM_TASKS_PER_NODE="1")
-    process = start(script("print(rank, flush=True)"), SLURM_NNODES="1", SLURM_JOB_NUM_NODES="1", **job)
+    process = start(script("sys.stdout.write(f'{rank}\\n')"), SLURM_NNODES="1", SLURM_JOB_NUM_NODES="1", **job)
     out, err = process.communicate(timeout=60)
     assert (sorted(out.split()), err, process.returncode) == (["0", "1", "2"], "", 0)
 
