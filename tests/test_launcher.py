@@ -694,6 +694,17 @@ def test_exception_without_launcher_names_rank_0(python):
     assert done.stderr.splitlines()[-1] == "rank 0: FileNotFoundError: [Errno 2] No such file or directory: '/none'"
 
 
+def test_exception_aborts_all_ranks_even_if_stdout_is_full(tmp_path):
+    path = tmp_path / "script.py"
+    path.write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from mpi4py import MPI; from parle import launcher\n"
+        "print('out')\nlauncher.run_or_abort(lambda: open('/none'))"
+    )
+    status, _, err = start_in_shell(path, ">/dev/full", PYTHONUNBUFFERED="")
+    assert status != 0
+    assert err.splitlines()[-1].startswith(b"rank 0: FileNotFoundError")
+
+
 EXIT = """
 from mpi4py import MPI
 comm = MPI.COMM_WORLD
