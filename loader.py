@@ -8,6 +8,8 @@ import contextlib
 import enum
 import functools
 import hashlib
+import io
+import itertools
 import json
 import math
 import os
@@ -254,7 +256,7 @@ def load(name: str, raw: Path | None = None, proc: Path = Path("proc"), zca: boo
         if not is_current(name, raw, proc, zca):
             train, test = spec.read(spec.kind, proc / "raw" if raw is None else raw, raw is None)
             _check_arrays(name, train, test, spec.classes)
-            raw_files = {file: _fingerprint(path) for file, path in _raw_files(name, raw, proc).items()}
+            raw_files = {file: _fingerprint(path, _sha256(path)) for file, path in _raw_files(name, raw, proc).items()}
             meta = dict(format=FORMAT, source_dir=_source_dir(name, raw), raw_files=raw_files, classes=spec.classes)
             try:
                 _build(folder, train, test, zca, meta, functools.partial(is_current, name, raw, proc, zca))
@@ -277,7 +279,7 @@ def cache(name: str, proc: Path, zca: bool) -> Path:
 
 @_report_permission_errors()
 def is_current(name: str, raw: Path | None, proc: Path, zca: bool) -> bool:
-    """Return whether `load` with these arguments would find the data set pre-processed, from the raw files of today.
+    """Return whether `load` with these arguments would find the data set pre-processed from the raw files as they are.
 
     Without `raw` data of any source is current. Raw files may be deleted.
     """
@@ -304,9 +306,9 @@ def _raw_files(name: str, raw: Path | None, proc: Path) -> dict[str, Path]:
     return {str(path.relative_to(root)): path for path in paths if os.path.isfile(path)}
 
 
-def _fingerprint(path: Path) -> dict[str, Any]:
+def _fingerprint(path: Path, sha256: str) -> dict[str, Any]:
     status = path.stat()
-    return dict(size=status.st_size, mtime_ns=status.st_mtime_ns, sha256=_sha256(path))
+    return dict(size=status.st_size, mtime_ns=status.st_mtime_ns, sha256=sha256)
 
 
 def _is_unchanged(path: Path, saved: dict[str, Any]) -> bool:
@@ -375,12 +377,16 @@ def _build(
     convert, dtype = (_fit_zca(train[0]), np.float32) if zca else (_chunks, np.uint8)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
-    temporary.mkdir()  # unlike mkdtemp's, its mode follows the umask, as that of the files
+    temporary.mkdir()  # unlike mkdtemp's, its mode follows the umask, like the files'
+    arrays: dict[str, Any] = {}
     try:
         for split, (images, labels) in (("train", train), ("test", test)):
-            _save(temporary / f"{split}_images.npy", (len(labels), *shape), dtype, convert(images))
-            _save(temporary / f"{split}_labels.npy", labels.shape, np.int64, [labels.astype(np.int64)])
-        arrays = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
+            for content, array in (
+                ("images", ((len(labels), *shape), dtype, convert(images))),
+                ("labels", (labels.shape, np.int64, [labels.astype(np.int64)])),
+            ):
+                path = temporary / f"{split}_{content}.npy"
+                arrays[path.name] = _fingerprint(path, _save(path, *array))
         meta |= dict(mean=mean.tolist(), std=std.tolist(), arrays=arrays)
         with open(temporary / "meta.json", "w") as file:
             json.dump(meta, file)
@@ -412,14 +418,17 @@ def _put(temporary: Path, folder: Path, is_current: Callable[[], bool]) -> None:
     raise blocked
 
 
-def _save(path: Path, shape: tuple[int, ...], dtype: type, chunks: Iterable[np.ndarray]) -> None:
-    """Write an array that is given in chunks of rows."""
-    header = dict(descr=np.lib.format.dtype_to_descr(np.dtype(dtype)), fortran_order=False, shape=shape)
+def _save(path: Path, shape: tuple[int, ...], dtype: type, chunks: Iterable[np.ndarray]) -> str:
+    """Write an array that is given in chunks of rows. Returns the checksum of what was to be written."""
+    header, checksum = io.BytesIO(), hashlib.sha256()
+    descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
+    np.lib.format.write_array_header_1_0(header, dict(descr=descr, fortran_order=False, shape=shape))
     with open(path, "wb") as file:
-        np.lib.format.write_array_header_1_0(file, header)
-        for chunk in chunks:
-            file.write(np.ascontiguousarray(chunk).data)  # np.save does not report an error in the last few bytes
+        for data in itertools.chain([header.getbuffer()], (np.ascontiguousarray(chunk).data for chunk in chunks)):
+            file.write(data)  # np.save does not report an error in the last few bytes
+            checksum.update(data)
         _fsync(file)
+    return checksum.hexdigest()
 
 
 def _fsync(file: Any) -> None:

@@ -178,10 +178,8 @@ def run(given: argparse.Namespace, args: argparse.Namespace) -> bool:
     import loader
     from parle import cli, cores, doctor, experiment, launcher, training
 
-    try:
+    with cli.launcher_errors():
         launcher.check_environment()
-    except OSError as error:
-        raise cli.UsageError(str(error)) from error
     if launcher.has_several_ranks():
         raise cli.UsageError("one process trains all replicas: omit mpirun, or use mpirun -n 3 python parle_mpi.py")
     training.disable_malloc_trim()

@@ -194,13 +194,14 @@ def main() -> None:
         type=cli.nonnegative_int,
         default=0,
         metavar="N",
-        help="restarts of all ranks that this program has started, from the newest checkpoint, if one is killed or "
-        "raises (default: %(default)s)",
+        help="restart all ranks from the newest checkpoint, at most N times, if one is killed or raises; only ranks "
+        "that this program has started (default: %(default)s)",
     )
     signals.ignore_sigusr1()
     world = None
     try:
-        check_launcher()
+        with cli.launcher_errors():
+            launcher.check_environment()
         launched = launcher.rank_from_environment()
         given = None
         # --doctor reports before MPI starts, which may fail
@@ -210,7 +211,8 @@ def main() -> None:
             if given.doctor and not launcher.is_started_by_parle() and not doctor.check_environment(args, mpi=True):
                 sys.exit(1)
             if launched is None:
-                status = spawn_ranks(args.replicas, args.max_restarts)
+                with cli.launcher_errors():
+                    status = launcher.spawn_ranks(args.replicas, args.max_restarts)
                 if status is not None:
                     sys.exit(status)
         world = world_group()
@@ -233,24 +235,6 @@ def main() -> None:
         sys.exit(status)
 
 
-def check_launcher() -> None:
-    from parle import cli, launcher
-
-    try:
-        launcher.check_environment()
-    except OSError as error:
-        raise cli.UsageError(str(error)) from error
-
-
-def spawn_ranks(replicas: int, max_restarts: int) -> int | None:
-    from parle import cli, launcher
-
-    try:
-        return launcher.spawn_ranks(replicas, max_restarts)
-    except OSError as error:
-        raise cli.UsageError(str(error)) from error
-
-
 def world_group() -> MPIGroup:
     """Start MPI and return the group of all ranks. Raises: UsageError."""
     import mpi4py
@@ -260,15 +244,13 @@ def world_group() -> MPIGroup:
     mpi4py.rc.initialize, mpi4py.rc.finalize = False, True  # so that importing MPI does not start it
     try:
         from mpi4py import MPI
-
+    except (ImportError, RuntimeError) as error:
+        raise cli.UsageError(f"mpi4py cannot load an MPI library ({error}): pip install mpich") from error
+    with cli.launcher_errors():
         launcher.check_mpi(MPI.Get_library_version())
         if not MPI.Is_initialized():
             MPI.Init_thread()
         launcher.check_number_of_ranks(MPI.COMM_WORLD.size)
-    except (ImportError, RuntimeError) as error:
-        raise cli.UsageError(f"mpi4py cannot load an MPI library ({error}): pip install mpich") from error
-    except OSError as error:
-        raise cli.UsageError(str(error)) from error
     return MPIGroup(MPI.COMM_WORLD)
 
 

@@ -33,7 +33,7 @@ NAME = Path(__file__).stem
 SELECTION_TASK, SELECTION_SEED, SELECTION_LENGTH = "cifar-5000", 42, 2
 # task → lengths of the runs on test images, in units of Task.steps, and their seeds; in the order in which they are run
 TESTS: dict[str, dict[int, tuple[int, ...]]] = {
-    "cifar-5000": {4: (42, 43, 44, 45, 46, 47), 1: (42, 43, 44), 12: (42, 43, 44)},
+    "cifar-5000": {4: (43, 44, 45, 46, 47, 48), 1: (43, 44, 45), 12: (43, 44, 45)},
     "mnist-2000": {1: (42, 43, 44)},
     "mnist": {3: (42, 43, 44)},
     "cifar-width-32": {2: (42, 43, 44)},
@@ -82,10 +82,9 @@ def test_trials(tasks: Iterable[str]) -> Iterator[Trial]:
 
 
 def test_config(method: str, length: int, averaged: bool) -> Config:
-    config, schedule, decay = selected(method, averaged)
-    averages = [decay] if averaged else []
+    config, schedule, _ = selected(method, averaged)
     length *= LENGTH_FACTOR.get(method, 1)
-    return config | dict(length=length, schedule=schedule, averages=averages, amp=True)
+    return config | dict(length=length, schedule=schedule, averages=AVERAGES, amp=True)
 
 
 def selected(method: str, averaged: bool) -> tuple[Config, str, float]:
@@ -94,7 +93,7 @@ def selected(method: str, averaged: bool) -> tuple[Config, str, float]:
     if len(tried) < len(GRIDS[method]) * len(SCHEDULES):
         raise SystemExit(f"Run the selection first: not every setting of {method} has been tried")
     candidates = [
-        (error, number, schedule, decay)
+        (math.inf if math.isnan(error) else error, number, schedule, decay)
         for number, schedule, errors in tried
         for decay, error in errors.items()
         if (decay > 0) == averaged
@@ -104,7 +103,7 @@ def selected(method: str, averaged: bool) -> tuple[Config, str, float]:
 
 
 def validation_errors(method: str) -> Iterator[tuple[int, str, dict[float, float]]]:
-    """Yield the number of a setting, its schedule and its errors by decay, infinite if it diverged."""
+    """Yield the number of a setting, its schedule and its errors by decay, NaN if it diverged."""
     for (number, config), schedule in itertools.product(enumerate(GRIDS[method]), SCHEDULES):
         rows = rows_of(SELECTION_TASK, selection_config(method, config, schedule))
         if rows:
@@ -128,15 +127,14 @@ def rows_by_key(digest: str) -> dict[str, list[dict[str, Any]]]:
 
 def errors_by_decay(row: dict[str, Any]) -> dict[float, float]:
     if row["error"] is None:
-        return dict.fromkeys([0.0, *row["config"]["averages"]], math.inf)
+        return dict.fromkeys([0.0, *row["config"]["averages"]], math.nan)
     return {0.0: row["error"]} | {float(decay): error for decay, error in row["averaged_errors"].items()}
 
 
 def test_errors(task: str, method: str, length: int, averaged: bool) -> list[float]:
     """Return the test errors of the seeds that have been run with the selected setting."""
-    config = test_config(method, length, averaged)
-    decay = max([0.0, *config["averages"]])
-    return [errors_by_decay(row)[decay] for row in rows_of(task, config)]
+    _, _, decay = selected(method, averaged)
+    return [errors_by_decay(row)[decay] for row in rows_of(task, test_config(method, length, averaged))]
 
 
 # Tables and figure
@@ -156,7 +154,7 @@ def selection() -> str:
     lines = []
     for method, configs in GRIDS.items():
         for number, schedule, errors in validation_errors(method):
-            cells = ["diverged" if math.isinf(error) else f"{error:.2f}" for error in errors.values()]
+            cells = ["diverged" if math.isnan(error) else f"{error:.2f}" for error in errors.values()]
             lines.append([method, describe(method, configs[number]), schedule, *cells])
     header = ["method", "setting", "lr schedule", "not averaged, %", *(f"decay {decay}, %" for decay in AVERAGES)]
     return results.markdown_table(header, lines)
@@ -198,7 +196,11 @@ def draw_errors(task: str = SELECTION_TASK) -> Figure:
     for axis, averaged in zip(figure.subplots(1, 2, sharey=True), (False, True), strict=True):
         for method, color in COLORS.items():
             errors = {length: test_errors(task, method, length, averaged) for length in lengths}
-            points = [(length * unit, values) for length, values in errors.items() if values]
+            points = [
+                (length * unit, values)
+                for length, values in errors.items()
+                if values and not any(map(math.isnan, values))
+            ]
             means = [statistics.mean(values) for _, values in points]
             deviations = [statistics.stdev(values) if len(values) > 1 else 0 for _, values in points]
             style = dict(color=color, capsize=2, markersize=4, label=method)
@@ -216,10 +218,10 @@ def draw_errors(task: str = SELECTION_TASK) -> Figure:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("stage", choices=("select", "test"), nargs="?", help="what to run (default: both)")
-    parser.add_argument("--tasks", nargs="+", choices=TESTS, default=TESTS, metavar="TASK", help="of the stage test")
+    parser.add_argument("--tasks", nargs="+", choices=TESTS, default=TESTS, metavar="TASK", help="tasks to test")
     parser.add_argument("--data", type=Path, metavar="DIR", help="raw data in torchvision's layout (else downloaded)")
     parser.add_argument("--proc", type=Path, default=Path("proc"), metavar="DIR", help="pre-processed data")
-    parser.add_argument("--checkpoints", type=Path, metavar="DIR", help="of trials, which a later call resumes")
+    parser.add_argument("--checkpoints", type=Path, metavar="DIR", help="checkpoints, from which a later call resumes")
     parser.add_argument("--table", action="store_true", help="print the tables and exit")
     parser.add_argument("--plot", action="store_true", help="draw the figure and exit")
     args = parser.parse_args()
@@ -230,7 +232,7 @@ def main() -> None:
     if args.table or args.plot:
         return
     if args.stage != "test":
-        trials.run_missing(NAME, select_trials(), args.data, args.proc)
+        trials.run_missing(NAME, select_trials(), args.data, args.proc, args.checkpoints)
     if args.stage != "select":
         trials.run_missing(NAME, test_trials(args.tasks), args.data, args.proc, args.checkpoints)
 

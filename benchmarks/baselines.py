@@ -34,8 +34,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import loader
-import models
-from benchmarks import results
+from benchmarks import results, trials
 from benchmarks.baseline_optimizers import GRID, Method, average, first_settings, flatten, methods
 from parle import evaluation, launcher, training
 from parle.cores import count_cores
@@ -62,10 +61,6 @@ LABELS = {
 # One trial
 
 
-def lenet(data: loader.Dataset) -> nn.Module:
-    return models.build("lenet", data.channels, data.size, data.classes)
-
-
 def train(
     method: Method,
     settings: dict[str, Any],
@@ -74,7 +69,7 @@ def train(
     world: MPIGroup,
     eval_steps: list[int],
     *,
-    build_model: Callable[[loader.Dataset], nn.Module] = lenet,
+    build_model: Callable[[loader.Dataset], nn.Module] = trials.lenet,
     augment: bool = False,
     amp: bool = False,
     average_decay: float = 0.0,
@@ -97,7 +92,10 @@ def train(
     updates_per_step = world.size if method.data_parallel else 1
     updates_per_round = settings.get("sync_every", 1)
     average_decay = average_decay ** (updates_per_round / updates_per_step / 25)
-    mean = build_model(data).requires_grad_(False)  # its parameters become the average
+    networks = [model]
+    if average_decay:
+        time_average = build_model(data).requires_grad_(False)
+        networks.append(time_average)
     share = dict(replica=world.rank, replicas=world.size)
     if method.data_parallel:
         share = dict(shard=(world.rank, world.size))
@@ -120,10 +118,10 @@ def train(
             done += 1
             if average_decay and done % updates_per_round == 0:
                 weight = (1 - average_decay) / (1 - average_decay ** (done // updates_per_round))
-                torch._foreach_lerp_(list(mean.parameters()), [p.detach() for p in model.parameters()], weight)
+                torch._foreach_lerp_(list(time_average.parameters()), [p.detach() for p in model.parameters()], weight)
         world.all_gather(None)
         seconds, cpu_seconds = seconds + time.perf_counter() - start, cpu_seconds + time.process_time() - cpu_start
-        errors = [evaluate(network) for network in [model] + [mean] * (average_decay > 0)]
+        errors = list(map(evaluate, networks))
         curve.append([stop, round(seconds, 3), *errors])
         if max(errors) <= target:
             break

@@ -5,7 +5,7 @@
 
 Each run is one command of parle_mpi.py, which the table gives. All have the same augmentation, weight decay and
 dropout, the same three drops of lr, at 0.4, 0.7 and 0.9 of the run, and forward and backward passes in bfloat16. The
-average of the master is tested beside it; its decay is 0.9 per 25 steps.
+average of the master over rounds is tested as well; its decay is 0.9 per 25 steps.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from benchmarks.reproduce_paper import ROOT, SEEDS, parse, progress, train
 
 NAME = Path(__file__).stem
 COMMON = "-m allcnn -d cifar10 --amp bf16"
-AVERAGE = f"--master-average {0.9}"
+AVERAGE = "--master-average 0.9"
 AVERAGE_PER_STEP = f"--master-average {0.9 ** (1 / 25):.5f}"
 RUNS = {  # in the order in which they are run
     "Parle, ρ = 0.1": f"{COMMON} -n 3 --rho 0.1 -B 1 --lr-drops 0.4 0.7 0.9 {AVERAGE}",

@@ -7,8 +7,9 @@
 Two ranks of one thread each run in two network namespaces, connected by a link of limited rate (bandwidth.py). All
 traffic uses it: MPI over TCP for our methods, gloo for torch's DDP, which overlaps messages with the backward pass.
 Training, methods and evaluation are those of baselines.py: mini-batches of 128 images per rank, or of 128 in total for
-data-parallel methods, which therefore make twice the number of updates. lr is constant. Besides the weights, an average
-of them over time is tested; it costs no communication. A trial ends when both have reached the last target.
+data-parallel methods, which therefore make twice the number of updates. lr is constant. Both the weights and their
+average over time are tested; an average costs no communication. A trial ends when both errors are at most the last
+target.
 """
 
 import argparse
@@ -60,7 +61,7 @@ class Workload(NamedTuple):
 WORKLOADS = {
     # the lr that baselines.py selected on held-out images
     "lenet": Workload(
-        *("mnist", baselines.lenet, False, False, dict(ddp=0.05, sgd=0.05, diloco=0.05)),
+        *("mnist", trials.lenet, False, False, dict(ddp=0.05, sgd=0.05, diloco=0.05)),
         *((1.0, 0.7), [*range(50, 1501, 50)]),
     ),
     "allcnn-32": Workload(
@@ -226,9 +227,12 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that the namespaces are deleted
     for link in LINKS:
         if list(missing(link, workloads)):
-            with bandwidth.namespaces(link) as names:
-                own = ["--link", str(link)] if link else []
-                bandwidth.run_in_namespaces(names, [sys.executable, *sys.argv, *own])
+            try:
+                with bandwidth.namespaces(link) as names:
+                    own = ["--link", str(link)] if link else []
+                    bandwidth.run_in_namespaces(names, [sys.executable, *sys.argv, *own])
+            except bandwidth.NamespacesUnavailable as reason:
+                sys.exit(f"cannot create network namespaces: {reason}")
     print(table())
 
 

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 import loader
 import models
 from benchmarks import results
-from parle import evaluation, training
+from parle import evaluation, logger, training
 from parle.algorithm import COUPLING_MAX, PRESETS, update_average
 from parle.cores import count_cores
 from parle_gpu import Parle
@@ -67,7 +67,7 @@ def lenet(data: loader.Dataset) -> nn.Module:
 
 
 def allcnn(width: int) -> Callable[[loader.Dataset], nn.Module]:
-    """Return a builder of All-CNN without dropout; its full width is 96."""
+    """Return a builder of All-CNN without dropout; its settings width is 96."""
 
     def build(data: loader.Dataset) -> nn.Module:
         model = models.AllCNN(data.channels, data.size, data.classes, dropout=0.0, width=width)
@@ -102,7 +102,7 @@ DILOCO: Config = PERIODIC_AVERAGING | dict(outer_lr=0.7 / (1 + COUPLING_MAX), ou
 
 
 def load_data(task: Task, raw: Path | None, proc: Path, split: str = "test") -> loader.Dataset:
-    """Return the task's data. For the split "validation" its test images are training images that it does not use."""
+    """Return the task's data; for the split "validation" its test images are training images not trained on."""
     data = loader.load(task.dataset, raw, proc)
     shuffle = torch.randperm(len(data.train_labels), generator=torch.Generator().manual_seed(0))
     train, held_out = shuffle[: task.num_train_images], shuffle[task.num_train_images :][:NUM_VALIDATION_IMAGES]
@@ -134,20 +134,21 @@ def run_trial(
     """
     torch.set_num_threads(1)
     training.disable_malloc_trim()
-    task, full, start_time = TASKS[task_name], defaults(task_name) | config, time.perf_counter()
-    data, n = load_data(task, raw, proc, full["split"]), full["replicas"]
-    networks, batches, optimizer = build_replicas(task, full, seed, data)
-    eval_model, steps = task.build_model(data), full["length"] * task.steps
-    eval_steps = [round(fraction * steps) for fraction in EVAL_FRACTIONS] if full["split"] == "test" else []
-    progress = dict(step=0, curve=[], losses=[], nonfinite=0, num_averaged=0)
-    averages = {decay: torch.zeros_like(optimizer.master) for decay in full["averages"]}
+    task, settings, start_time = TASKS[task_name], defaults(task_name) | config, time.perf_counter()
+    data, n = load_data(task, raw, proc, settings["split"]), settings["replicas"]
+    networks, batches, optimizer = build_replicas(task, settings, seed, data)
+    eval_model, steps = task.build_model(data), settings["length"] * task.steps
+    eval_steps = [round(fraction * steps) for fraction in EVAL_FRACTIONS] if settings["split"] == "test" else []
+    progress = dict(step=0, curve=[], losses=[], nonfinite=0, num_averaged=0, seconds=0.0, revisions=[])
+    averages = {decay: torch.zeros_like(optimizer.master) for decay in settings["averages"]}
     if checkpoint and checkpoint.exists():
         progress = load_checkpoint(checkpoint, networks, batches, optimizer, averages)
+    progress["revisions"] = list(dict.fromkeys([*progress["revisions"], logger.revision()]))
     next_save = time.perf_counter() + CHECKPOINT_SECONDS
     row = dict(task=task_name, config=config, seed=seed, steps=steps, gradient_evaluations=steps * n)
     for step in range(progress["step"] + 1, steps + 1):
-        set_lr(optimizer, full, SCHEDULES[full["schedule"]]((step - 1) / steps))
-        losses = compute_gradients(networks, batches, full["amp"])
+        set_lr(optimizer, settings, SCHEDULES[settings["schedule"]]((step - 1) / steps))
+        losses = compute_gradients(networks, batches, settings["amp"])
         progress["losses"] = [*progress["losses"], *losses][-100 * n :]
         try:
             optimizer.step()
@@ -155,25 +156,25 @@ def run_trial(
                 optimizer.sync()
         except FloatingPointError:
             return row | dict(error=None, diverged=step, curve=progress["curve"])
-        if optimizer.step_in_round == 0:  # a round has ended
+        round_ended = optimizer.step_in_round == 0
+        if round_ended:
             progress["nonfinite"] += len(optimizer.nonfinite_replicas)
-            end_round(networks, optimizer, full)
+            end_round(networks, optimizer, settings)
             progress["num_averaged"] += 1
             for decay, average in averages.items():
-                per_round = decay ** (full["sync_every"] / AVERAGE_EVERY)
+                per_round = decay ** (settings["sync_every"] / AVERAGE_EVERY)
                 update_average(average, optimizer.master, count=progress["num_averaged"], decay=per_round)
-            if checkpoint and time.perf_counter() >= next_save:
-                save_checkpoint(checkpoint, networks, optimizer, averages, progress | dict(step=step))
-                next_save = time.perf_counter() + CHECKPOINT_SECONDS
         if step in eval_steps:
             progress["curve"].append((step, *evaluate_masters(optimizer, averages, eval_model, data)))
+        if round_ended and checkpoint and time.perf_counter() >= next_save:
+            progress |= dict(step=step, seconds=progress["seconds"] + time.perf_counter() - start_time)
+            save_checkpoint(checkpoint, networks, optimizer, averages, progress)
+            start_time, next_save = time.perf_counter(), time.perf_counter() + CHECKPOINT_SECONDS
     train_loss = statistics.mean(progress["losses"])
     if not train_loss <= math.log(data.classes):  # NaN, or worse than chance level
         return row | dict(error=None, diverged=steps, curve=progress["curve"])
     _, averaged_errors = evaluate_masters(optimizer, averages, eval_model, data)
     last = evaluation.evaluate(optimizer, eval_model, data, batch_size=BATCH_SIZE, replicas=list(range(n)))
-    if checkpoint:
-        checkpoint.unlink(missing_ok=True)
     return row | dict(
         error=last["master_error"],
         averaged_errors=averaged_errors,
@@ -184,27 +185,28 @@ def run_trial(
         train_loss=train_loss,
         nonfinite=progress["nonfinite"],
         curve=progress["curve"],
-        seconds=round(time.perf_counter() - start_time, 1),
+        seconds=round(progress["seconds"] + time.perf_counter() - start_time, 1),
+        revisions=progress["revisions"],
     )
 
 
 def build_replicas(
-    task: Task, full: Config, seed: int, data: loader.Dataset
+    task: Task, settings: Config, seed: int, data: loader.Dataset
 ) -> tuple[list[nn.Module], list[loader.BatchLoader], Parle]:
     """Return the networks, which have identical initial weights, their batch loaders and their optimizer."""
     networks, batches = [], []
-    for replica in range(full["replicas"]):
+    for replica in range(settings["replicas"]):
         torch.manual_seed(seed)
         networks.append(task.build_model(data).train())
-        shard = dict(replica=replica, replicas=full["replicas"], frac=full["frac"])
+        shard = dict(replica=replica, replicas=settings["replicas"], frac=settings["frac"])
         batches.append(loader.BatchLoader(data, batch_size=BATCH_SIZE, seed=seed, augment=task.augment, **shard))
     names = ("lr", "momentum", "weight_decay", "sync_every", "gamma", "rho", "alpha", "outer_momentum")
-    rate = full["scoping_rate"]
+    rate = settings["scoping_rate"]
     optimizer = Parle(
         [network.parameters() for network in networks],
         batches_per_epoch=round(batches[0].per_epoch / rate) if rate else NO_SCOPING,
-        outer_lr_scale=1.0 if full["outer_lr"] == "lr" else full["outer_lr"] / full["lr"],
-        **{name: full[name] for name in names},
+        outer_lr_scale=1.0 if settings["outer_lr"] == "lr" else settings["outer_lr"] / settings["lr"],
+        **{name: settings[name] for name in names},
     )
     return networks, batches, optimizer
 
@@ -224,21 +226,21 @@ def compute_gradients(networks: list[nn.Module], batches: list[loader.BatchLoade
     return losses
 
 
-def set_lr(optimizer: Parle, full: Config, factor: float) -> None:
+def set_lr(optimizer: Parle, settings: Config, factor: float) -> None:
     """Set the inner and the outer lr by a factor of the schedule. The optimizer stores the outer one in units of lr."""
-    lr = full["lr"] * (factor if full["decay_inner_lr"] else 1.0)
-    outer_lr = full["lr"] * factor if full["outer_lr"] == "lr" else full["outer_lr"]
+    lr = settings["lr"] * (factor if settings["decay_inner_lr"] else 1.0)
+    outer_lr = settings["lr"] * factor if settings["outer_lr"] == "lr" else settings["outer_lr"]
     for group in optimizer.param_groups:
         group["lr"], group["outer_lr_scale"] = lr, outer_lr / lr
 
 
 @torch.no_grad()
-def end_round(networks: list[nn.Module], optimizer: Parle, full: Config) -> None:
+def end_round(networks: list[nn.Module], optimizer: Parle, settings: Config) -> None:
     """Change momentum and replicas after a synchronization as the config demands."""
-    if not full["keep_inner_momentum"]:
+    if not settings["keep_inner_momentum"]:
         for state in optimizer.state.values():
             state["inner_momentum_buffer"].zero_()
-    if full["reset_replicas"]:
+    if settings["reset_replicas"]:
         for replica in networks:
             optimizer.copy_master_to(replica)
         for parameter, state in optimizer.state.items():
@@ -325,13 +327,19 @@ def run_missing(
     if not jobs:
         print(results.nothing_to_run(name))
     with ProcessPoolExecutor(count_cores(), mp_context=get_context("spawn")) as pool:
-        running = []
+        running = {}
         for task, config, seed in jobs:
             digest = hashlib.sha256(f"{config_key(task, config)} {seed}".encode()).hexdigest()[:16]
             checkpoint = checkpoints / f"{task}-{digest}.pt" if checkpoints else None
-            running.append(pool.submit(run_trial, task, config, seed, raw, proc, checkpoint))
-        for number, trial in enumerate(as_completed(running), 1):
-            row = trial.result()
-            results.append_row(name, row | provenance)
-            error = "diverged" if row["error"] is None else f"{row['error']:.2f} %"
-            print(f"{number}/{len(jobs)}  {row['task']}  {row['config']}  seed {row['seed']}: {error}", flush=True)
+            running[pool.submit(run_trial, task, config, seed, raw, proc, checkpoint)] = checkpoint
+        try:
+            for number, trial in enumerate(as_completed(running), 1):
+                row = trial.result()
+                results.append_row(name, row | provenance)
+                if running[trial]:
+                    running[trial].unlink(missing_ok=True)
+                error = "diverged" if row["error"] is None else f"{row['error']:.2f} %"
+                print(f"{number}/{len(jobs)}  {row['task']}  {row['config']}  seed {row['seed']}: {error}", flush=True)
+        except BaseException:  # otherwise the trials that wait would still be run, without a row
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise

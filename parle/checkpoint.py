@@ -154,7 +154,6 @@ def read_manifest(path: Path, verify_files: bool = True) -> dict[str, Any]:
             )
         if manifest.pop("sha256") != _manifest_sha256(manifest):
             raise ValueError(f"{MANIFEST} does not match its checksum")
-        manifest.setdefault("data", {})  # earlier versions did not write it
         for name, kind in FIELDS.items():
             if not isinstance(manifest[name], kind):
                 raise ValueError(f"{name} in {MANIFEST} has the wrong type")
@@ -203,8 +202,8 @@ def restore(
 ) -> None:
     """Load a checkpoint into an optimizer and the local networks. The number of replicas may differ.
 
-    Additional replicas start at the master, with the mean of the saved batch-norm statistics, as the master's are
-    defined in `evaluate_running_stats`. With fewer replicas the master becomes the mean of the remaining ones.
+    Additional replicas start at the master, with the mean of the saved batch-norm statistics, which
+    `evaluate_running_stats` uses for the master. With fewer replicas the master becomes the mean of the remaining ones.
 
     Raises:
         CheckpointError: the checkpoint is from another network or method, or cannot be read.
@@ -226,7 +225,8 @@ def restore(
             state = content["optimizer"]
             for group, saved in zip(own["param_groups"], state["param_groups"], strict=True):
                 group |= {name: saved[name] for name in PROGRESS}
-                group["rounds_averaged"] *= group["master_average"] > 0
+                if not group["master_average"]:
+                    group["rounds_averaged"] = 0
             for position, values in shared.items() if not contents else ():
                 state["state"][position] |= values
             for position, (weights, parameter) in enumerate(

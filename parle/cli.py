@@ -1,11 +1,12 @@
 """The command line shared by both programs: flags, defaults and validation."""
 
 import argparse
+import contextlib
 import difflib
 import math
 import os
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -29,6 +30,15 @@ MAX_THREADS = 1024  # far above the cores of any node; if OpenMP cannot start it
 
 class UsageError(Exception):
     """An error of the user. The message says what to type instead."""
+
+
+@contextlib.contextmanager
+def launcher_errors() -> Iterator[None]:
+    """Turn the launcher's OSError into a UsageError."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(str(error)) from error
 
 
 def print_error(prog: str, error: Exception) -> None:
@@ -348,6 +358,7 @@ def parse(parser: Parser) -> argparse.Namespace:
         raise UsageError(f"--resume {folder}: {checkpoint.MANIFEST}: {error}") from error
     if not launcher.is_started_by_parle() and launcher.has_several_ranks():
         del arguments["replicas"]  # by default the number of ranks, which may differ now
+        arguments.pop("max_restarts", None)  # of ranks that this program starts
     if PRESETS[arguments["method"]]["rho"] == "1/n" and arguments["rho"] == 1 / manifest["num_replicas"]:
         del arguments["rho"]  # it depends on n
     parser.set_defaults(**arguments)

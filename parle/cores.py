@@ -75,7 +75,7 @@ def describe_hosts(world: Group, node: Group, threads: int) -> list[dict[str, An
 
     Args:
         node: the ranks of this machine.
-        threads: of this process.
+        threads: number of threads of this process.
     """
     host = dict(name=socket.gethostname(), ranks=node.size, cores=count_cores(node), threads_per_rank=threads)
     return [host for host, is_first in world.all_gather((host, node.rank == 0)) if is_first]

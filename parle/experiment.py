@@ -128,7 +128,7 @@ def find_checkpoint(args: argparse.Namespace, data: dict[str, Any]) -> ResumePoi
         data: what `describe_data` returns.
 
     Raises:
-        UsageError: there is none, or its data are others, so that the length of an epoch would change.
+        UsageError: there is none, or its data differ, and an epoch would have another length.
     """
     if args.resume is None:
         return None
@@ -148,7 +148,7 @@ def find_checkpoint(args: argparse.Namespace, data: dict[str, Any]) -> ResumePoi
     changes = {
         name: (was[name], now[name]) for name in was if name not in LOCAL_ARGUMENTS and was[name] != now.get(name)
     }
-    was = data | manifest["data"]
+    was = manifest["data"]
     if was["batches_per_epoch"] != data["batches_per_epoch"] and not {"batch_size", "frac"} & changes.keys():
         raise cli.UsageError(
             f"--resume: {path} has {was['num_train_images']} training images and {was['batches_per_epoch']} rounds per "

@@ -68,11 +68,11 @@ def _detect_launcher(environment: Mapping[str, str]) -> tuple[str, int, int | No
 
 
 def check_environment(environment: Mapping[str, str] = os.environ) -> None:
-    """Check that no launcher started this process that neither program can use. Raises: OSError."""
-    if (
-        "TORCHELASTIC_RUN_ID" in environment
-        or {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"} <= environment.keys()
-    ):
+    """Check that this process was not started by a launcher that neither program supports. Raises: OSError."""
+    torchruns = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"} <= environment.keys()
+    if rank_from_environment(environment) is not None:  # scripts for MPI set torch's variables, too
+        torchruns = False
+    if torchruns or "TORCHELASTIC_RUN_ID" in environment:
         raise OSError(
             "torchrun and accelerate would start several independent runs: use python parle_mpi.py -n 3, "
             "mpirun -n 3 python parle_mpi.py, or python parle_gpu.py"
@@ -86,18 +86,18 @@ def check_mpi(library_version: str, environment: Mapping[str, str] = os.environ)
         library_version: what MPI_Get_library_version returns.
 
     Raises:
-        OSError: it does not. Libraries whose protocols are not known pass.
+        OSError: the protocols differ. An unknown library passes.
     """
     launcher = launcher_name(environment)
     if launcher is None or rank_from_environment(environment)[1] == 1:
         return
     if library_version.startswith("Open MPI") and not environment.keys() & {"OMPI_COMM_WORLD_RANK", "PMIX_RANK"}:
         remedy = "srun --mpi=pmix" if launcher == "Slurm" else "Open MPI's own mpirun"
-        raise OSError(f"mpi4py uses Open MPI, which {launcher} did not start: use {remedy}")
+        raise OSError(f"mpi4py uses Open MPI, but {launcher} started the ranks with another protocol: use {remedy}")
     is_plain_mpich = "MPICH configure" in library_version and "pmix" not in library_version.lower()
     if is_plain_mpich and "PMI_RANK" not in environment:
         remedy = "srun --mpi=pmi2" if "SLURM_PROCID" in environment else "the mpiexec beside this Python"
-        raise OSError(f"mpi4py uses MPICH, which {launcher} did not start: use {remedy}")
+        raise OSError(f"mpi4py uses MPICH, but {launcher} started the ranks with another protocol: use {remedy}")
 
 
 def check_number_of_ranks(found: int, environment: Mapping[str, str] = os.environ) -> None:
@@ -106,7 +106,7 @@ def check_number_of_ranks(found: int, environment: Mapping[str, str] = os.enviro
     if started not in (found, None):
         raise OSError(
             f"the launcher started {started} ranks, but the MPI library of mpi4py finds {found}: start with the "
-            "mpiexec of that library, or install mpi4py for the launcher's"
+            "mpiexec of that library, or install mpi4py for the launcher's MPI"
         )
 
 
@@ -147,7 +147,7 @@ def find_mpiexec() -> str | None:
 
 
 def spawn_ranks(count: int, max_restarts: int = 0) -> int | None:
-    """Run this command again as `count` ranks and return their exit status; return None if one rank is enough.
+    """Run this command again as `count` ranks and return their exit status; return None if this process is enough.
 
     Signals are forwarded. If a rank is killed, the last line on stderr gives its number and the command that
     resumes the run.
@@ -169,7 +169,8 @@ def spawn_ranks(count: int, max_restarts: int = 0) -> int | None:
     if nodes > 1:
         start = "srun --mpi=pmi2" if "SLURM_JOB_ID" in os.environ else "mpiexec"
         raise OSError(f"this job has {nodes} nodes: start its ranks with {start} -n {count} python {sys.argv[0]}")
-    if nodes == 1:  # MPICH's mpiexec would start them through srun, which waits for cores, or ssh
+    if nodes == 1 and os.environ.keys() & {"SLURMD_NODENAME", "SLURM_PROCID", "PBS_NODEFILE"}:  # it is this node
+        # MPICH's mpiexec would start them through srun, which waits for cores, or ssh
         os.environ.setdefault("HYDRA_LAUNCHER", "fork")
     if sys.stdout.isatty():
         os.environ[TERMINAL_WIDTH] = str(shutil.get_terminal_size().columns)
@@ -179,12 +180,14 @@ def spawn_ranks(count: int, max_restarts: int = 0) -> int | None:
     os.environ.setdefault("OMPI_ALLOW_RUN_AS_ROOT", "1")
     os.environ.setdefault("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")
     sys.stdout.flush()
-    command, resume, restarts = [command, "-n", str(count), sys.executable, *sys.argv], [], 0
+    command, forwarder = [command, "-n", str(count), sys.executable, *sys.argv], SignalForwarder()
+    run, resume, restarts = None, [], 0
     while True:
         with tempfile.TemporaryDirectory(prefix="parle-") as folder:
-            status, is_failure = _supervise([*command, *resume], Path(folder), count)
-            run = _read_text(Path(folder, RUN)) if Path(folder, RUN).exists() else None
-        if not is_failure or restarts == max_restarts:
+            status = _supervise([*command, *resume], Path(folder), count, forwarder)
+            if Path(folder, RUN).exists():
+                run = _read_text(Path(folder, RUN))
+        if status in (0, os.EX_TEMPFAIL, 2) or forwarder.asked_to_stop or restarts == max_restarts:
             return status
         restarts += 1
         with ignore_write_errors(sys.stderr):
@@ -198,10 +201,29 @@ def spawn_ranks(count: int, max_restarts: int = 0) -> int | None:
         resume = ["--resume", run]
 
 
-def _supervise(command: list[str], folder: Path, count: int) -> tuple[int, bool]:
-    """Run mpiexec until it ends, forward its output, and detect which rank exits first without an exit notice.
+class SignalForwarder:
+    """Passes the signals that this process gets to the mpiexec that is running."""
 
-    Returns the exit status, and whether a rank was killed or raised although no signal asked it to stop.
+    def __init__(self) -> None:
+        self.received: list[int] = []
+        self.mpiexec: subprocess.Popen[bytes] | None = None
+        for number in (*unignored(STOP_SIGNALS), signal.SIGUSR1):
+            signal.signal(number, self)
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.received.append(number)
+        if self.mpiexec is not None:
+            self.mpiexec.send_signal(FORWARDED_AS.get(number, number))
+
+    @property
+    def asked_to_stop(self) -> bool:
+        return bool(set(STOP_SIGNALS) & set(self.received))
+
+
+def _supervise(command: list[str], folder: Path, count: int, forwarder: SignalForwarder) -> int:
+    """Run mpiexec until it ends, and return its exit status.
+
+    Forwards its output, and detects which rank exits first without an exit notice.
     """
     streams = selectors.DefaultSelector()
     for rank in range(count):  # the kernel reports closed pipes in the order in which they were closed
@@ -217,18 +239,13 @@ def _supervise(command: list[str], folder: Path, count: int) -> tuple[int, bool]
         stderr=subprocess.PIPE,
         process_group=0,
     )
-    received = []
-
-    def forward(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        mpiexec.send_signal(FORWARDED_AS.get(number, number))
-
-    for number in (*unignored(STOP_SIGNALS), signal.SIGUSR1):
-        signal.signal(number, forward)
+    forwarder.mpiexec = mpiexec
+    if forwarder.asked_to_stop:  # while nothing was running
+        mpiexec.terminate()
     streams.register(mpiexec.stdout, selectors.EVENT_READ, sys.stdout)
     streams.register(mpiexec.stderr, selectors.EVENT_READ, sys.stderr)
     open_outputs, exited_ranks, exit_notices, deadline = 2, [], {}, None
-    any_started, start_deadline = False, time.monotonic() + START_TIMEOUT
+    any_started, start_deadline, was_terminated = False, time.monotonic() + START_TIMEOUT, False
     while open_outputs:
         if not any_started and time.monotonic() > start_deadline:
             mpiexec.kill()  # it may be waiting for another program, as for srun
@@ -238,10 +255,13 @@ def _supervise(command: list[str], folder: Path, count: int) -> tuple[int, bool]
             deadline = deadline or time.monotonic() + GRACE_PERIOD
             if time.monotonic() > deadline:  # for example if MPI starts on some ranks only and they wait forever
                 mpiexec.terminate()
+                was_terminated = True
         for key, _ in streams.select(None if any_started and deadline is None else 1):
             chunk = os.read(key.fd, 65536)
             if not chunk:
                 streams.unregister(key.fileobj)
+                if isinstance(key.data, int):
+                    os.close(key.fd)
             if not isinstance(key.data, int):
                 open_outputs -= not chunk
                 with ignore_write_errors(key.data):
@@ -254,8 +274,12 @@ def _supervise(command: list[str], folder: Path, count: int) -> tuple[int, bool]
             else:
                 exited_ranks.append(key.data)
     status = mpiexec.wait()
+    for key in list(streams.get_map().values()):
+        if isinstance(key.data, int):
+            os.close(key.fd)
+    streams.close()
     failed_rank = next((f"rank {rank}: killed" for rank in exited_ranks if rank not in exit_notices), None)
-    if deadline is not None and time.monotonic() > deadline:
+    if was_terminated:
         failed_rank = f"rank {unfinished[0]}: exited before the others"
     elif open_outputs and not any_started:
         failed_rank = f"mpiexec: no rank has started within {START_TIMEOUT:.0f} s"
@@ -266,8 +290,7 @@ def _supervise(command: list[str], folder: Path, count: int) -> tuple[int, bool]
         with ignore_write_errors(sys.stderr):
             sys.stderr.write(f"{failed_rank}{hint}\n")
         status = status or 1
-    is_failure = status not in (0, os.EX_TEMPFAIL, 2) and not set(STOP_SIGNALS) & set(received)
-    return status if status >= 0 else 128 - status, is_failure
+    return status if status >= 0 else 128 - status
 
 
 def _end_with_parent() -> list[str]:

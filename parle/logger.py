@@ -48,7 +48,8 @@ class RunLogger:
             raise FileExistsError(f"another run is writing {self.log}") from error
         except OSError as error:  # Lustre without -o flock and NFS without lockd, for example
             self.print_line(
-                f"WARNING: the file system of {folder} has no file locks ({error.strerror}): no other run may use it"
+                f"WARNING: the file system of {folder} does not support file locks ({error.strerror}): let no other "
+                "run use it"
             )
         if log_bytes is not None:
             os.truncate(self.log, min(log_bytes, self.log_bytes))
@@ -171,18 +172,18 @@ class RunLogger:
         self._close()
         last = self.last_eval
         names = ["master", *(f"replica {number}" for number in range(len(last["replica_errors"]))), "ensemble"]
-        averaged = "unaveraged_master_error" in last
-        names[1:1] = ["unaveraged"] * averaged
         columns = {"recalibrated": _errors(last)}
         if "running_stats_master_error" in last:
             columns["running stats"] = _errors(last, "running_stats_")
         notes = [
-            f"loss {last['master_loss']:.4f}, best {event['best_master_error']:.2f} %"
-            + ", average over rounds" * averaged,
-            *["the master of the last round"] * averaged,
+            f"loss {last['master_loss']:.4f}, best {event['best_master_error']:.2f} %",
             *(f"distance to master {distance:.4f}" for distance in last["replica_distances"]),
             "mean of probabilities",
         ]
+        if "unaveraged_master_error" in last:
+            names.insert(1, "unaveraged")
+            notes[0] += ", average over rounds"
+            notes.insert(1, "the master of the last round")
         header = "".join(f"{title:>15}" for title in columns) + "   (batch norm)" if len(columns) > 1 else ""
         self.print_line(f"test error  {header}".rstrip())
         for name, *errors, note in zip(names, *columns.values(), notes, strict=True):

@@ -362,6 +362,8 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
             event = torch.Event(self._master_replica.device)
             event.record(torch.accelerator.current_stream(self._master_replica.device))
             self._status.pending_result = flags, event
+        if self.averages_master:
+            self._update_average()
         self._status.restarted = nonfinite
 
     def _end_round(self, single_step: bool) -> None:
@@ -388,11 +390,13 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
         if single_step:
             for device, master in self._masters.items():
                 master.copy_(self._first_replica_on[device].gradient)
-        if self.averages_master:
-            for group in self.param_groups:
-                group["rounds_averaged"] += 1
-            count, decay = (self.param_groups[0][name] for name in ("rounds_averaged", "master_average"))
-            update_average(self._result, self._master, count=count, decay=decay)
+
+    def _update_average(self) -> None:
+        """Add the master to its average."""
+        for group in self.param_groups:
+            group["rounds_averaged"] += 1
+        count, decay = (self.param_groups[0][name] for name in ("rounds_averaged", "master_average"))
+        update_average(self._evaluated_master, self._master, count=count, decay=decay)
 
     def _sum_messages(self) -> None:
         """Add up the messages of all replicas, on each device and then over all of them."""
@@ -558,7 +562,7 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
         """
         self._warn_if_not_synchronized(stacklevel=3)
         self._read_pending_result(is_collective=False)
-        self._copy_to(target, self._master_replica, self._result if averaged else self._master)
+        self._copy_to(target, self._master_replica, self._evaluated_master if averaged else self._master)
 
     def copy_replica_to(self, target: nn.Module | Iterable[Tensor], index: int = 0) -> None:
         """Copy the weights of this process's replica `index` into a model, as `copy_master_to` does with the master."""
@@ -579,7 +583,7 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
         with torch.no_grad():
             for replica in self._replicas.values():
                 replica.gradient.copy_(replica.weights)  # its memory is free between steps
-                replica.weights.copy_(self._result)
+                replica.weights.copy_(self._evaluated_master)
                 torch.autograd.graph.increment_version(replica.parameters)
         self._status.holds_master = True
         try:
@@ -638,7 +642,7 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
         return self._master_replica.state["master"]
 
     @property
-    def _result(self) -> Tensor:
+    def _evaluated_master(self) -> Tensor:
         """The average of the master, or the master if there is none."""
         return self._master_replica.state.get("master_average", self._master)
 

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import dataclasses
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -70,8 +71,11 @@ class TrainState:
         """Check the values, which may come from a file. Raises: ValueError."""
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            kinds = int if isinstance(field.default, int) else int | float  # an error may be NaN
-            if not (value is field.default is None or (isinstance(value, kinds) and not value < 0)):
+            if value is None and field.default is None:  # not evaluated yet
+                continue
+            kinds = int if isinstance(field.default, int) else int | float
+            may_be_nan = field.default is None  # an error
+            if not isinstance(value, kinds) or not (value >= 0 or (may_be_nan and math.isnan(value))):
                 raise ValueError(f"Invalid {field.name} value: {value}")
 
 

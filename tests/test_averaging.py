@@ -47,7 +47,7 @@ def test_the_lowest_validation_error_is_selected_without_and_with_averaging(sele
         assert averaging.selected(method, averaged=True) == (configs[-1], "constant", 0.95)
     tests = list(averaging.test_trials(["cifar-5000"]))
     assert all("split" not in config for _, config, _ in tests)
-    assert {tuple(config["averages"]) for _, config, _ in tests} == {(), (0.95,)}
+    assert averaging.SELECTION_SEED not in {seed for *_, seed in tests}
 
 
 def test_nothing_is_tested_before_everything_was_tried(add_row):
@@ -67,11 +67,10 @@ def test_table_compares_averaged_with_averaged(selection):
         for method, error in zip(("Parle", "SGD"), errors, strict=True):
             config = averaging.test_config(method, 4, averaged)
             for seed in (42, 43):
-                values = (
-                    (error + 0.1 * (seed - 42), error + 0.1 * (seed - 42)) if averaged else (error + 0.1 * (seed - 42),)
-                )
-                selection(config, *values, seed=seed)
-    plain_sgd, plain, averaged_sgd, averaged = cells(averaging.table())
+                selection(config, *[error + 0.1 * (seed - 42)] * 5, seed=seed)
+    selection(averaging.test_config("DiLoCo", 4, averaged=False), None)
+    plain_sgd, diverged, plain, averaged_sgd, averaged = cells(averaging.table())
+    assert "diverged" in diverged[5] and diverged[7] == "diverged"
     assert [line[2:4] for line in (plain_sgd, plain)] == [["no", "SGD"], ["no", "Parle"]]
     assert [line[2:4] for line in (averaged_sgd, averaged)] == [["yes", "SGD"], ["yes", "Parle"]]
     assert plain[7].startswith("-5.00, better") and averaged[5] == "28.05 ± 0.07"

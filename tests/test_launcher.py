@@ -145,7 +145,10 @@ TORCHRUN = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="3", MASTER_ADDR="localhost
 
 @pytest.mark.parametrize(
     ("environment", "allowed"),
-    [({}, True), (PMI, True), (dict(RANK="3"), True), (TORCHRUN, False), (dict(TORCHELASTIC_RUN_ID="x"), False)],
+    [
+        *(({}, True), (PMI, True), (dict(RANK="3"), True), (TORCHRUN | PMI, True)),
+        *((TORCHRUN, False), (dict(TORCHELASTIC_RUN_ID="x"), False)),
+    ],
 )
 def test_torchrun_is_refused(environment, allowed):
     with contextlib.nullcontext() if allowed else pytest.raises(OSError, match="torchrun"):
@@ -173,6 +176,7 @@ def test_ranks_start_within_a_job_of_one_node(start, script):
     """MPICH's mpiexec would call srun, which need not exist in a container."""
     host = os.uname().nodename
     job = dict(SLURM_JOB_ID="7", SLURM_NODELIST=host, SLURM_JOB_NODELIST=host, SLURM_TASKS_PER_NODE="1")
+    job |= dict(SLURMD_NODENAME=host)
     process = start(script("sys.stdout.write(f'{rank}\\n')"), SLURM_NNODES="1", SLURM_JOB_NUM_NODES="1", **job)
     out, err = process.communicate(timeout=60)
     assert (sorted(out.split()), err, process.returncode) == (["0", "1", "2"], "", 0)
@@ -475,6 +479,32 @@ def test_failed_ranks_are_restarted_from_the_checkpoint(python, script, end, max
     assert restarts == [(str(number), str(max_restarts)) for number in range(1, max_restarts + 1)]
     assert (done.returncode == 0) == (max_restarts == 2)
     assert path.with_suffix(".attempts").read_text() == "[];" + "['--resume', 'that'];" * max_restarts
+
+
+def test_ranks_that_fail_before_they_train_are_restarted_from_the_same_checkpoint(python, script):
+    body = FAILS.format(checkpoint="not attempts.exists()", failures=2, end=KILL)
+    done = python(script(body, count="1, 2"))
+    assert done.returncode == 0 and "restart 2 of 2" in done.stderr
+
+
+def test_a_signal_between_two_attempts_stops_the_run(tmp_path, monkeypatch, capfd, no_launcher):
+    attempts = []
+
+    def supervise(command, folder, count, forwarder):
+        attempts.append(command)
+        (folder / launcher.RUN).write_text("that")
+        os.kill(os.getpid(), signal.SIGTERM)
+        return 1
+
+    monkeypatch.setattr(launcher, "find_mpiexec", lambda: mpiexec(tmp_path))
+    monkeypatch.setattr(launcher, "_supervise", supervise)
+    previous = {number: signal.getsignal(number) for number in (*launcher.STOP_SIGNALS, signal.SIGUSR1)}
+    try:
+        assert launcher.spawn_ranks(2, max_restarts=3) == 1
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    assert len(attempts) == 1 and capfd.readouterr().err == ""
 
 
 def test_without_a_checkpoint_nothing_is_restarted(python, script):

@@ -632,7 +632,7 @@ def cache(tiny, proc):
 def seal(cache):
     """Make meta.json describe the arrays as they are, so that only their contents are wrong."""
     meta = json.loads((cache / "meta.json").read_text())
-    meta["arrays"] = {name: loader._fingerprint(cache / name) for name in meta["arrays"]}
+    meta["arrays"] = {name: loader._fingerprint(cache / name, loader._sha256(cache / name)) for name in meta["arrays"]}
     (cache / "meta.json").write_text(json.dumps(meta))
 
 

@@ -1,6 +1,7 @@
 """parle_gpu.Parle: replicas in one process, on devices that the CPU simulates and on real GPUs."""
 
 import gc
+import math
 import time
 
 import pytest
@@ -526,3 +527,17 @@ def test_sync_seconds_of_gpus_grow_with_every_sync():
         train(replicas, optimizer, [step])
         seconds.append(optimizer.sync_seconds)
     assert 0 == seconds[0] == seconds[1] < seconds[2] == seconds[3] < seconds[4]
+
+
+def test_average_of_the_master_contains_the_one_after_a_restart():
+    replicas = [nn.Parameter(torch.ones(4)) for _ in range(2)]
+    settings = dict(lr=0.1, sync_every=2, batches_per_epoch=4, master_average=0.5)
+    optimizer = Parle([[replica] for replica in replicas], **settings)
+    for step in range(2):
+        for number, replica in enumerate(replicas):
+            replica.grad = torch.full((4,), number + 1.0 + (math.nan if (number, step) == (1, 1) else 0.0))
+        optimizer.step()
+    assert optimizer.nonfinite_replicas == [1]
+    average = [torch.zeros(4)]
+    optimizer.copy_master_to(average)
+    assert torch.equal(average[0], optimizer.master)  # of the first round
