@@ -358,7 +358,7 @@ def save(tmp_path):
         networks = {number: nn.Linear(2, 1) for number in range(was.replicas)}
         optimizer = Parle([network.parameters() for network in networks.values()], lr=1, batches_per_epoch=1)
         arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(was).items()}
-        metadata = dict(arguments=arguments | dict(program="parle_mpi.py"), train_state={}, log_bytes=0)
+        metadata = dict(arguments=arguments | dict(program="parle_mpi.py"), data={}, train_state={}, log_bytes=0)
         checkpoint.save(tmp_path / checkpoint.FOLDER, optimizer, networks, metadata, Groups())
         return tmp_path
 

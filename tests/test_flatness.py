@@ -65,7 +65,7 @@ def test_networks_are_loaded_from_the_latest_checkpoint(data, tmp_path):
     replicas = [experiment.build_model(args, data) for _ in range(2)]
     optimizer = Parle([model.parameters() for model in replicas], **experiment.hyperparameters(args, 12))
     arguments = {name: value if not hasattr(value, "parts") else str(value) for name, value in vars(args).items()}
-    metadata = dict(arguments=arguments, train_state={}, log_bytes=0)
+    metadata = dict(arguments=arguments, data={}, train_state={}, log_bytes=0)
     for _ in range(2):
         for parameter, state in optimizer.state.items():
             parameter.data.normal_()
