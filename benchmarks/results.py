@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 RESULTS = Path(__file__).parent / "results"
 FIGURES = Path(__file__).parent / "figures"
+DIRECTORY_FLAGS = {"--data", "--proc", "--runs", "--checkpoints"}
 
 # Names in the rows of older revisions → names of today. Keys are translated at every depth of a row.
 OLD_KEYS: dict[str, dict[str, str]] = {
@@ -113,7 +114,12 @@ def machine() -> str:
 
 
 def command_line() -> str:
-    return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    """Return the command, with DIR for this machine's directories."""
+    words = ["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]
+    for index, word in enumerate(words[:-1]):
+        if word in DIRECTORY_FLAGS:
+            words[index + 1] = "DIR"
+    return shlex.join(words)
 
 
 def read_rows(name: str) -> list[dict[str, Any]]:

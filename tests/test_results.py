@@ -1,6 +1,7 @@
 """Rows, tables and figures of benchmarks/: the documents must show what benchmarks/results/ contains."""
 
 import json
+import sys
 
 import pytest
 from matplotlib.figure import Figure
@@ -94,3 +95,8 @@ def test_nested_keys_and_values_of_old_rows_are_translated(empty):
     results.append_row("flatness", row)
     assert results.read_rows("compare_methods") == [dict(config=dict(outer_lr=0.5), of="SGD")]
     assert results.read_rows("flatness") == [dict(setting=row["setting"], subject="SGD, matched steps")]
+
+
+def test_commands_name_no_directory_of_this_machine(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/here/averaging.py", "test", "--data", "/here/raw", "--tasks", "mnist"])
+    assert results.command_line() == "python benchmarks/averaging.py test --data DIR --tasks mnist"
