@@ -226,7 +226,8 @@ def main() -> None:
     parser.add_argument("--plot", action="store_true", help="draw the figure and exit")
     args = parser.parse_args()
     if args.table:
-        print(f"{selection()}\n\n{table()}")
+        print(selection(), end="\n\n", flush=True)  # which may be incomplete
+        print(table())
     if args.plot:
         draw()
     if args.table or args.plot:
