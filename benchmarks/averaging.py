@@ -7,7 +7,7 @@
 
 Every method may use its own hyperparameter, one of the same four lr schedules, and an average of its weights: of the
 master after every round, or of SGD's weights after every step, with the same decay per 25 steps. The master is tested
-as it is and averaged, and each has a setting of its own. Nothing is selected on test images.
+not averaged and averaged, with settings that are selected separately. Nothing is selected on test images.
 """
 
 import argparse
