@@ -13,12 +13,12 @@ target.
 """
 
 import argparse
-import functools
+import itertools
 import signal
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,24 +62,19 @@ WORKLOADS = {
     # the lr that baselines.py selected on held-out images
     "lenet": Workload(
         *("mnist", trials.lenet, False, False, dict(ddp=0.05, sgd=0.05, diloco=0.05)),
-        *((1.0, 0.7), [*range(50, 1501, 50)]),
+        *((1.0, 0.8), [*range(100, 1000, 100), 1000, 1250, 1500]),
     ),
     "allcnn-32": Workload(
         *("cifar10", trials.allcnn(32), True, True, {}),
         *((45.0, 35.0), [*range(100, 2001, 100)]),
     ),
 }
-Trial = tuple[str, str, int]  # workload, method, seed
 
 
-def missing(link: int | None, workloads: list[str]) -> Iterator[Trial]:
-    """Yield the trials without a row, methods interleaved, so that other load affects all of them."""
+def missing(link: int | None, workload: str, seed: int) -> list[str]:
+    """Return the methods without a row. They run one after another, so that other load affects all of them."""
     known = {(row["mbits"], row["workload"], row["method"], row["seed"]) for row in results.read_rows(NAME)}
-    for workload in workloads:
-        for seed in SEEDS:
-            for method in COMPARED:
-                if (link, workload, method, seed) not in known:
-                    yield workload, method, seed
+    return [method for method in COMPARED if (link, workload, method, seed) not in known]
 
 
 def settings(workload: str, method: str) -> dict[str, Any]:
@@ -100,8 +95,8 @@ def run_trial(workload_name: str, method: str, seed: int, data: loader.Dataset, 
     return dict(workload=workload_name, method=method, seed=seed, settings=own) | trained | dict(wire_bytes=on_the_wire)
 
 
-def run_rank(link: int | None, workloads: list[str], raw: Path | None, proc: Path) -> None:
-    """Run this rank's part of all missing trials over this link; rank 0 appends the rows."""
+def run_rank(link: int | None, workload: str, seed: int, raw: Path | None, proc: Path) -> None:
+    """Run this rank's part of the missing trials over this link; rank 0 appends the rows."""
     from mpi4py import MPI
 
     world, provenance = MPIGroup(MPI.COMM_WORLD), results.provenance()
@@ -109,8 +104,8 @@ def run_rank(link: int | None, workloads: list[str], raw: Path | None, proc: Pat
     with tempfile.TemporaryDirectory() as folder:
         store = Path(world.all_gather(folder)[0], "store").as_uri()
         dist.init_process_group("gloo", init_method=store, rank=world.rank, world_size=world.size)
-        for workload, method, seed in world.all_gather(list(missing(link, workloads)))[0]:
-            data = load(WORKLOADS[workload].dataset, raw, proc)
+        data = loader.load(WORKLOADS[workload].dataset, raw, proc)
+        for method in world.all_gather(missing(link, workload, seed))[0]:
             row = run_trial(workload, method, seed, data, world) | dict(mbits=link)
             if world.rank == 0:
                 results.append_row(NAME, row | dict(mpi=distributed.mpi_library()) | provenance)
@@ -119,9 +114,6 @@ def run_rank(link: int | None, workloads: list[str], raw: Path | None, proc: Pat
                 print(f"{link} Mb/s  {workload}  {method}  {seed}: {reached}", flush=True)
         dist.destroy_process_group()
         world.all_gather(None)
-
-
-load = functools.cache(loader.load)
 
 
 # Tables and figure
@@ -207,6 +199,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, metavar="DIR", help="raw data in torchvision's layout (else downloaded)")
     parser.add_argument("--proc", type=Path, default=Path("proc"), metavar="DIR", help="pre-processed data")
     parser.add_argument("--link", type=int, help=argparse.SUPPRESS)  # of the ranks that this script starts
+    parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)  # likewise
     parser.add_argument("--table", action="store_true", help="print the table and exit")
     parser.add_argument("--plot", action="store_true", help="draw the figure and exit")
     args = parser.parse_args()
@@ -220,17 +213,18 @@ def main() -> None:
     if args.table or args.plot:
         return
     if launcher.rank_from_environment():
-        run_rank(args.link, workloads, args.data, args.proc)
+        run_rank(args.link, workloads[0], args.seed, args.data, args.proc)
         return
     for workload in workloads:  # pre-process, if it has not been done, before ranks are started
-        load(WORKLOADS[workload].dataset, args.data, args.proc)
+        loader.load(WORKLOADS[workload].dataset, args.data, args.proc)
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that the namespaces are deleted
-    for link in LINKS:
-        if list(missing(link, workloads)):
+    paths = ["--proc", str(args.proc), *(["--data", str(args.data)] if args.data else [])]
+    for workload, seed, link in itertools.product(workloads, SEEDS, LINKS):
+        if missing(link, workload, seed):
             try:
                 with bandwidth.namespaces(link) as names:
-                    own = ["--link", str(link)] if link else []
-                    bandwidth.run_in_namespaces(names, [sys.executable, *sys.argv, *own])
+                    own = [workload, "--seed", str(seed), *(["--link", str(link)] if link else [])]
+                    bandwidth.run_in_namespaces(names, [sys.executable, sys.argv[0], *paths, *own])
             except bandwidth.NamespacesUnavailable as reason:
                 sys.exit(f"cannot create network namespaces: {reason}")
     print(table())
