@@ -308,7 +308,7 @@ def run(given: argparse.Namespace, world: MPIGroup) -> bool:
     logger = world.run_and_propagate_errors(open_log, cli.UsageError, only_if=is_first)
     program = f"{launcher.python_command()} {shlex.quote(sys.argv[0])}"
     if not launcher.is_started_by_parle() and world.size > 1:
-        program = f"mpiexec -n {world.size} {program} -n {args.replicas}"
+        program = f"{launcher.launch_command(world.size)} {program} -n {args.replicas}"
     return experiment.run(
         logger,
         resume,

@@ -1,11 +1,15 @@
 """Measure what a fault costs: kill, stop or hang a rank, or turn a replica's weights into NaN, then resume the run.
 
-    python benchmarks/fault_tolerance.py             # run the trials that have no row yet: minutes
+    python benchmarks/fault_tolerance.py                              # run the trials that have no row yet: an hour
+    python benchmarks/fault_tolerance.py --launcher "mpiexec -n 3"    # one trial of each fault under this launcher
+    python benchmarks/fault_tolerance.py --launcher ""                # the same, with ranks that the program starts
     python benchmarks/fault_tolerance.py --table
 
 Each trial runs three replicas of LeNet on a part of digits, 15 rounds of 5 mini-batches, with a checkpoint after each
 round. The trial's seed draws the replica and the round of the fault. If the run stops, it is resumed, and its master is
 compared with the master of a fault-free run.
+
+To try another MPI library, use the Python of an environment in which mpi4py finds it.
 """
 
 import argparse
@@ -28,20 +32,22 @@ from parle import checkpoint
 
 NAME = Path(__file__).stem
 ROOT = Path(__file__).parent.parent
-SEEDS = (1, 2, 3, 5, 7)  # together they draw every replica, and never the last round
+SEEDS = range(1, 21)
 REPLICAS, ROUNDS = 3, 15
+LAST_ROUND = 12  # after which a fault may happen: a signal must not arrive when the run has ended
 FLAGS = "-n 3 -d digits --device cpu -L 5 -b 48 --frac 0.15 -B 3 --checkpoint-every 1"
 TIME_LIMIT = 120  # seconds per run
 
 
 class Fault(NamedTuple):
-    kind: str | signal.Signals  # a kind of PARLE_FAULT, or a signal to send to the program
+    kind: str | signal.Signals | None  # a kind of PARLE_FAULT, or a signal to send to the program
     flags: str = ""
     program: str = "parle_mpi.py"
 
 
 FAULTS = {
     "a rank is killed (SIGKILL)": Fault("kill"),
+    "a rank is killed, `--max-restarts 1`": Fault("kill", "--max-restarts 1"),
     "a rank raises": Fault("raise"),
     "a rank hangs, `--timeout 2`": Fault("hang", "--timeout 2"),
     "NaN in one replica": Fault("nan"),
@@ -50,12 +56,22 @@ FAULTS = {
     "SIGUSR1": Fault(signal.SIGUSR1),
     "SIGTERM, `parle_gpu.py`": Fault(signal.SIGTERM, program="parle_gpu.py"),
 }
+LAUNCHER_FAULTS = {
+    "no fault": Fault(None),
+    **{name: FAULTS[name] for name in ("a rank raises", "a rank is killed (SIGKILL)", "SIGTERM")},
+    "a rank hangs, `--timeout 2`": FAULTS["a rank hangs, `--timeout 2`"],
+}
 
 
-def start(program: str, flags: str, proc: Path, out: Path, **environment: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, program, *FLAGS.split(), *flags.split(), "--proc", str(proc), "--out", str(out)]
+def start(
+    program: str, flags: str, proc: Path, out: Path, launcher: str = "", **environment: str
+) -> subprocess.Popen[bytes]:
+    """Start a run, whose output is added to the file OUT.txt."""
+    command = [*launcher.split(), sys.executable, program, *FLAGS.split(), *flags.split()]
+    command += ["--proc", str(proc), "--out", str(out)]
     environment = os.environ | dict(OMP_NUM_THREADS="1", PARLE_TESTING="1") | environment
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    with open(f"{out}.txt", "a") as output:
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
 
 
 def latest_checkpoint(out: Path) -> Path | None:
@@ -63,18 +79,19 @@ def latest_checkpoint(out: Path) -> Path | None:
     return checkpoints[0] if checkpoints else None
 
 
-def run_trial(fault: Fault, seed: int, proc: Path, out: Path) -> dict[str, Any]:
+def run_trial(fault: Fault, seed: int, proc: Path, out: Path, launcher: str = "") -> dict[str, Any]:
     """Inject one fault and resume. `seconds` run from the signal, or the last checkpoint before the fault, to the exit.
 
     The fault happens in the round after `fault_after_round`; `saved_round` is the round of the latest checkpoint.
     """
     rng = random.Random(seed)
-    replica, rounds = rng.randrange(REPLICAS), rng.randrange(2, ROUNDS)
+    replica, rounds = rng.randrange(REPLICAS), rng.randint(2, LAST_ROUND)
     signaled = None
-    if isinstance(fault.kind, str):
-        process = start(fault.program, fault.flags, proc, out, PARLE_FAULT=f"{fault.kind}:{replica}:{rounds + 1}")
+    environment = {} if fault.kind is None else dict(PARLE_FAULT=f"{fault.kind}:{replica}:{rounds + 1}")
+    if not isinstance(fault.kind, signal.Signals):
+        process = start(fault.program, fault.flags, proc, out, launcher, **environment)
     else:
-        process = start(fault.program, fault.flags, proc, out)
+        process = start(fault.program, fault.flags, proc, out, launcher)
         while process.poll() is None and (
             latest_checkpoint(out) is None or latest_checkpoint(out).name < f"{rounds:08}"
         ):
@@ -85,8 +102,9 @@ def run_trial(fault: Fault, seed: int, proc: Path, out: Path) -> dict[str, Any]:
     last = latest_checkpoint(out)
     row = dict(seed=seed, replica=replica, fault_after_round=rounds, exit_status=exit_status)
     row |= dict(saved_round=int(last.name.partition("-")[0]), seconds=exited - (signaled or last.stat().st_mtime))
+    row |= dict(resume_command_printed="--resume" in Path(f"{out}.txt").read_text())
     if exit_status:
-        resumed = start(fault.program, f"{fault.flags} --resume", proc, out)
+        resumed = start(fault.program, f"{fault.flags} --resume", proc, out, launcher)
         row |= dict(resumed_exit_status=resumed.wait(TIME_LIMIT))
     return row
 
@@ -98,7 +116,7 @@ def load_master(out: Path) -> list[torch.Tensor]:
 def table() -> str:
     lines = []
     for name in FAULTS:
-        if rows := [row for row in results.read_rows(NAME) if row["fault"] == name]:
+        if rows := [row for row in rows_of("own ranks") if row["fault"] == name]:
             seconds = [row["seconds"] for row in rows]
             stopped = any(row["exit_status"] for row in rows)
             lost = [row["fault_after_round"] - row["saved_round"] for row in rows]
@@ -118,30 +136,62 @@ def table() -> str:
     return results.markdown_table(header, lines)
 
 
+def rows_of(test: str) -> list[dict[str, Any]]:
+    """Return the rows of a test, "own ranks" or "launchers"."""
+    return [row for row in results.read_rows(NAME) if row["test"] == test]
+
+
+def launcher_table() -> str:
+    """Return exit status and seconds by launcher and fault. In brackets: the output lacks the command that resumes."""
+    cells = {}
+    for row in rows_of("launchers"):
+        launcher = f"`{row['launcher']}`" if row["launcher"] else "the program itself"
+        status = f"{row['exit_status']}"
+        if row["fault"] != "no fault":
+            status += f", {row['seconds']:.1f} s"
+            status = status if row["resume_command_printed"] else f"({status})"
+        cells.setdefault((row["mpi"], launcher), {})[row["fault"]] = status
+        if not row["bitwise_identical"]:
+            cells[row["mpi"], launcher][row["fault"]] += ", another master"
+    lines = [[*key, *(faults.get(name, "") for name in LAUNCHER_FAULTS)] for key, faults in sorted(cells.items())]
+    return results.markdown_table(["MPI library", "ranks are started by", *LAUNCHER_FAULTS], lines)
+
+
+def run_trials(trials: list[tuple[str, Fault, int]], proc: Path, launcher: str | None) -> None:
+    """Run the trials and append their rows. Without a launcher, the program starts its ranks."""
+    provenance = results.provenance()
+    test = dict(test="own ranks") if launcher is None else dict(test="launchers", launcher=launcher)
+    with tempfile.TemporaryDirectory() as folder:
+        fault_free = {program: Path(folder, program) for program in sorted({fault.program for _, fault, _ in trials})}
+        for program, out in fault_free.items():
+            if start(program, "", proc, out, launcher or "").wait(TIME_LIMIT):
+                sys.exit(f"{program} failed without a fault: {Path(f'{out}.txt').read_text()}")
+        for number, (name, fault, seed) in enumerate(trials):
+            out = Path(folder, str(number))
+            row = test | dict(fault=name) | run_trial(fault, seed, proc, out, launcher or "")
+            pairs = zip(load_master(out), load_master(fault_free[fault.program]), strict=True)
+            row["bitwise_identical"] = all(torch.equal(*pair) for pair in pairs)
+            row["mpi"] = results.read_log(out)[0].get("mpi")
+            print(row, flush=True)
+            results.append_row(NAME, row | provenance)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--launcher", metavar="COMMAND", help='such as "mpiexec -n 3"; try every fault once under it')
     parser.add_argument("--proc", type=Path, default=Path("proc"), metavar="DIR", help="pre-processed data")
-    parser.add_argument("--table", action="store_true", help="print the table and exit")
+    parser.add_argument("--table", action="store_true", help="print the tables and exit")
     args = parser.parse_args()
-    if not args.table:
-        known = {(row["fault"], row["seed"]) for row in results.read_rows(NAME)}
-        missing = [(name, seed) for seed in SEEDS for name in FAULTS if (name, seed) not in known]
+    if args.launcher is not None:
+        run_trials([(name, fault, 1) for name, fault in LAUNCHER_FAULTS.items()], args.proc, args.launcher)
+    elif not args.table:
+        known = {(row["fault"], row["seed"]) for row in rows_of("own ranks")}
+        trials = [(name, fault, seed) for seed in SEEDS for name, fault in FAULTS.items()]
+        missing = [trial for trial in trials if trial[::2] not in known]
         if not missing:
             print(results.nothing_to_run(NAME))
-        provenance = results.provenance()
-        with tempfile.TemporaryDirectory() as folder:
-            fault_free = {program: Path(folder, program) for program in ("parle_mpi.py", "parle_gpu.py")}
-            for program, out in fault_free.items() if missing else ():
-                if start(program, "", args.proc, out).wait(TIME_LIMIT):
-                    sys.exit(f"{program} failed without a fault")
-            for number, (name, seed) in enumerate(missing):
-                out = Path(folder, str(number))
-                row = dict(fault=name) | run_trial(FAULTS[name], seed, args.proc, out)
-                pairs = zip(load_master(out), load_master(fault_free[FAULTS[name].program]), strict=True)
-                row["bitwise_identical"] = all(torch.equal(*pair) for pair in pairs)
-                print(row, flush=True)
-                results.append_row(NAME, row | provenance)
-    print(table())
+        run_trials(missing, args.proc, None)
+    print(table(), launcher_table(), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -120,7 +120,9 @@ def run_rank(link: int | None, workload: str, seed: int, raw: Path | None, proc:
 
 
 def link_name(link: int | None) -> str:
-    return "not limited" if link is None else f"{link / 1000:g} Gb/s"
+    if link is None:
+        return "not limited"
+    return f"{link} Mb/s" if link < 1000 else f"{link / 1000:g} Gb/s"
 
 
 def rows_of(workload: str, link: int | None, method: str) -> list[dict[str, Any]]:
@@ -164,6 +166,20 @@ def table() -> str:
     for which in ("first", "second"):
         header += [f"s to the {which} target", "the same, averaged", "÷ Parle, averaged"]
     return results.markdown_table([*header, "MB per rank and 1,000 mini-batches"], lines)
+
+
+def headline() -> str:
+    """Return the seconds to LeNet's first target by link, without averaging over time, and DDP's divided by Parle's."""
+    target, lines = WORKLOADS["lenet"].targets[0], []
+    shown = [method for method in COMPARED if method != "sgd"]
+    for link in LINKS:
+        rows = {method: rows_of("lenet", link, method) for method in shown}
+        cells = [
+            baselines.format_seconds([seconds_to(target, row, UNAVERAGED) for row in rows[name]]) for name in shown
+        ]
+        lines.append([link_name(link), *cells, ratio_to_parle("lenet", link, "ddp", target, UNAVERAGED)])
+    header = [f"s to {target:g} % test error", *(LABELS[method] for method in shown), "DDP ÷ Parle"]
+    return results.markdown_table(header, lines)
 
 
 def draw() -> None:

@@ -21,6 +21,7 @@ FIGURES = {  # figure → module that draws it
     "compare_methods": "compare_methods",
     "sweeps": "compare_methods",
     "baselines": "baselines",
+    "time_to_error": "time_to_error",
     "bandwidth": "bandwidth",
     "flatness": "flatness",
 }

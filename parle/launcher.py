@@ -27,12 +27,12 @@ LAUNCHERS = {
 STATUS_DIR = "PARLE_STATUS_DIR"  # set for ranks started by this program: the directory of their status pipes
 TERMINAL_WIDTH = "PARLE_TERMINAL_WIDTH"  # set if that program runs in a terminal; the ranks themselves write to a pipe
 RUN, RESUME = "run", "resume"  # files in that directory: the output directory, and the command that resumes the run
-STARTED = b"started "  # a rank's first notice
-FINISHED, EXITED, FAILED = b"finished", b"exited", b"failed"  # a rank's exit notice; a killed rank sends none
+STARTED = "started"  # a rank's first notice, with its process number
+FINISHED, EXITED, FAILED = "finished", "exited", "failed"  # its last, with its exit status; if killed, it sends none
 START_TIMEOUT = 300.0  # seconds for the first rank to start, with Python on a slow file system
 GRACE_PERIOD = 10.0  # seconds that the others have to exit after a rank that did not finish
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # save and stop
-FORWARDED_AS = {signal.SIGHUP: signal.SIGTERM}  # mpiexec would exit on SIGHUP, and its ranks could not save
+FORWARDED_AS = {signal.SIGHUP: signal.SIGTERM}  # to mpiexec, which would exit on SIGHUP
 
 # Requests SIGTERM for the parent's death (PR_SET_PDEATHSIG), unless it is dead already, and executes the arguments
 BECOME_COMMAND = """
@@ -63,8 +63,21 @@ def _detect_launcher(environment: Mapping[str, str]) -> tuple[str, int, int | No
             ranks = None if size is None else int(environment[size])
             # a Slurm step of one task may be a shell (srun --pty bash) in which this program was typed
             if environment.get("SLURM_STEP_NUM_TASKS") != "1" or ranks not in (1, None):
+                slurm = [environment.get(variable) for variable in LAUNCHERS["Slurm"]]
+                if slurm == [environment[rank], environment.get(size)]:  # srun --mpi=pmi2 sets the variables of MPICH
+                    name = "Slurm"
                 return name, int(environment[rank]), ranks
     return None
+
+
+def launch_command(count: int, environment: Mapping[str, str] = os.environ) -> str:
+    """Return the command that starts `count` ranks in the way in which this process was started."""
+    launcher = launcher_name(environment)
+    if launcher == "Slurm":
+        protocol = {"PMI_RANK": " --mpi=pmi2", "PMIX_RANK": " --mpi=pmix"}
+        flag = next((flag for variable, flag in protocol.items() if variable in environment), "")
+        return f"srun{flag} -n {count}"
+    return f"{'mpirun' if launcher == 'Open MPI' else 'mpiexec'} -n {count}"
 
 
 def check_environment(environment: Mapping[str, str] = os.environ) -> None:
@@ -202,17 +215,26 @@ def spawn_ranks(count: int, max_restarts: int = 0) -> int | None:
 
 
 class SignalForwarder:
-    """Passes the signals that this process gets to the mpiexec that is running."""
+    """Passes the signals that this process gets to the ranks, or to the mpiexec that is starting them.
+
+    Open MPI's mpirun gives its ranks one second after SIGTERM, which may be too short to save, and drops their output.
+    """
 
     def __init__(self) -> None:
         self.received: list[int] = []
         self.mpiexec: subprocess.Popen[bytes] | None = None
+        self.all_started = False
+        self.processes: dict[int, int] = {}  # rank → process number, of ranks that are running
         for number in (*unignored(STOP_SIGNALS), signal.SIGUSR1):
             signal.signal(number, self)
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         self.received.append(number)
-        if self.mpiexec is not None:
+        if self.all_started:
+            for process in list(self.processes.values()):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, number)
+        elif self.mpiexec is not None:
             self.mpiexec.send_signal(FORWARDED_AS.get(number, number))
 
     @property
@@ -239,24 +261,26 @@ def _supervise(command: list[str], folder: Path, count: int, forwarder: SignalFo
         stderr=subprocess.PIPE,
         process_group=0,
     )
-    forwarder.mpiexec = mpiexec
+    forwarder.mpiexec, forwarder.all_started, forwarder.processes = mpiexec, False, {}
     if forwarder.asked_to_stop:  # while nothing was running
         mpiexec.terminate()
     streams.register(mpiexec.stdout, selectors.EVENT_READ, sys.stdout)
     streams.register(mpiexec.stderr, selectors.EVENT_READ, sys.stderr)
-    open_outputs, exited_ranks, exit_notices, deadline = 2, [], {}, None
-    any_started, start_deadline, was_terminated = False, time.monotonic() + START_TIMEOUT, False
+    open_outputs, exited_ranks, deadline = 2, [], None
+    started: dict[int, int] = {}  # rank → process number
+    exits: dict[int, tuple[str, int]] = {}  # rank → exit notice and status
+    start_deadline, was_terminated = time.monotonic() + START_TIMEOUT, False
     while open_outputs:
-        if not any_started and time.monotonic() > start_deadline:
+        if not started and time.monotonic() > start_deadline:
             mpiexec.kill()  # it may be waiting for another program, as for srun
             break
-        unfinished = [rank for rank in exited_ranks if exit_notices.get(rank) != FINISHED]
+        unfinished = [rank for rank in exited_ranks if rank not in exits or exits[rank][0] != FINISHED]
         if unfinished and len(exited_ranks) < count:
             deadline = deadline or time.monotonic() + GRACE_PERIOD
             if time.monotonic() > deadline:  # for example if MPI starts on some ranks only and they wait forever
                 mpiexec.terminate()
                 was_terminated = True
-        for key, _ in streams.select(None if any_started and deadline is None else 1):
+        for key, _ in streams.select(None if started and deadline is None else 1):
             chunk = os.read(key.fd, 65536)
             if not chunk:
                 streams.unregister(key.fileobj)
@@ -268,24 +292,35 @@ def _supervise(command: list[str], folder: Path, count: int, forwarder: SignalFo
                     key.data.buffer.write(chunk)
                     key.data.flush()
             elif chunk:
-                any_started, notice = True, chunk.removeprefix(STARTED)
-                if notice:
-                    exit_notices[key.data] = notice
+                for line in chunk.decode().splitlines():
+                    notice, number = line.split()
+                    if notice == STARTED:
+                        started[key.data] = forwarder.processes[key.data] = int(number)
+                        forwarder.all_started = len(started) == count
+                    else:
+                        exits[key.data] = notice, int(number)
             else:
                 exited_ranks.append(key.data)
+                forwarder.processes.pop(key.data, None)
+    forwarder.all_started = False
     status = mpiexec.wait()
     for key in list(streams.get_map().values()):
         if isinstance(key.data, int):
             os.close(key.fd)
     streams.close()
-    failed_rank = next((f"rank {rank}: killed" for rank in exited_ranks if rank not in exit_notices), None)
+    failed_rank = next((f"rank {rank}: killed" for rank in exited_ranks if rank not in exits), None)
     if was_terminated:
         failed_rank = f"rank {unfinished[0]}: exited before the others"
-    elif open_outputs and not any_started:
+    elif open_outputs and not started:
         failed_rank = f"mpiexec: no rank has started within {START_TIMEOUT:.0f} s"
     elif status < 0:
         failed_rank = "mpiexec: killed"
-    if failed_rank is not None and FAILED not in exit_notices.values():
+    notices, statuses = {notice for notice, _ in exits.values()}, {number for _, number in exits.values()}
+    if FAILED in notices:  # the rank has printed why
+        return status or 1
+    if len(exits) == count and len(statuses) == 1 and statuses != {0}:
+        return statuses.pop()
+    if failed_rank is not None:
         hint = f"; resume with: {_read_text(folder / RESUME)}" if (folder / RESUME).exists() else ""
         with ignore_write_errors(sys.stderr):
             sys.stderr.write(f"{failed_rank}{hint}\n")
@@ -302,20 +337,27 @@ def _end_with_parent() -> list[str]:
     return [sys.executable, "-I", "-S", "-c", BECOME_COMMAND, str(os.getpid())] if sys.platform == "linux" else []
 
 
-def open_status_pipe() -> Callable[[bytes], None]:
-    """Open this rank's pipe to the process that supervises it, if any. Returns the function that reports its exit.
+def open_status_pipe() -> Callable[[str, int], bool]:
+    """Open this rank's pipe to the process that supervises it, if any, and report the start.
 
-    The pipe stays open for as long as the rank lives.
+    Returns the function that reports the exit, which returns whether that process is alive. Until then, or until the
+    rank dies, the pipe stays open.
     """
     rank = rank_from_environment()
     if not is_started_by_parle() or rank is None:
-        return lambda notice: None
+        return lambda notice, status: False
     try:
         pipe = os.open(Path(os.environ[STATUS_DIR], str(rank[0])), os.O_WRONLY | os.O_NONBLOCK)
     except OSError:  # on another node there is no pipe, and nobody reads it if that process was killed
-        return lambda notice: None
-    os.write(pipe, STARTED)
-    return lambda notice: (os.write(pipe, notice), os.close(pipe))
+        return lambda notice, status: False
+
+    def report_exit(notice: str, status: int) -> bool:
+        with open(pipe, "w") as file, contextlib.suppress(BrokenPipeError):
+            return bool(file.write(f"{notice} {status}\n"))
+        return False
+
+    os.write(pipe, f"{STARTED} {os.getpid()}\n".encode())
+    return report_exit
 
 
 def write_resume_command(command: str, run: Path) -> None:
@@ -346,19 +388,21 @@ def run_or_abort(main: Callable[[], None]) -> None:
     report_exit = open_status_pipe()
     try:
         main()
-        report_exit(FINISHED)
+        report_exit(FINISHED, 0)
     except BaseException as error:
         mpi = sys.modules.get("mpi4py.MPI")
         finished = mpi is not None and mpi.Is_finalized()
-        report_exit(FAILED if not isinstance(error, SystemExit) else FINISHED if finished else EXITED)
-        if mpi is None or not mpi.Is_initialized() or mpi.Is_finalized():
+        status = exit_status(error)
+        if not isinstance(error, SystemExit):
+            report_exit(FAILED, status)
+        elif not finished:
+            report_exit(EXITED, status)
+        elif report_exit(FINISHED, status) and isinstance(error.code, int):
+            # the supervising process exits with the status: for mpirun of Open MPI it would be a failure of the rank
+            raise SystemExit(0) from None
+        if mpi is None or not mpi.Is_initialized() or finished or (isinstance(error, SystemExit) and not status):
             raise
-        code = 1
-        if isinstance(error, SystemExit):
-            if error.code in (0, None):
-                raise
-            code = error.code if isinstance(error.code, int) else 1
-        else:
+        if not isinstance(error, SystemExit):
             text = f"rank {mpi.COMM_WORLD.rank}: {type(error).__name__}: {describe_error(error)}\n"
             with ignore_write_errors(sys.stderr):
                 sys.stderr.write(traceback.format_exc() + text)
@@ -367,7 +411,14 @@ def run_or_abort(main: Callable[[], None]) -> None:
                 stream.flush()
         time.sleep(0.1)  # otherwise mpiexec may end before it has forwarded the output
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # MPI_Abort would print another last line
-        mpi.COMM_WORLD.Abort(code)
+        mpi.COMM_WORLD.Abort(status)
+
+
+def exit_status(error: BaseException) -> int:
+    """Return the exit status of a process that ends with this exception."""
+    if not isinstance(error, SystemExit):
+        return 1
+    return error.code if isinstance(error.code, int) else int(error.code is not None)
 
 
 def describe_error(error: BaseException) -> str:

@@ -107,6 +107,21 @@ def test_rank_and_size_from_environment(environment, expected):
     assert launcher.rank_from_environment(dict(item.split("=") for item in environment.split())) == expected
 
 
+@pytest.mark.parametrize(
+    ("environment", "command"),
+    [
+        ("PMI_RANK=1 PMI_SIZE=3", "mpiexec -n 3"),
+        ("OMPI_COMM_WORLD_RANK=2 OMPI_COMM_WORLD_SIZE=3 PMIX_RANK=2", "mpirun -n 3"),
+        ("SLURM_PROCID=1 SLURM_STEP_NUM_TASKS=3 PMI_RANK=1 PMI_SIZE=3", "srun --mpi=pmi2 -n 3"),
+        ("SLURM_PROCID=1 SLURM_STEP_NUM_TASKS=3 PMIX_RANK=1", "srun --mpi=pmix -n 3"),
+        ("SLURM_PROCID=1 SLURM_STEP_NUM_TASKS=3", "srun -n 3"),
+        ("SLURM_PROCID=0 SLURM_STEP_NUM_TASKS=1 PMI_RANK=0 PMI_SIZE=3", "mpiexec -n 3"),  # which srun has started
+    ],
+)
+def test_ranks_are_resumed_with_the_launcher_that_started_them(environment, command):
+    assert launcher.launch_command(3, dict(item.split("=") for item in environment.split())) == command
+
+
 SRUN = dict(SLURM_JOB_ID="7", SLURM_PROCID="0", SLURM_STEP_NUM_TASKS="3")
 PMI, OMPI = dict(PMI_RANK="0", PMI_SIZE="3"), dict(OMPI_COMM_WORLD_RANK="0", OMPI_COMM_WORLD_SIZE="3", PMIX_RANK="0")
 MPICH = "MPICH Version: 5.0.2\nMPICH configure: --with-device=ch4:ucx,ofi --with-pm=hydra:gforker\n"
@@ -382,7 +397,7 @@ time.sleep(20)
     ("last", "forwarded"),
     [(signal.SIGINT, signal.SIGINT), (signal.SIGTERM, signal.SIGTERM), (signal.SIGHUP, signal.SIGTERM)],
 )
-def test_signals_and_exit_status_75_are_forwarded(start, script, tmp_path, last, forwarded):
+def test_mpiexec_forwards_signals_while_ranks_start(start, script, tmp_path, last, forwarded):
     process = start(script(HANDLE))
     wait_until(lambda: len(list(tmp_path.glob("ready-*"))) == 3)
     process.send_signal(signal.SIGUSR1)
@@ -392,6 +407,40 @@ def test_signals_and_exit_status_75_are_forwarded(start, script, tmp_path, last,
     assert process.returncode == 75
     received = [path.read_text() for path in tmp_path.glob("signals-*")]
     assert received == [f"{int(signal.SIGUSR1)} {int(forwarded)} "] * 3
+
+
+MPIRUN = f"""#!{sys.executable}
+import os, signal, subprocess, sys
+count, command = int(sys.argv[2]), sys.argv[3:]
+def environment(rank):
+    return os.environ | dict(OMPI_COMM_WORLD_RANK=str(rank), OMPI_COMM_WORLD_SIZE=str(count))
+ranks = [subprocess.Popen(command, env=environment(rank)) for rank in range(count)]
+signal.signal(signal.SIGTERM, lambda *_: ([rank.kill() for rank in ranks], sys.exit(1)))
+while ranks:
+    process, status = os.wait()
+    ranks = [rank for rank in ranks if rank.pid != process]
+    if status:
+        [rank.kill() for rank in ranks]
+        sys.exit(1)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_ranks_save_and_exit_with_75_though_mpirun_would_kill_them(start, script, tmp_path, number):
+    """Open MPI's mpirun kills its ranks a second after SIGTERM, and if one of them exits with another status than 0."""
+    mpirun = tmp_path / "mpirun"
+    mpirun.write_text(MPIRUN)
+    mpirun.chmod(0o755)
+    saving = HANDLE.replace(
+        "sys.exit", "time.sleep(rank); print('saved', flush=True); sys.modules['mpi4py.MPI'] = FINALIZED; sys.exit"
+    )
+    body = "import types\nFINALIZED = types.SimpleNamespace(Is_finalized=lambda: True, Is_initialized=lambda: True)\n"
+    body += "def main():\n" + "".join(f"    {line}\n" for line in saving.splitlines()) + "launcher.run_or_abort(main)"
+    process = start(script(body, before=f"launcher.find_mpiexec = lambda: {str(mpirun)!r}"))
+    wait_until(lambda: len(list(tmp_path.glob("ready-*"))) == 3)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out.split(), err) == (75, ["saved"] * 3, "")
 
 
 def test_ignored_signals_stay_ignored(start, script, tmp_path):
@@ -635,22 +684,26 @@ def test_exit_status_2_of_all_ranks_adds_no_message(python, script):
     assert (done.returncode, done.stderr) == (2, "")
 
 
+def read_notices(pipe):
+    return [(notice, int(number)) for notice, number in map(str.split, os.read(pipe, 100).decode().splitlines())]
+
+
 def test_only_spawned_ranks_report_their_exit(tmp_path, monkeypatch, no_launcher):
     monkeypatch.setenv(launcher.STATUS_DIR, str(tmp_path))
     launcher.write_resume_command("this", "that")
-    launcher.open_status_pipe()(launcher.EXITED)
+    assert not launcher.open_status_pipe()(launcher.EXITED, 0)
     monkeypatch.setenv("PMI_RANK", "1")
     monkeypatch.setenv("PMI_SIZE", "3")
     monkeypatch.delenv(launcher.STATUS_DIR)
     launcher.write_resume_command("this", "that")
-    launcher.open_status_pipe()(launcher.EXITED)
+    assert not launcher.open_status_pipe()(launcher.EXITED, 0)
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setenv(launcher.STATUS_DIR, str(tmp_path))
     launcher.write_resume_command("this", "that")
     os.mkfifo(tmp_path / "1")
     pipe = os.open(tmp_path / "1", os.O_RDONLY | os.O_NONBLOCK)
-    launcher.open_status_pipe()(launcher.EXITED)
-    assert os.read(pipe, 100) == launcher.STARTED + launcher.EXITED
+    assert launcher.open_status_pipe()(launcher.EXITED, 3)
+    assert read_notices(pipe) == [(launcher.STARTED, os.getpid()), (launcher.EXITED, 3)]
     os.close(pipe)
     assert (tmp_path / "resume").read_text() == "this"
 
@@ -782,18 +835,20 @@ MPI_STATES = {
 
 
 @pytest.mark.parametrize(
-    ("mpi", "error", "notice"),
+    ("mpi", "error", "notice", "status"),
     [
-        ("never loaded", None, launcher.FINISHED),
-        ("finalized", None, launcher.FINISHED),
-        ("finalized", SystemExit(2), launcher.FINISHED),
-        ("not started", SystemExit(0), launcher.EXITED),
-        ("never loaded", SystemExit(2), launcher.EXITED),
-        ("never loaded", ValueError("wrong"), launcher.FAILED),
-        ("finalized", KeyboardInterrupt(), launcher.FAILED),
+        ("never loaded", None, launcher.FINISHED, 0),
+        ("finalized", None, launcher.FINISHED, 0),
+        ("finalized", SystemExit(75), launcher.FINISHED, 75),
+        ("finalized", SystemExit("wrong"), launcher.FINISHED, 1),
+        ("not started", SystemExit(0), launcher.EXITED, 0),
+        ("not started", SystemExit(), launcher.EXITED, 0),
+        ("never loaded", SystemExit(2), launcher.EXITED, 2),
+        ("never loaded", ValueError("wrong"), launcher.FAILED, 1),
+        ("finalized", KeyboardInterrupt(), launcher.FAILED, 1),
     ],
 )
-def test_exit_notice(mpi, error, notice, tmp_path, monkeypatch, no_launcher):
+def test_exit_notice(mpi, error, notice, status, tmp_path, monkeypatch, no_launcher):
     if MPI_STATES[mpi] is None:
         monkeypatch.delitem(sys.modules, "mpi4py.MPI", raising=False)
     else:
@@ -807,9 +862,12 @@ def test_exit_notice(mpi, error, notice, tmp_path, monkeypatch, no_launcher):
         if error is not None:
             raise error
 
-    with contextlib.nullcontext() if error is None else pytest.raises(type(error)):
+    with contextlib.nullcontext() if error is None else pytest.raises(type(error)) as raised:
         launcher.run_or_abort(main)
-    assert (os.read(pipe, 100), os.read(pipe, 100)) == (launcher.STARTED + notice, b"")
+    assert read_notices(pipe) == [(launcher.STARTED, os.getpid()), (notice, status)]
+    assert os.read(pipe, 1) == b""
+    if status == 75:  # Open MPI's mpirun would end the other ranks
+        assert raised.value.code == 0
     os.close(pipe)
 
 

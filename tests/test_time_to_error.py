@@ -37,10 +37,18 @@ def test_table_and_figure_show_seconds_and_bytes(add_row):
     add_row("ddp", [50, 4.0, 0.9, 0.9], [100, 8.0, 0.8, 0.7], link=None)
     first, second = tte.table().splitlines()[2:]
     parle = [cell.strip() for cell in first.split("|")[1:-1]]
-    assert parle[:3] == ["lenet", "0.1 Gb/s", "Parle"]
+    assert parle[:3] == ["lenet", "100 Mb/s", "Parle"]
     assert parle[4:] == ["2.0", "1.0", "1.0", "—", "2.0", "1.0", "2"]
     assert "not limited" in second and second.split("|")[-2].strip() == "20"
     assert [len(axis.lines) for axis in tte.draw_errors().axes] == [4, 2, 4, 2, 2, 2]
+
+
+def test_headline_gives_the_ratio_of_the_weights_themselves(add_row):
+    for seed in tte.SEEDS:
+        add_row("parle", [50, 1.0, 3.0, 0.9], [1000, 2.0, 1.0, 0.7], seed=seed)
+        add_row("ddp", [50, 4.0, 1.1, 0.9], [100, 8.0, 0.8, 0.7], seed=seed)
+    limited, *_ = (line.strip("| ").split(" | ") for line in tte.headline().splitlines()[2:])
+    assert limited == ["100 Mb/s", "2.0 ± 0.0", "—", "—", "8.0 ± 0.0", "4.0 ± 0.0"]
 
 
 def test_only_methods_without_a_row_are_run(add_row):
