@@ -184,7 +184,7 @@ def _fetch(kind: str, paths: list[Path], download: bool, fetch: Callable[[], Any
 
 
 def _is_file(path: Path) -> bool:
-    """Return whether a file exists. Raises: PermissionError if its directory is closed, unlike os.path.isfile."""
+    """Return whether a file exists. Raises: PermissionError, unlike os.path.isfile."""
     try:
         return stat.S_ISREG(path.stat().st_mode)
     except PermissionError:
@@ -442,7 +442,7 @@ class _ChangedError(Exception):
 
 
 def _open(name: str, folder: Path, was_built: bool) -> Dataset:
-    """Map the arrays of a data set, after reading them once if it was just built.
+    """Map the arrays of a data set, verifying the checksums if it was just built.
 
     Raises:
         FileNotFoundError, _ChangedError: an array is missing, or damaged or replaced.

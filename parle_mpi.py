@@ -90,11 +90,11 @@ class Parle(ParleBase):
         world.check_consistent(
             dict(replicas=replicas, timeout=timeout, groups=len(self.param_groups), **self._layout())
         )
-        # of its own even if it has all ranks, so that gradients are never taken for a synchronization's message
+        # a separate communicator even for all ranks: a gradient must not match a synchronization's message
         shares_replica = self.ranks_per_replica > 1
         replica = self._free_with_optimizer(world.split(self.replica_number)) if shares_replica else Group()
         self.groups = Groups(replica, world)
-        # The MPI libraries on PyPI cannot read GPU memory: messages are staged in host memory, pinned for CUDA's copies
+        # The MPI libraries on PyPI are not CUDA-aware: messages are staged in host memory, pinned for CUDA's copies
         message = self._master_replica.message
         device = message.device.type
         self._staging = (
@@ -119,7 +119,7 @@ class Parle(ParleBase):
 
     @contextlib.contextmanager
     def _named_timeout(self, occasion: str) -> Iterator[None]:
-        """Add where the optimizer is to a CollectiveTimeout."""
+        """Add the call and the round to a CollectiveTimeout."""
         try:
             yield
         except CollectiveTimeout as error:

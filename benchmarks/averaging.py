@@ -6,8 +6,8 @@
     python benchmarks/averaging.py --plot               # draw figures/averaging.png
 
 Every method may use its own hyperparameter, one of the same four lr schedules, and an average of its weights: of the
-master after every round, or of SGD's weights after every step, with the same decay per 25 steps. The master is tested
-not averaged and averaged, with settings that are selected separately. Nothing is selected on test images.
+master after every round, or of SGD's weights after every step, with the same decay per 25 steps. The master and its
+average are both evaluated, with separately selected settings. Nothing is selected on test images.
 """
 
 import argparse
@@ -42,7 +42,7 @@ AVERAGES = [0.8, 0.9, 0.95, 0.975]  # decays per 25 steps
 
 
 def constant_outer_step(rho: float) -> Config:
-    """Return a Parle whose outer step s lr (1 + c_k) is 0.85 throughout, whatever lr, and whose c_k stays constant."""
+    """Return a config of Parle with constant c_k and an outer step s lr (1 + c_k) of 0.85 at any lr."""
     return dict(rho=rho, outer_lr=0.85 / (1 + rho * DEFAULTS["sync_every"] * DEFAULTS["replicas"]), scoping_rate=0)
 
 

@@ -151,7 +151,7 @@ def bytes_sent() -> int:
 
 
 def build_workload(network: str, comm: "MPI.Comm", method: str) -> tuple[Parle, Callable[[], None]]:
-    """Return an optimizer and a function that computes its gradients, or takes the time of doing so."""
+    """Return an optimizer and a function that computes its gradients, or sleeps as long."""
     settings = METHODS[method] | dict(lr=0.1, batches_per_epoch=469)
     if network == "lenet":
         model = models.build("lenet", channels=1, size=28, classes=10)

@@ -324,8 +324,8 @@ def main() -> None:
     world = MPIGroup(MPI.COMM_WORLD)
     torch.set_num_threads(1)
     load = functools.partial(loader.load, "mnist", args.data, args.proc)
-    world.run_and_propagate_errors(load, loader.DatasetError, only_if=world.rank == 0)  # builds the cache
-    data = load()  # maps it
+    world.run_and_propagate_errors(load, loader.DatasetError, only_if=world.rank == 0)
+    data = load()
     with tempfile.TemporaryDirectory() as folder:
         store = Path(world.all_gather(folder)[0], "store").as_uri()
         dist.init_process_group("gloo", init_method=store, rank=world.rank, world_size=world.size)

@@ -13,6 +13,7 @@ To try another MPI library, use the Python of an environment in which mpi4py fin
 """
 
 import argparse
+import contextlib
 import os
 import random
 import signal
@@ -40,14 +41,14 @@ TIME_LIMIT = 120  # seconds per run
 
 
 class Fault(NamedTuple):
-    kind: str | signal.Signals | None  # a kind of PARLE_FAULT, or a signal to send to the program
+    kind: str | signal.Signals | None  # a kind of PARLE_FAULT, or a signal to the program; SIGKILL: to the rank
     flags: str = ""
     program: str = "parle_mpi.py"
 
 
 FAULTS = {
     "a rank is killed (SIGKILL)": Fault("kill"),
-    "a rank is killed, `--max-restarts 1`": Fault("kill", "--max-restarts 1"),
+    "a rank is killed (SIGKILL), `--max-restarts 1`": Fault(signal.SIGKILL, "--max-restarts 1"),
     "a rank raises": Fault("raise"),
     "a rank hangs, `--timeout 2`": Fault("hang", "--timeout 2"),
     "NaN in one replica": Fault("nan"),
@@ -56,10 +57,9 @@ FAULTS = {
     "SIGUSR1": Fault(signal.SIGUSR1),
     "SIGTERM, `parle_gpu.py`": Fault(signal.SIGTERM, program="parle_gpu.py"),
 }
-LAUNCHER_FAULTS = {
-    "no fault": Fault(None),
-    **{name: FAULTS[name] for name in ("a rank raises", "a rank is killed (SIGKILL)", "SIGTERM")},
-    "a rank hangs, `--timeout 2`": FAULTS["a rank hangs, `--timeout 2`"],
+LAUNCHER_FAULTS = {"no fault": Fault(None)} | {
+    name: FAULTS[name]
+    for name in ("a rank raises", "a rank is killed (SIGKILL)", "a rank hangs, `--timeout 2`", "SIGTERM")
 }
 
 
@@ -72,6 +72,27 @@ def start(
     environment = os.environ | dict(OMP_NUM_THREADS="1", PARLE_TESTING="1") | environment
     with open(f"{out}.txt", "a") as output:
         return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
+
+
+def send_signal(number: signal.Signals, process: subprocess.Popen[bytes], rank: int, out: Path, launcher: str) -> None:
+    """Send SIGKILL to a rank, any other signal to the program or its launcher; srun would kill the ranks."""
+    if number == signal.SIGKILL:
+        os.kill(pid_of_rank(rank, out), number)
+    elif launcher.startswith("srun"):
+        subprocess.run(["scancel", f"--signal={number.name[3:]}", "--user=root"], check=True)
+    else:
+        process.send_signal(number)
+
+
+def pid_of_rank(rank: int, out: Path) -> int:
+    """Return the process of this rank of the run in `out`, which the program itself has started. Linux only."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            environment = (folder / "environ").read_bytes().split(b"\0")
+            arguments = (folder / "cmdline").read_bytes().split(b"\0")
+            if f"PMI_RANK={rank}".encode() in environment and str(out).encode() in arguments:
+                return int(folder.name)
+    raise ProcessLookupError(f"rank {rank} of {out}")
 
 
 def latest_checkpoint(out: Path) -> Path | None:
@@ -97,8 +118,13 @@ def run_trial(fault: Fault, seed: int, proc: Path, out: Path, launcher: str = ""
         ):
             time.sleep(0.002)
         signaled = time.time()
-        process.send_signal(fault.kind)
-    exit_status, exited = process.wait(TIME_LIMIT), time.time()
+        send_signal(fault.kind, process, replica, out, launcher)
+    try:
+        exit_status = process.wait(TIME_LIMIT)
+    except subprocess.TimeoutExpired:
+        exit_status = "hangs"
+        process.kill()
+    exited = time.time()
     last = latest_checkpoint(out)
     row = dict(seed=seed, replica=replica, fault_after_round=rounds, exit_status=exit_status)
     row |= dict(saved_round=int(last.name.partition("-")[0]), seconds=exited - (signaled or last.stat().st_mtime))
@@ -138,11 +164,11 @@ def table() -> str:
 
 def rows_of(test: str) -> list[dict[str, Any]]:
     """Return the rows of a test, "own ranks" or "launchers"."""
-    return [row for row in results.read_rows(NAME) if row["test"] == test]
+    return [row for row in results.read_rows(NAME) if row.get("test") == test]
 
 
 def launcher_table() -> str:
-    """Return exit status and seconds by launcher and fault. In brackets: the output lacks the command that resumes."""
+    """Return exit status and seconds by launcher and fault, in parentheses if the output lacks the resume command."""
     cells = {}
     for row in rows_of("launchers"):
         launcher = f"`{row['launcher']}`" if row["launcher"] else "the program itself"
@@ -187,7 +213,7 @@ def main() -> None:
     elif not args.table:
         known = {(row["fault"], row["seed"]) for row in rows_of("own ranks")}
         trials = [(name, fault, seed) for seed in SEEDS for name, fault in FAULTS.items()]
-        missing = [trial for trial in trials if trial[::2] not in known]
+        missing = [(name, fault, seed) for name, fault, seed in trials if (name, seed) not in known]
         if not missing:
             print(results.nothing_to_run(NAME))
         run_trials(missing, args.proc, None)

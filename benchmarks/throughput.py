@@ -4,7 +4,7 @@
     python benchmarks/throughput.py --table          # print the tables
 
 The script starts its own ranks: 1, 2, 4 and 12 of them, one thread each, REPEATS times round-robin. Within a process
-the candidates are interleaved, and all ranks run the same one at a time, so that other load affects all equally.
+the candidates are interleaved, and all ranks run the same one simultaneously, so that other load affects all equally.
 """
 
 import argparse

@@ -78,6 +78,6 @@ def find_nonfinite(
 
 
 def _nearly_equal(norms: Iterator[float]) -> bool:
-    """Return whether squared norms that should be equal are: those of different CPUs differ by rounding."""
+    """Return whether squared norms agree up to rounding, which differs between CPUs."""
     values = list(norms)
     return max(values) <= min(values) * (1 + 1e-4)

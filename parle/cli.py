@@ -192,7 +192,7 @@ def build_parser(prog: str, description: str) -> Parser:
         type=nonnegative_float,
         default=1.0,
         metavar="X",
-        help="step size of the outer update in units of lr (default: %(default)s)",
+        help="outer lr in units of lr (default: %(default)s)",
     )
     add("--outer-momentum", type=decay, metavar="X", help="Nesterov momentum of the outer update (default: --momentum)")
     add(

@@ -143,7 +143,7 @@ class MPIGroup(Group):
     def release(self) -> None:
         """Let the next `duplicate` free the communicator: MPI libraries provide only about 2,000.
 
-        Unlike MPI's Free this may be called in a garbage collection, which can start in the middle of an MPI call.
+        Unlike MPI's Free this may be called by the garbage collector, which can run in the middle of an MPI call.
         """
         _released.append(self.comm)
 

@@ -69,7 +69,7 @@ def _environment(args: argparse.Namespace, mpi: bool) -> Iterator[Row]:
     if mpi:
         yield "MPI", *_mpi_library()
         mpiexec, launcher_name = launcher.find_mpiexec(), launcher.launcher_name()
-        missing = "none beside this Python or on the PATH: pip install mpich"
+        missing = "none next to this Python or on the PATH: pip install mpich"
         yield "mpiexec", mpiexec or missing, bool(mpiexec or launcher_name)
         yield "launcher", launcher_name or "none: this program starts its ranks with mpiexec", True
     yield "data", *_data(args)

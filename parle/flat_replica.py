@@ -144,7 +144,6 @@ class FlatReplica:
             raise
 
     def write_back_gradient(self) -> None:
-        """Copy `gradient` into the parameters' gradients."""
         for parameter, view in zip(self.parameters, self.gradient_views, strict=True):
             if parameter.grad is None:
                 parameter.grad = view.clone()

@@ -1,6 +1,7 @@
 """Start MPI ranks and supervise them; detect the launcher that started this process."""
 
 import contextlib
+import ctypes
 import os
 import selectors
 import shlex
@@ -62,9 +63,10 @@ def _detect_launcher(environment: Mapping[str, str]) -> tuple[str, int, int | No
         if all(environment.get(variable, "").isdecimal() for variable in (rank, size) if variable):
             ranks = None if size is None else int(environment[size])
             # a Slurm step of one task may be a shell (srun --pty bash) in which this program was typed
-            if environment.get("SLURM_STEP_NUM_TASKS") != "1" or ranks not in (1, None):
+            is_shell = environment.get("SLURM_STEP_NUM_TASKS") == "1" and STATUS_DIR not in environment
+            if not is_shell or ranks not in (1, None):
                 slurm = [environment.get(variable) for variable in LAUNCHERS["Slurm"]]
-                if slurm == [environment[rank], environment.get(size)]:  # srun --mpi=pmi2 sets the variables of MPICH
+                if size and slurm == [environment[rank], environment[size]]:  # srun --mpi=pmi2 sets MPICH's variables
                     name = "Slurm"
                 return name, int(environment[rank]), ranks
     return None
@@ -93,7 +95,7 @@ def check_environment(environment: Mapping[str, str] = os.environ) -> None:
 
 
 def check_mpi(library_version: str, environment: Mapping[str, str] = os.environ) -> None:
-    """Check that the launcher speaks the protocol of this MPI library, before MPI starts and aborts or sees one rank.
+    """Check that the launcher uses this MPI library's protocol; otherwise MPI would abort or find one rank.
 
     Args:
         library_version: what MPI_Get_library_version returns.
@@ -109,7 +111,7 @@ def check_mpi(library_version: str, environment: Mapping[str, str] = os.environ)
         raise OSError(f"mpi4py uses Open MPI, but {launcher} started the ranks with another protocol: use {remedy}")
     is_plain_mpich = "MPICH configure" in library_version and "pmix" not in library_version.lower()
     if is_plain_mpich and "PMI_RANK" not in environment:
-        remedy = "srun --mpi=pmi2" if "SLURM_PROCID" in environment else "the mpiexec beside this Python"
+        remedy = "srun --mpi=pmi2" if "SLURM_PROCID" in environment else "this Python's own mpiexec"
         raise OSError(f"mpi4py uses MPICH, but {launcher} started the ranks with another protocol: use {remedy}")
 
 
@@ -177,14 +179,15 @@ def spawn_ranks(count: int, max_restarts: int = 0) -> int | None:
         raise OSError("this mpiexec does not pass rank numbers to its processes: use the launcher of your MPI")
     command = find_mpiexec()
     if command is None:
-        raise FileNotFoundError("no mpiexec beside this Python or on the PATH: pip install mpich")
+        raise FileNotFoundError("no mpiexec next to this Python or on the PATH: pip install mpich")
     nodes = allocated_nodes()
     if nodes > 1:
         start = "srun --mpi=pmi2" if "SLURM_JOB_ID" in os.environ else "mpiexec"
         raise OSError(f"this job has {nodes} nodes: start its ranks with {start} -n {count} python {sys.argv[0]}")
     if nodes == 1 and os.environ.keys() & {"SLURMD_NODENAME", "SLURM_PROCID", "PBS_NODEFILE"}:  # it is this node
-        # MPICH's mpiexec would start them through srun, which waits for cores, or ssh
+        # MPICH's mpiexec would start them through srun, which waits for cores, or ssh; Intel's as well
         os.environ.setdefault("HYDRA_LAUNCHER", "fork")
+        os.environ.setdefault("I_MPI_HYDRA_BOOTSTRAP", "fork")
     if sys.stdout.isatty():
         os.environ[TERMINAL_WIDTH] = str(shutil.get_terminal_size().columns)
     # Open MPI refuses root and more ranks than cores without these; other launchers ignore them
@@ -197,10 +200,10 @@ def spawn_ranks(count: int, max_restarts: int = 0) -> int | None:
     run, resume, restarts = None, [], 0
     while True:
         with tempfile.TemporaryDirectory(prefix="parle-") as folder:
-            status = _supervise([*command, *resume], Path(folder), count, forwarder)
+            status, failed = _supervise([*command, *resume], Path(folder), count, forwarder)
             if Path(folder, RUN).exists():
                 run = _read_text(Path(folder, RUN))
-        if status in (0, os.EX_TEMPFAIL, 2) or forwarder.asked_to_stop or restarts == max_restarts:
+        if not failed or forwarder.asked_to_stop or restarts == max_restarts:
             return status
         restarts += 1
         with ignore_write_errors(sys.stderr):
@@ -215,7 +218,7 @@ def spawn_ranks(count: int, max_restarts: int = 0) -> int | None:
 
 
 class SignalForwarder:
-    """Passes the signals that this process gets to the ranks, or to the mpiexec that is starting them.
+    """Passes the signals that this process gets to the ranks, or to the mpiexec that is starting or ending them.
 
     Open MPI's mpirun gives its ranks one second after SIGTERM, which may be too short to save, and drops their output.
     """
@@ -224,26 +227,33 @@ class SignalForwarder:
         self.received: list[int] = []
         self.mpiexec: subprocess.Popen[bytes] | None = None
         self.all_started = False
-        self.processes: dict[int, int] = {}  # rank → process number, of ranks that are running
+        self.pids: dict[int, int] = {}  # of the ranks that are running
         for number in (*unignored(STOP_SIGNALS), signal.SIGUSR1):
             signal.signal(number, self)
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         self.received.append(number)
-        if self.all_started:
-            for process in list(self.processes.values()):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(process, number)
+        if self.all_started and self.pids:
+            self.signal_ranks(number)
         elif self.mpiexec is not None:
             self.mpiexec.send_signal(FORWARDED_AS.get(number, number))
+
+    def signal_ranks(self, number: int) -> None:
+        for pid in list(self.pids.values()):
+            with contextlib.suppress(OSError):  # it has just ended
+                os.kill(pid, number)
 
     @property
     def asked_to_stop(self) -> bool:
         return bool(set(STOP_SIGNALS) & set(self.received))
 
+    @property
+    def asked_to_stop_at_once(self) -> bool:
+        return self.received.count(signal.SIGINT) > 1
 
-def _supervise(command: list[str], folder: Path, count: int, forwarder: SignalForwarder) -> int:
-    """Run mpiexec until it ends, and return its exit status.
+
+def _supervise(command: list[str], folder: Path, count: int, forwarder: SignalForwarder) -> tuple[int, bool]:
+    """Run mpiexec until it ends. Returns the exit status, and whether a rank was killed or raised.
 
     Forwards its output, and detects which rank exits first without an exit notice.
     """
@@ -261,26 +271,29 @@ def _supervise(command: list[str], folder: Path, count: int, forwarder: SignalFo
         stderr=subprocess.PIPE,
         process_group=0,
     )
-    forwarder.mpiexec, forwarder.all_started, forwarder.processes = mpiexec, False, {}
+    forwarder.mpiexec, forwarder.all_started, forwarder.pids = mpiexec, False, {}
     if forwarder.asked_to_stop:  # while nothing was running
         mpiexec.terminate()
     streams.register(mpiexec.stdout, selectors.EVENT_READ, sys.stdout)
     streams.register(mpiexec.stderr, selectors.EVENT_READ, sys.stderr)
-    open_outputs, exited_ranks, deadline = 2, [], None
-    started: dict[int, int] = {}  # rank → process number
+    open_outputs, deadline, any_started = 2, None, False
+    exited_ranks: list[int] = []
     exits: dict[int, tuple[str, int]] = {}  # rank → exit notice and status
-    start_deadline, was_terminated = time.monotonic() + START_TIMEOUT, False
+    start_deadline, complaint = time.monotonic() + START_TIMEOUT, None
     while open_outputs:
-        if not started and time.monotonic() > start_deadline:
-            mpiexec.kill()  # it may be waiting for another program, as for srun
+        if not any_started and time.monotonic() > start_deadline:
+            complaint = f"mpiexec: no rank has started within {START_TIMEOUT:.0f} s"
+            os.killpg(mpiexec.pid, signal.SIGKILL)  # it may be waiting for another program, as for srun
             break
         unfinished = [rank for rank in exited_ranks if rank not in exits or exits[rank][0] != FINISHED]
-        if unfinished and len(exited_ranks) < count:
+        if forwarder.asked_to_stop_at_once or (unfinished and len(exited_ranks) < count):
             deadline = deadline or time.monotonic() + GRACE_PERIOD
             if time.monotonic() > deadline:  # for example if MPI starts on some ranks only and they wait forever
+                if unfinished:
+                    complaint = f"rank {unfinished[0]}: exited before the others"
+                forwarder.signal_ranks(signal.SIGKILL)
                 mpiexec.terminate()
-                was_terminated = True
-        for key, _ in streams.select(None if started and deadline is None else 1):
+        for key, _ in streams.select(1):
             chunk = os.read(key.fd, 65536)
             if not chunk:
                 streams.unregister(key.fileobj)
@@ -288,44 +301,45 @@ def _supervise(command: list[str], folder: Path, count: int, forwarder: SignalFo
                     os.close(key.fd)
             if not isinstance(key.data, int):
                 open_outputs -= not chunk
+                any_started |= bool(chunk) and key.data is sys.stdout  # of ranks on another node, without pipes
                 with ignore_write_errors(key.data):
                     key.data.buffer.write(chunk)
                     key.data.flush()
             elif chunk:
+                any_started = True
                 for line in chunk.decode().splitlines():
                     notice, number = line.split()
                     if notice == STARTED:
-                        started[key.data] = forwarder.processes[key.data] = int(number)
-                        forwarder.all_started = len(started) == count
+                        forwarder.pids[key.data] = int(number)
+                        forwarder.all_started = len(forwarder.pids) == count
                     else:
                         exits[key.data] = notice, int(number)
             else:
                 exited_ranks.append(key.data)
-                forwarder.processes.pop(key.data, None)
-    forwarder.all_started = False
+                forwarder.pids.pop(key.data, None)
     status = mpiexec.wait()
+    forwarder.signal_ranks(signal.SIGKILL)  # mpiexec was killed
     for key in list(streams.get_map().values()):
         if isinstance(key.data, int):
             os.close(key.fd)
     streams.close()
-    failed_rank = next((f"rank {rank}: killed" for rank in exited_ranks if rank not in exits), None)
-    if was_terminated:
-        failed_rank = f"rank {unfinished[0]}: exited before the others"
-    elif open_outputs and not started:
-        failed_rank = f"mpiexec: no rank has started within {START_TIMEOUT:.0f} s"
-    elif status < 0:
-        failed_rank = "mpiexec: killed"
+    killed = [rank for rank in exited_ranks if rank not in exits]
+    if complaint is None and killed:
+        complaint = f"rank {killed[0]}: killed"
+    elif complaint is None and status < 0:
+        complaint = "mpiexec: killed"
+    status = status if status >= 0 else 128 - status
     notices, statuses = {notice for notice, _ in exits.values()}, {number for _, number in exits.values()}
     if FAILED in notices:  # the rank has printed why
-        return status or 1
+        return status or 1, True
     if len(exits) == count and len(statuses) == 1 and statuses != {0}:
-        return statuses.pop()
-    if failed_rank is not None:
-        hint = f"; resume with: {_read_text(folder / RESUME)}" if (folder / RESUME).exists() else ""
-        with ignore_write_errors(sys.stderr):
-            sys.stderr.write(f"{failed_rank}{hint}\n")
-        status = status or 1
-    return status if status >= 0 else 128 - status
+        return statuses.pop(), False
+    if complaint is None:
+        return status, False
+    hint = f"; resume with: {_read_text(folder / RESUME)}" if (folder / RESUME).exists() else ""
+    with ignore_write_errors(sys.stderr):
+        sys.stderr.write(f"{complaint}{hint}\n")
+    return status or 1, EXITED not in notices
 
 
 def _end_with_parent() -> list[str]:
@@ -348,15 +362,22 @@ def open_status_pipe() -> Callable[[str, int], bool]:
         return lambda notice, status: False
     try:
         pipe = os.open(Path(os.environ[STATUS_DIR], str(rank[0])), os.O_WRONLY | os.O_NONBLOCK)
+        os.write(pipe, f"{STARTED} {os.getpid()}\n".encode())
+        if sys.platform == "linux":
+            # SIGTERM when mpiexec's process that has started this one dies (PR_SET_PDEATHSIG): mpiexec would wait on
+            ctypes.CDLL(None).prctl(1, signal.SIGTERM)
     except OSError:  # on another node there is no pipe, and nobody reads it if that process was killed
         return lambda notice, status: False
 
     def report_exit(notice: str, status: int) -> bool:
-        with open(pipe, "w") as file, contextlib.suppress(BrokenPipeError):
-            return bool(file.write(f"{notice} {status}\n"))
-        return False
+        try:
+            os.write(pipe, f"{notice} {status}\n".encode())
+        except BrokenPipeError:
+            return False
+        finally:
+            os.close(pipe)
+        return True
 
-    os.write(pipe, f"{STARTED} {os.getpid()}\n".encode())
     return report_exit
 
 
@@ -388,21 +409,19 @@ def run_or_abort(main: Callable[[], None]) -> None:
     report_exit = open_status_pipe()
     try:
         main()
-        report_exit(FINISHED, 0)
     except BaseException as error:
         mpi = sys.modules.get("mpi4py.MPI")
-        finished = mpi is not None and mpi.Is_finalized()
-        status = exit_status(error)
-        if not isinstance(error, SystemExit):
-            report_exit(FAILED, status)
-        elif not finished:
-            report_exit(EXITED, status)
-        elif report_exit(FINISHED, status) and isinstance(error.code, int):
-            # the supervising process exits with the status: for mpirun of Open MPI it would be a failure of the rank
-            raise SystemExit(0) from None
-        if mpi is None or not mpi.Is_initialized() or finished or (isinstance(error, SystemExit) and not status):
+        finalized = mpi is not None and mpi.Is_finalized()
+        is_exit, status = isinstance(error, SystemExit | KeyboardInterrupt), exit_status(error)
+        is_supervised = report_exit((FINISHED if finalized else EXITED) if is_exit else FAILED, status)
+        if mpi is None or not mpi.Is_initialized() or finalized:
+            if is_supervised and is_exit and not isinstance(getattr(error, "code", None), str):
+                # the supervising process exits with the status: Open MPI's mpirun would end the other ranks
+                raise SystemExit(0) from None
             raise
-        if not isinstance(error, SystemExit):
+        if is_exit and not status:
+            raise
+        if not is_exit:
             text = f"rank {mpi.COMM_WORLD.rank}: {type(error).__name__}: {describe_error(error)}\n"
             with ignore_write_errors(sys.stderr):
                 sys.stderr.write(traceback.format_exc() + text)
@@ -412,13 +431,17 @@ def run_or_abort(main: Callable[[], None]) -> None:
         time.sleep(0.1)  # otherwise mpiexec may end before it has forwarded the output
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # MPI_Abort would print another last line
         mpi.COMM_WORLD.Abort(status)
+    else:
+        report_exit(FINISHED, 0)
 
 
 def exit_status(error: BaseException) -> int:
     """Return the exit status of a process that ends with this exception."""
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + signal.SIGINT
     if not isinstance(error, SystemExit):
         return 1
-    return error.code if isinstance(error.code, int) else int(error.code is not None)
+    return int(error.code) if isinstance(error.code, int) else int(error.code is not None)
 
 
 def describe_error(error: BaseException) -> str:

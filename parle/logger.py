@@ -28,7 +28,7 @@ LINE_EVERY = 5.0  # seconds between lines about rounds
 class RunLogger:
     """The writer of a run's events: each becomes a line of `folder`/log.jsonl and is printed.
 
-    A resumed run keeps the first `log_bytes` of its log and repeats what came later.
+    A resumed run truncates its log to `log_bytes` and rewrites what came later.
 
     Raises:
         OSError: the directory cannot be written, or another run is writing to it.

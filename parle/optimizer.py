@@ -82,7 +82,7 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
         gamma: initial coefficient of the coupling to the anchor; it grows up to 1.
         rho: initial coefficient of the coupling to the mean, per update of a replica; ρ L n grows up to 10.
         alpha: weight of the previous value in the running average z^a; 0 makes z^a the last iterate.
-        outer_lr_scale: step size of the outer update in units of lr. Unused, like alpha and gamma, where L = 1. On
+        outer_lr_scale: outer lr in units of lr. Unused, like alpha and gamma, where L = 1. On
             average the outer update is a step of s lr (1 + c_k) toward z. If this exceeds (2 + 2 μ') / (1 + 2 μ'),
             training may diverge, and a warning is given; c_k grows up to 10.
         outer_momentum: Nesterov momentum of the outer update; default: `momentum`.
@@ -392,7 +392,6 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
                 master.copy_(self._first_replica_on[device].gradient)
 
     def _update_average(self) -> None:
-        """Add the master to its average."""
         for group in self.param_groups:
             group["rounds_averaged"] += 1
         count, decay = (self.param_groups[0][name] for name in ("rounds_averaged", "master_average"))
@@ -634,8 +633,6 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
         if group["outer_momentum"] is None:
             group["outer_momentum"] = group["momentum"]
         check_hyperparameters(group)
-
-    # Helpers
 
     @property
     def _master(self) -> Tensor:

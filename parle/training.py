@@ -254,8 +254,8 @@ def disable_malloc_trim() -> None:
     """Keep glibc from returning freed memory to the kernel, in this process. For programs, not for libraries.
 
     Otherwise every step frees megabytes of activations and allocates them again, with a page fault per page. Older
-    versions of glibc refuse an mmap threshold above 32 MiB. The trim threshold without it would be worse than neither:
-    either switches off glibc's own adjustment of the mmap threshold, and a step of LeNet takes 1.7 times as long.
+    versions of glibc refuse an mmap threshold above 32 MiB. Then neither is set: either one disables glibc's dynamic
+    mmap threshold, and with the trim threshold alone a step of LeNet takes 1.7 times as long.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         trim_threshold, mmap_threshold = -1, -3  # malloc.h

@@ -122,6 +122,18 @@ def test_ranks_are_resumed_with_the_launcher_that_started_them(environment, comm
     assert launcher.launch_command(3, dict(item.split("=") for item in environment.split())) == command
 
 
+def test_launchers_are_detected_in_the_environment_of_this_process(monkeypatch, no_launcher):
+    assert launcher.rank_from_environment() is None
+    monkeypatch.setenv("PMIX_RANK", "3")
+    assert launcher.rank_from_environment() == (3, None)
+
+
+def test_one_rank_in_a_shell_of_slurm_is_detected_if_parle_has_started_it():
+    environment = dict(SLURM_PROCID="0", SLURM_STEP_NUM_TASKS="1", PMI_RANK="0", PMI_SIZE="1")
+    assert launcher.rank_from_environment(environment) is None
+    assert launcher.rank_from_environment(environment | {launcher.STATUS_DIR: "/somewhere"}) == (0, 1)
+
+
 SRUN = dict(SLURM_JOB_ID="7", SLURM_PROCID="0", SLURM_STEP_NUM_TASKS="3")
 PMI, OMPI = dict(PMI_RANK="0", PMI_SIZE="3"), dict(OMPI_COMM_WORLD_RANK="0", OMPI_COMM_WORLD_SIZE="3", PMIX_RANK="0")
 MPICH = "MPICH Version: 5.0.2\nMPICH configure: --with-device=ch4:ucx,ofi --with-pm=hydra:gforker\n"
@@ -426,7 +438,7 @@ while ranks:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_ranks_save_and_exit_with_75_though_mpirun_would_kill_them(start, script, tmp_path, number):
+def test_ranks_can_save_although_mpirun_would_kill_them(start, script, tmp_path, number):
     """Open MPI's mpirun kills its ranks a second after SIGTERM, and if one of them exits with another status than 0."""
     mpirun = tmp_path / "mpirun"
     mpirun.write_text(MPIRUN)
@@ -438,9 +450,35 @@ def test_ranks_save_and_exit_with_75_though_mpirun_would_kill_them(start, script
     body += "def main():\n" + "".join(f"    {line}\n" for line in saving.splitlines()) + "launcher.run_or_abort(main)"
     process = start(script(body, before=f"launcher.find_mpiexec = lambda: {str(mpirun)!r}"))
     wait_until(lambda: len(list(tmp_path.glob("ready-*"))) == 3)
+    time.sleep(0.5)  # until the notices are read
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out.split(), err) == (75, ["saved"] * 3, "")
+
+
+def test_second_sigint_ends_ranks_that_hang(start, script, tmp_path):
+    body = "def main():\n    signal.signal(signal.SIGINT, signal.SIG_IGN)\n    open(f'ready-{rank}', 'w').close()\n"
+    process = start(script(f"{body}    time.sleep(60)\nlauncher.run_or_abort(main)", before=SHORT_GRACE_PERIOD))
+    wait_until(lambda: len(list(tmp_path.glob("ready-*"))) == 3)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    time.sleep(2)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=20)
+    assert process.returncode not in (0, 75)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_no_rank_survives_a_killed_proxy(start, script, tmp_path):
+    announce = "open(f'{os.environ[launcher.STATUS_DIR]}/rank-{rank}', 'w').write(f'{os.getpid()} {os.getppid()}')\n"
+    process = start(script(f"launcher.open_status_pipe()\n{announce}time.sleep(60)"))
+    wait_until(lambda: len([path for path in tmp_path.glob("parle-*/rank-*") if path.read_text()]) == 3)
+    pids, parents = zip(*(path.read_text().split() for path in tmp_path.glob("parle-*/rank-*")), strict=True)
+    os.kill(int(parents[0]), signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode not in (0, 75)
+    wait_until(lambda: not any(map(is_running, pids)), seconds=10)
 
 
 def test_ignored_signals_stay_ignored(start, script, tmp_path):
@@ -543,7 +581,7 @@ def test_a_signal_between_two_attempts_stops_the_run(tmp_path, monkeypatch, capf
         attempts.append(command)
         (folder / launcher.RUN).write_text("that")
         os.kill(os.getpid(), signal.SIGTERM)
-        return 1
+        return 1, True
 
     monkeypatch.setattr(launcher, "find_mpiexec", lambda: mpiexec(tmp_path))
     monkeypatch.setattr(launcher, "_supervise", supervise)
@@ -563,8 +601,8 @@ def test_without_a_checkpoint_nothing_is_restarted(python, script):
     assert "no checkpoint" in done.stderr.splitlines()[-1]
 
 
-@pytest.mark.parametrize("status", [2, 75])
-def test_errors_of_the_user_and_stopped_runs_are_not_restarted(python, script, status):
+@pytest.mark.parametrize("status", [1, 2, 75])
+def test_runs_that_end_in_order_are_not_restarted(python, script, status):
     body = FAILS.format(checkpoint=True, failures=1, end=f"succeeded.touch(); sys.exit({status})")
     path = script(
         body.replace("        time.sleep(0.01)", f"        time.sleep(0.01)\n    sys.exit({status})"), count="2, 3"
@@ -708,6 +746,16 @@ def test_only_spawned_ranks_report_their_exit(tmp_path, monkeypatch, no_launcher
     assert (tmp_path / "resume").read_text() == "this"
 
 
+def test_report_to_a_dead_process_is_no_error(tmp_path, monkeypatch, no_launcher):
+    for name, value in (("PMI_RANK", "1"), ("PMI_SIZE", "3"), (launcher.STATUS_DIR, str(tmp_path))):
+        monkeypatch.setenv(name, value)
+    os.mkfifo(tmp_path / "1")
+    reader = os.open(tmp_path / "1", os.O_RDONLY | os.O_NONBLOCK)
+    report_exit = launcher.open_status_pipe()
+    os.close(reader)
+    assert not report_exit(launcher.FAILED, 1)
+
+
 RAISE = """
 from mpi4py import MPI
 comm = MPI.COMM_WORLD
@@ -729,7 +777,7 @@ launcher.run_or_abort(main)
     [
         (0.3, "comm.Barrier()", "ValueError('wrong')"),
         (0.0, "time.sleep(50)", "ValueError('wrong\\n  in the second line')"),
-        (0.3, "distributed.MPIGroup(comm).all_gather(1)", "KeyboardInterrupt('wrong')"),
+        (0.3, "distributed.MPIGroup(comm).all_gather(1)", "RuntimeError('wrong')"),
     ],
     ids=["in MPI", "asleep", "in all_gather"],
 )
@@ -740,6 +788,11 @@ def test_exception_on_one_rank_aborts_all(delay, wait, error, python, script):
     assert "Traceback" in done.stderr
     assert done.stderr.splitlines()[-1].startswith(f"rank 1: {error.partition('(')[0]}: wrong")
     assert ended - float(done.stdout.split()[0]) < 10, "a second, and more on a busy machine"
+
+
+def test_keyboard_interrupt_aborts_all_without_a_traceback(python, script):
+    done = python(script(RAISE.format(delay=0.3, wait="comm.Barrier()", error="KeyboardInterrupt")), ranks=3)
+    assert (done.returncode, done.stderr) == (130, "")
 
 
 def test_exception_before_mpi_import_propagates(monkeypatch):
@@ -845,7 +898,9 @@ MPI_STATES = {
         ("not started", SystemExit(), launcher.EXITED, 0),
         ("never loaded", SystemExit(2), launcher.EXITED, 2),
         ("never loaded", ValueError("wrong"), launcher.FAILED, 1),
-        ("finalized", KeyboardInterrupt(), launcher.FAILED, 1),
+        ("finalized", ValueError("wrong"), launcher.FAILED, 1),
+        ("finalized", KeyboardInterrupt(), launcher.FINISHED, 130),
+        ("not started", KeyboardInterrupt(), launcher.EXITED, 130),
     ],
 )
 def test_exit_notice(mpi, error, notice, status, tmp_path, monkeypatch, no_launcher):
@@ -862,11 +917,12 @@ def test_exit_notice(mpi, error, notice, status, tmp_path, monkeypatch, no_launc
         if error is not None:
             raise error
 
-    with contextlib.nullcontext() if error is None else pytest.raises(type(error)) as raised:
+    raised = SystemExit if isinstance(error, KeyboardInterrupt) else type(error)
+    with contextlib.nullcontext() if error is None else pytest.raises(raised) as raised:
         launcher.run_or_abort(main)
     assert read_notices(pipe) == [(launcher.STARTED, os.getpid()), (notice, status)]
     assert os.read(pipe, 1) == b""
-    if status == 75:  # Open MPI's mpirun would end the other ranks
+    if status in (2, 75, 130):  # Open MPI's mpirun would end the other ranks
         assert raised.value.code == 0
     os.close(pipe)
 
