@@ -7,6 +7,7 @@ mpirun -n 12 python parle_mpi.py -n 3         # 3 replicas, each data-parallel o
 
 import argparse
 import contextlib
+import faulthandler
 import functools
 import importlib.metadata
 import numbers
@@ -249,7 +250,10 @@ def world_group() -> MPIGroup:
     with cli.launcher_errors():
         launcher.check_mpi(MPI.Get_library_version())
         if not MPI.Is_initialized():
+            # MPI may wait forever, for ranks that never start or on shared memory that killed ranks have left
+            faulthandler.dump_traceback_later(launcher.START_TIMEOUT, exit=True)
             MPI.Init_thread()
+            faulthandler.cancel_dump_traceback_later()
         launcher.check_number_of_ranks(MPI.COMM_WORLD.size)
     return MPIGroup(MPI.COMM_WORLD)
 

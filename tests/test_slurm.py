@@ -41,6 +41,7 @@ ReturnToService=2
 AuthInfo=cred_expire=10
 SchedulerParameters=batch_sched_delay=0,sched_interval=1
 MinJobAge=300
+FirstJobId={first_job}
 SlurmctldPort={port}
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd-%n.pid
@@ -64,8 +65,8 @@ def cluster(tmp_path_factory):
     if os.geteuid() != 0:
         pytest.skip("slurmd needs root")
     folder, host, port = tmp_path_factory.mktemp("slurm"), socket.gethostname(), free_port()
-    ports = dict(port=port, first=port + 1, last=port + 2)
-    (folder / "slurm.conf").write_text(CONFIGURATION.format(host=host, folder=folder, **ports))
+    numbers = dict(port=port, first=port + 1, last=port + 2, first_job=new_job_number())
+    (folder / "slurm.conf").write_text(CONFIGURATION.format(host=host, folder=folder, **numbers))
     for name in ("state", "spool-node1", "spool-node2"):
         (folder / name).mkdir()
     environment = outside(dict(SLURM_CONF=str(folder / "slurm.conf"), OMP_NUM_THREADS="1"))
@@ -89,6 +90,11 @@ def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def new_job_number():
+    """Return a new number: MPICH names its shared memory after it, and killed ranks leave theirs."""
+    return int(time.time()) % 2**25
 
 
 def run(environment, *command, timeout=150):
