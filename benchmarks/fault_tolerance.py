@@ -50,7 +50,7 @@ FAULTS = {
     "a rank is killed (SIGKILL)": Fault("kill"),
     "a rank is killed (SIGKILL), `--max-restarts 1`": Fault(signal.SIGKILL, "--max-restarts 1"),
     "a rank raises": Fault("raise"),
-    "a rank hangs, `--timeout 2`": Fault("hang", "--timeout 2"),
+    "a rank hangs, `--timeout 5`": Fault("hang", "--timeout 5"),
     "NaN in one replica": Fault("nan"),
     "SIGTERM": Fault(signal.SIGTERM),
     "SIGINT": Fault(signal.SIGINT),
@@ -59,7 +59,7 @@ FAULTS = {
 }
 LAUNCHER_FAULTS = {"no fault": Fault(None)} | {
     name: FAULTS[name]
-    for name in ("a rank raises", "a rank is killed (SIGKILL)", "a rank hangs, `--timeout 2`", "SIGTERM")
+    for name in ("a rank raises", "a rank is killed (SIGKILL)", "a rank hangs, `--timeout 5`", "SIGTERM")
 }
 
 
