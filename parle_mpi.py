@@ -186,7 +186,10 @@ def _check_number_of_ranks(comm: "MPI.Comm") -> None:
 
 
 def main() -> None:
-    from parle import cli, doctor, launcher, signals
+    from parle import signals
+
+    signals.ignore_sigusr1()  # before the other imports, which take time
+    from parle import cli, doctor, launcher
     from parle.checkpoint import CheckpointError
 
     parser = cli.build_parser("parle_mpi.py", "Parle over MPI: replicas on ranks, coupled by one allreduce per round.")
@@ -198,7 +201,6 @@ def main() -> None:
         help="restart all ranks from the newest checkpoint, at most N times, if one is killed or raises; only ranks "
         "that this program has started (default: %(default)s)",
     )
-    signals.ignore_sigusr1()
     world = None
     try:
         with cli.launcher_errors():

@@ -328,17 +328,26 @@ def _supervise(command: list[str], folder: Path, count: int, forwarder: SignalFo
         complaint = f"rank {killed[0]}: killed"
     elif complaint is None and status < 0:
         complaint = "mpiexec: killed"
-    status = status if status >= 0 else 128 - status
+    hint = f"; resume with: {_read_text(folder / RESUME)}" if (folder / RESUME).exists() else ""
+    return _judge(count, exits, status if status >= 0 else 128 - status, complaint and f"{complaint}{hint}")
+
+
+def _judge(count: int, exits: dict[int, tuple[str, int]], status: int, complaint: str | None) -> tuple[int, bool]:
+    """Return the exit status, and whether a rank was killed or raised. Prints the complaint if no rank gave a reason.
+
+    Args:
+        exits: rank → exit notice and status.
+        status: of mpiexec, which counts unless the ranks agree on another one.
+    """
     notices, statuses = {notice for notice, _ in exits.values()}, {number for _, number in exits.values()}
-    if FAILED in notices:  # the rank has printed why
+    if FAILED in notices:
         return status or 1, True
     if len(exits) == count and len(statuses) == 1 and statuses != {0}:
         return statuses.pop(), False
     if complaint is None:
         return status, False
-    hint = f"; resume with: {_read_text(folder / RESUME)}" if (folder / RESUME).exists() else ""
     with ignore_write_errors(sys.stderr):
-        sys.stderr.write(f"{complaint}{hint}\n")
+        sys.stderr.write(f"{complaint}\n")
     return status or 1, EXITED not in notices
 
 
