@@ -189,7 +189,7 @@ def main() -> None:
     from parle import signals
 
     signals.ignore_sigusr1()  # before the other imports, which take time
-    from parle import cli, doctor, launcher
+    from parle import cli, doctor, launcher, supervision
     from parle.checkpoint import CheckpointError
 
     parser = cli.build_parser("parle_mpi.py", "Parle over MPI: replicas on ranks, coupled by one allreduce per round.")
@@ -215,7 +215,7 @@ def main() -> None:
                 sys.exit(1)
             if launched is None:
                 with cli.launcher_errors():
-                    status = launcher.spawn_ranks(args.replicas, args.max_restarts)
+                    status = supervision.spawn_ranks(args.replicas, args.max_restarts)
                 if status is not None:
                     sys.exit(status)
         world = world_group()
@@ -242,7 +242,7 @@ def world_group() -> MPIGroup:
     """Start MPI and return the group of all ranks. Raises: UsageError."""
     import mpi4py
 
-    from parle import cli, launcher
+    from parle import cli, launcher, supervision
 
     mpi4py.rc.initialize, mpi4py.rc.finalize = False, True  # so that importing MPI does not start it
     try:
@@ -253,7 +253,7 @@ def world_group() -> MPIGroup:
         launcher.check_mpi(MPI.Get_library_version())
         if not MPI.Is_initialized():
             # MPI may wait forever, for ranks that never start or on shared memory that killed ranks have left
-            faulthandler.dump_traceback_later(launcher.START_TIMEOUT, exit=True)
+            faulthandler.dump_traceback_later(supervision.START_TIMEOUT, exit=True)
             MPI.Init_thread()
             faulthandler.cancel_dump_traceback_later()
         launcher.check_number_of_ranks(MPI.COMM_WORLD.size)
@@ -342,8 +342,8 @@ def load_shared(world: MPIGroup, node: MPIGroup, args: argparse.Namespace) -> "D
 
 
 if __name__ == "__main__":
-    from parle.launcher import run_or_abort
     from parle.streams import prepare_streams
+    from parle.supervision import run_or_abort
 
     prepare_streams()
     run_or_abort(main)

@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import loader
 import models
 from benchmarks import results
-from parle import distributed, launcher
+from parle import distributed, launcher, supervision
 from parle.algorithm import PRESETS
 from parle.distributed import MPIGroup
 from parle_mpi import Parle
@@ -334,4 +334,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    launcher.run_or_abort(main)
+    supervision.run_or_abort(main)

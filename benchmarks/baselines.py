@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import loader
 from benchmarks import results, trials
 from benchmarks.baseline_optimizers import GRID, Method, average, first_settings, flatten, methods
-from parle import evaluation, launcher, training
+from parle import evaluation, launcher, supervision, training
 from parle.cores import count_cores
 from parle.distributed import MPIGroup
 
@@ -315,7 +315,7 @@ def main() -> None:
         draw()
     if args.table or args.plot:
         return
-    status = None if launcher.rank_from_environment() else launcher.spawn_ranks(args.ranks)
+    status = None if launcher.rank_from_environment() else supervision.spawn_ranks(args.ranks)
     if status is not None:
         sys.exit(status)
 
@@ -342,4 +342,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    launcher.run_or_abort(main)
+    supervision.run_or_abort(main)

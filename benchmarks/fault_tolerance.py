@@ -208,6 +208,7 @@ def main() -> None:
     parser.add_argument("--proc", type=Path, default=Path("proc"), metavar="DIR", help="pre-processed data")
     parser.add_argument("--table", action="store_true", help="print the tables and exit")
     args = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it, and so would their programs
     if args.launcher is not None:
         run_trials([(name, fault, 1) for name, fault in LAUNCHER_FAULTS.items()], args.proc, args.launcher)
     elif not args.table:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from parle import launcher
+from parle import supervision
 from parle.streams import ignore_write_errors
 
 LOG_VERSION = 2  # of the events and their keys: see docs/logs.md
@@ -100,7 +100,7 @@ class RunLogger:
             f"{pluralize(event['num_rounds'], 'round')} of {length}, "
             f"{pluralize(event['batches_per_epoch'], 'round')} per epoch; output directory {self.folder}"
         )
-        columns = os.environ.get(launcher.TERMINAL_WIDTH)
+        columns = os.environ.get(supervision.TERMINAL_WIDTH)
         if columns or sys.stdout.isatty():
             # on stdout like all other output: mpiexec may reorder stdout and stderr
             with ignore_write_errors(sys.stdout):

@@ -6,7 +6,7 @@ import signal
 from collections.abc import Iterator
 from types import FrameType
 
-from parle import launcher
+from parle import supervision
 from parle.training import StopRequest
 
 EXIT_RESUMABLE = os.EX_TEMPFAIL  # 75: the run was stopped by a signal and can be resumed
@@ -33,7 +33,7 @@ def handle_signals() -> Iterator[StopRequest]:
         else:
             request.stop = True
 
-    numbers = (*launcher.unignored(launcher.STOP_SIGNALS), signal.SIGUSR1)
+    numbers = (*supervision.unignored(supervision.STOP_SIGNALS), signal.SIGUSR1)
     previous = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield request

@@ -1,4 +1,5 @@
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,14 @@ def comm():
     from mpi4py import MPI
 
     return MPI.COMM_SELF
+
+
+def mpiexec(folder, name="mpiexec", does=""):
+    """Write a program that pretends to be an mpiexec, and return its path."""
+    path = folder / name
+    path.write_text(f"#!/bin/sh\n{does}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return str(path)
 
 
 def outside(changes):

@@ -13,7 +13,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from parle import launcher
+from parle import supervision
 from parle.distributed import MPIGroup
 from parle_mpi import Parle
 from tests.reference import Reference
@@ -239,4 +239,4 @@ def main():
 
 
 if __name__ == "__main__":
-    launcher.run_or_abort(main)
+    supervision.run_or_abort(main)

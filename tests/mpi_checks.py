@@ -18,7 +18,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import loader
-from parle import evaluation, launcher, training
+from parle import evaluation, supervision, training
 from parle.distributed import CollectiveTimeout, Group, MPIGroup
 from parle_mpi import Parle
 
@@ -375,4 +375,4 @@ def main():
 
 
 if __name__ == "__main__":
-    launcher.run_or_abort(main)
+    supervision.run_or_abort(main)

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import loader
-from parle import checkpoint, launcher
+from parle import checkpoint, launcher, supervision
 from tests.test_loader import (
     FullDisk,
     another_user,
@@ -136,7 +136,7 @@ def test_wrong_command_line_is_refused(line, words, proc, tmp_path, assert_refus
 @pytest.mark.parametrize("program", ["parle_gpu", "parle_mpi"])
 def test_invalid_omp_num_threads_is_refused(program, monkeypatch, assert_refused):
     monkeypatch.setenv("OMP_NUM_THREADS", "abc")
-    monkeypatch.setattr(launcher, "spawn_ranks", None)
+    monkeypatch.setattr(supervision, "spawn_ranks", None)
     assert_refused(*TINY.split(), program=program, words=["OMP_NUM_THREADS", "abc"])
 
 

@@ -24,7 +24,18 @@ from torch import nn
 import loader
 import models
 import parle_gpu
-from parle import checkpoint, cli, distributed, evaluation, experiment, fault_injection, launcher, logger, training
+from parle import (
+    checkpoint,
+    cli,
+    distributed,
+    evaluation,
+    experiment,
+    fault_injection,
+    launcher,
+    logger,
+    supervision,
+    training,
+)
 from parle.checkpoint import CheckpointError
 from parle.distributed import Group, Groups
 from parle_gpu import Parle
@@ -1422,7 +1433,7 @@ def test_resume_command_quotes_the_directory(run, tmp_path):
 def commands(monkeypatch):
     """Return the resume commands that the supervising process gets, filled in as they are written."""
     written = []
-    monkeypatch.setattr(launcher, "write_resume_command", lambda command, folder: written.append(command))
+    monkeypatch.setattr(supervision, "write_resume_command", lambda command, folder: written.append(command))
     return written
 
 
@@ -1490,7 +1501,7 @@ def test_timeout_message_contains_the_round(run, tmp_path, monkeypatch, module, 
     monkeypatch.setattr(module, name, time_out)
     with pytest.raises(distributed.CollectiveTimeout) as caught:
         run.new(tmp_path / "run", "--eval-every", 1, at={7: SAVE})
-    assert re.fullmatch(rf"waited 2 s for rank 1\b.*\bround {round}\b.*", launcher.describe_error(caught.value))
+    assert re.fullmatch(rf"waited 2 s for rank 1\b.*\bround {round}\b.*", supervision.describe_error(caught.value))
 
 
 # master.pt

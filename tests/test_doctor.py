@@ -16,7 +16,7 @@ from torch import nn
 import loader
 import parle_gpu
 import parle_mpi
-from parle import cli, doctor, experiment, launcher
+from parle import cli, doctor, experiment, launcher, supervision
 from parle.distributed import Group, Groups
 from tests.conftest import ROOT
 
@@ -298,7 +298,7 @@ def test_ranks_need_an_mpiexec_or_a_launcher(mpiexec, name, can_start, monkeypat
 
 
 def test_broken_mpi_is_reported_and_no_rank_started(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(launcher, "spawn_ranks", lambda count: pytest.fail("started ranks"))
+    monkeypatch.setattr(supervision, "spawn_ranks", lambda count: pytest.fail("started ranks"))
 
     def mpi_of_doctor():
         monkeypatch.setattr(sys, "argv", f"parle_mpi.py --doctor -n 2 -d digits --proc {tmp_path}".split())

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from parle import launcher
+from parle import supervision
 from parle.logger import LOG_VERSION, RunLogger, environment_info, revision
 
 START = {
@@ -92,7 +92,7 @@ def events():
 
 @pytest.fixture
 def logger(tmp_path, monkeypatch):
-    monkeypatch.delenv(launcher.TERMINAL_WIDTH, raising=False)
+    monkeypatch.delenv(supervision.TERMINAL_WIDTH, raising=False)
     return RunLogger(tmp_path / "runs" / "one")
 
 
@@ -441,7 +441,7 @@ OUTPUTS = {"full": lambda: open("/dev/full", "w"), "unread pipe": closed_pipe}  
 )
 def test_run_continues_when_stdout_is_unusable(output, terminal, logger, monkeypatch):
     if terminal:
-        monkeypatch.setenv(launcher.TERMINAL_WIDTH, "100")
+        monkeypatch.setenv(supervision.TERMINAL_WIDTH, "100")
     file = OUTPUTS[output]()
     with file:
         monkeypatch.setattr(sys, "stdout", file)
@@ -621,7 +621,7 @@ def test_revision_is_none_without_git_and_installation(git, tmp_path, monkeypatc
 @pytest.mark.parametrize("columns", ["100", None])
 def test_terminal_shows_a_bar_instead_of_round_lines(columns, logger, monkeypatch, capsys):
     if columns:
-        monkeypatch.setenv(launcher.TERMINAL_WIDTH, columns)
+        monkeypatch.setenv(supervision.TERMINAL_WIDTH, columns)
     else:
         monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     for event in events():
@@ -638,7 +638,7 @@ def test_terminal_shows_a_bar_instead_of_round_lines(columns, logger, monkeypatc
 
 
 def test_bar_of_a_resumed_run_starts_where_it_stopped(logger, monkeypatch, capsys):
-    monkeypatch.setenv(launcher.TERMINAL_WIDTH, "100")
+    monkeypatch.setenv(supervision.TERMINAL_WIDTH, "100")
     for event in (RESUME, INTERRUPTED):
         logger(event)
     out = capsys.readouterr().out
@@ -650,7 +650,7 @@ def test_bar_of_a_resumed_run_starts_where_it_stopped(logger, monkeypatch, capsy
 @pytest.mark.parametrize("begin", [START, RESUME])
 def test_bar_estimates_time_left_from_this_process(begin, logger, monkeypatch, capsys):
     now = [1000.0]
-    monkeypatch.setenv(launcher.TERMINAL_WIDTH, "150")
+    monkeypatch.setenv(supervision.TERMINAL_WIDTH, "150")
     monkeypatch.setattr("tqdm.std.time", lambda: now[0])
     logger(begin)
     first = begin.get("round", 0) + 1
