@@ -188,8 +188,10 @@ def draw() -> None:
 
 def draw_errors() -> Figure:
     """Plot mean test error over seconds, a panel per workload and link; dashed lines are of averaged weights."""
-    figure = Figure(figsize=(11, 6.4), layout="constrained")
-    for axes, (name, workload) in zip(figure.subplots(len(WORKLOADS), len(LINKS)), WORKLOADS.items(), strict=True):
+    measured = dict.fromkeys(row["workload"] for row in results.read_rows(NAME))
+    figure = Figure(figsize=(11, 3.2 * len(measured)), layout="constrained")
+    for axes, name in zip(figure.subplots(len(measured), len(LINKS), squeeze=False), measured, strict=True):
+        workload = WORKLOADS[name]
         for axis, link in zip(axes, LINKS, strict=True):
             for method in COMPARED:
                 rows = rows_of(name, link, method)

@@ -40,7 +40,7 @@ def test_table_and_figure_show_seconds_and_bytes(add_row):
     assert parle[:3] == ["lenet", "100 Mb/s", "Parle"]
     assert parle[4:] == ["2.0", "1.0", "1.0", "—", "2.0", "1.0", "2"]
     assert "not limited" in second and second.split("|")[-2].strip() == "20"
-    assert [len(axis.lines) for axis in tte.draw_errors().axes] == [4, 2, 4, 2, 2, 2]
+    assert [len(axis.lines) for axis in tte.draw_errors().axes] == [4, 2, 4]
 
 
 def test_headline_gives_the_ratio_of_the_weights_themselves(add_row):
