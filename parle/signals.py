@@ -21,7 +21,9 @@ def ignore_sigusr1() -> None:
 def handle_signals() -> Iterator[StopRequest]:
     """Turn signals into requests: SIGINT, SIGTERM and SIGHUP to save and stop, SIGUSR1 to save and continue.
 
-    A second SIGINT raises KeyboardInterrupt. Stop signals that the parent ignores, as under nohup, stay ignored.
+    A second SIGINT raises KeyboardInterrupt. Once a stop was requested, the others are ignored until the process exits,
+    so that a second SIGTERM cannot change its exit status. Stop signals that the parent ignores, as under nohup, stay
+    ignored.
     """
     request = StopRequest()
 
@@ -39,4 +41,5 @@ def handle_signals() -> Iterator[StopRequest]:
         yield request
     finally:
         for number, handler in previous.items():
-            signal.signal(number, handler)
+            is_handled = request.stop and number in (signal.SIGTERM, signal.SIGHUP)
+            signal.signal(number, signal.SIG_IGN if is_handled else handler)
