@@ -9,11 +9,14 @@ import numpy as np
 from torch import Tensor
 
 from parle.flat_replica import AVERAGE_NORM, CHECKSUM, MASTER_NORM, NUM_CHANGED, ROW_SIZE, ROWS
+from parle.inner import INNER, find_numbers
 
 
 def checksum(groups: Sequence[dict[str, Any]], names: Sequence[str]) -> int:
     """Return a nonzero 22-bit checksum of these settings of parameter groups, which float32 represents exactly."""
-    values = [-1.0 if group[name] == "auto" else min(group[name], 3e38) for group in groups for name in names]
+    values = [
+        -1.0 if value == "auto" else min(value, 3e38) for group in groups for value in _settings(group, names).values()
+    ]
     # in float32, since a schedule computed on another machine may differ in the last digits
     return zlib.crc32(struct.pack(f"{len(values)}f", *values)) % 2**22 + 1
 
@@ -23,8 +26,14 @@ def describe(groups: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str
     return {
         f"{name} of group {index}": str(value if isinstance(value, str | int) else np.float32(value))
         for index, group in enumerate(groups)
-        for name, value in ((name, group[name]) for name in names)
+        for name, value in _settings(group, names).items()
     }
+
+
+def _settings(group: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Return these settings of a group, and the numbers among those of its inner optimizer, if any."""
+    numbers = find_numbers(group.get(INNER, {}))
+    return {name: group[name] for name in names} | {f"inner {name}": value for name, value in numbers.items()}
 
 
 def find_nonfinite(

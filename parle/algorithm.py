@@ -19,6 +19,10 @@ pass over the data.
 x̄ is the average of the master over rounds, m the number of rounds in it; it affects no other quantity, and β = 0
 switches it off.
 
+Another inner optimizer replaces inner_step() by y ← y − lr γ_k (y − x^a), decoupled as AdamW's weight decay is, and
+that optimizer's own step. Its lr has another scale, so the outer step takes s lr / lr_0 in place of s lr, where lr_0 is
+the lr at construction.
+
 With L = 1 there is no inner loop: y is the anchor itself. Each step is inner_step() with the master in place of the
 anchor and c_k in place of γ_k, followed by x = mean over a of y.
 
@@ -32,6 +36,7 @@ from torch.optim.sgd import sgd
 
 GAMMA_MAX = 1.0  # upper bound of γ_k, as in the authors' code
 COUPLING_MAX = 10.0  # upper bound of c_k, as in the authors' code
+INITIAL_OUTER_STEP = 0.9  # s (1 + c_0) with another inner optimizer; the limit of stability is 1.36 for μ' = 0.9
 
 # The settings that turn Parle into each special case. `replicas` None leaves n to the user; elastic-sgd starts at
 # ρ n = 1.
@@ -86,6 +91,11 @@ def inner_step(
     if coupling:
         gradient.sub_(anchor, alpha=coupling)
     nesterov_step(weights, gradient, momentum_buffer, lr=lr, momentum=momentum, weight_decay=weight_decay + coupling)
+
+
+def pull(weights: Tensor, anchor: Tensor, *, coupling: float, lr: float) -> None:
+    """Move `weights` toward `anchor`, both (P,), by lr · coupling of their difference, in place."""
+    weights.lerp_(anchor, lr * coupling)
 
 
 def outer_step(

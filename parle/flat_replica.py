@@ -19,14 +19,15 @@ ROW_SIZE = 3
 class GroupVectors(NamedTuple):
     """One parameter group's slices of its replica's vectors and of the master's, each (p,).
 
-    With L = 1 there is no outer momentum, anchor or inner average. `master` is None on a device that needs no copy of
-    it, and `master_momentum` is None except for the replica whose device holds the master.
+    With `inner` there is no inner momentum, and with L = 1 no outer momentum, anchor or inner average. `master` is None
+    on a device that needs no copy of it, and `master_momentum` is None except for the replica whose device holds the
+    master.
     """
 
     group: int  # index into param_groups
     weights: Tensor
     gradient: Tensor
-    inner_momentum: Tensor
+    inner_momentum: Tensor | None
     outer_momentum: Tensor | None
     anchor: Tensor | None
     inner_avg: Tensor | None
@@ -51,6 +52,7 @@ class FlatReplica:
         buffers: Iterable[Tensor] = (),
         *,
         has_inner_loop: bool,
+        has_inner_momentum: bool = True,
         num_senders: int = 1,
     ):
         self.parameters = trainable(parameters)
@@ -75,7 +77,7 @@ class FlatReplica:
         self.has_gradient = True  # of any parameter, since the round started
 
         # keyed by the names that state_dict uses for each parameter
-        self.state = {"inner_momentum_buffer": torch.zeros_like(self.weights)}
+        self.state = {"inner_momentum_buffer": torch.zeros_like(self.weights)} if has_inner_momentum else {}
         if has_inner_loop:
             self.state["outer_momentum_buffer"] = torch.zeros_like(self.weights)
             self.state["anchor"] = torch.empty_like(self.weights)
@@ -142,6 +144,9 @@ class FlatReplica:
                     "Parle needs dense gradients, not sparse ones: use nn.Embedding(..., sparse=False)"
                 ) from error
             raise
+
+    def detect_gradient(self) -> None:
+        self.has_gradient |= any(parameter.grad is not None for parameter in self.parameters)
 
     def write_back_gradient(self) -> None:
         for parameter, view in zip(self.parameters, self.gradient_views, strict=True):

@@ -17,7 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from parle.agreement import checksum, describe, find_nonfinite
-from parle.algorithm import COUPLING_MAX, GAMMA_MAX, inner_step, outer_step, scoped, steps_per_round, update_average
+from parle.algorithm import (
+    COUPLING_MAX,
+    GAMMA_MAX,
+    INITIAL_OUTER_STEP,
+    inner_step,
+    outer_step,
+    pull,
+    scoped,
+    steps_per_round,
+    update_average,
+)
 from parle.flat_replica import (
     AVERAGE_NORM,
     CHECKSUM,
@@ -28,6 +38,7 @@ from parle.flat_replica import (
     padded_size,
     trainable,
 )
+from parle.inner import INNER, SHARED, InnerFunction, build_inner, inner_settings, load_inner_state, update_settings
 from parle.validation import (
     check_hyperparameters,
     check_parameters,
@@ -76,16 +87,21 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
         num_replicas: n, including the replicas that live in other processes.
         buffers: the buffers that must start identical, keyed by replica number.
         lr: step size of the inner and the outer update.
-        momentum: Nesterov momentum of the inner update.
-        weight_decay: L2 penalty, in the inner update only.
+        momentum: Nesterov momentum of the inner update; default: 0.9.
+        weight_decay: L2 penalty, in the inner update only; default: 0.
+        inner: function that returns another inner optimizer, as `lambda params: torch.optim.AdamW(params, lr=3e-4)`,
+            called with the parameters of a replica, or with its groups and the settings given in them; in place of lr,
+            momentum and weight_decay. Its lr is that of Parle's groups, its settings without an equal there are
+            their `inner`, and it takes over their changes at each step.
         sync_every: L, steps per round, or "auto" for max(1, round(lr / γ_k)) with the first group's lr and γ.
         gamma: initial coefficient of the coupling to the anchor; it grows up to 1.
         rho: initial coefficient of the coupling to the mean, per update of a replica; ρ L n grows up to 10.
         alpha: weight of the previous value in the running average z^a; 0 makes z^a the last iterate.
-        outer_lr_scale: outer lr in units of lr. Unused, like alpha and gamma, where L = 1. On
-            average the outer update is a step of s lr (1 + c_k) toward z. If this exceeds (2 + 2 μ') / (1 + 2 μ'),
-            training may diverge, and a warning is given; c_k grows up to 10.
-        outer_momentum: Nesterov momentum of the outer update; default: `momentum`.
+        outer_lr_scale: outer lr in units of lr; default: 1. With `inner`, the outer lr while lr is that at
+            construction; default: such that the first outer update is a step of 0.9 toward z. Unused, like alpha and
+            gamma, where L = 1. On average the outer update is a step of s lr (1 + c_k) toward z. If this exceeds
+            (2 + 2 μ') / (1 + 2 μ'), training may diverge, and a warning is given; c_k grows up to 10.
+        outer_momentum: Nesterov momentum of the outer update; default: `momentum`, and with `inner` 0.9.
         master_average: β, the decay per round of an average of the master, which is then what `copy_master_to` and
             `master_weights` give. Training does not depend on it. 0: no average.
         batches_per_epoch: mini-batches in one pass over the data; sets how fast gamma and rho grow.
@@ -103,20 +119,33 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
         num_replicas: int,
         buffers: Mapping[int, Iterable[Tensor]],
         *,
-        lr: float,
-        momentum: float = 0.9,
-        weight_decay: float = 0.0,
+        lr: float | None = None,
+        momentum: float | None = None,
+        weight_decay: float | None = None,
+        inner: InnerFunction | None = None,
         sync_every: int | str = 25,
         gamma: float = 0.01,
         rho: float = 0.01,
         alpha: float = 0.75,
-        outer_lr_scale: float = 1.0,
+        outer_lr_scale: float | None = None,
         outer_momentum: float | None = None,
         master_average: float = 0.0,
         batches_per_epoch: int,
     ):
         self.num_replicas = num_replicas
+        self._inner_function, self._inner_groups = inner, []
         rates = dict(lr=lr, momentum=momentum, weight_decay=weight_decay)
+        given = [name for name, value in rates.items() if value is not None]
+        if inner is not None and given:
+            raise ValueError(f"Invalid {given[0]} value: {rates[given[0]]}; with inner, set it in the inner optimizer")
+        if inner is None and lr is None:
+            raise TypeError("Parle needs lr, or the function inner")
+        defaults = dict(lr=0.0, momentum=0.9 if inner is None else 0.0, weight_decay=0.0)
+        rates = defaults | {name: rates[name] for name in given}
+        if inner is None and outer_lr_scale is None:
+            outer_lr_scale = 1.0
+        if inner is not None and outer_momentum is None:
+            outer_momentum = 0.9
         outer = dict(alpha=alpha, outer_lr_scale=outer_lr_scale, outer_momentum=outer_momentum)
         coupling = dict(sync_every=sync_every, gamma=gamma, rho=rho, batches_per_epoch=batches_per_epoch)
         coupling |= dict(replica=self.replica_number, num_replicas=num_replicas)
@@ -133,6 +162,8 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
         for parameters in owned.values():
             check_parameters(parameters)
         self._compared_names = [name for name in self.defaults if name != "replica"]
+        self._compared_names += ["initial_inner_lr"] if inner is not None else []
+        self._required_names = [*self._compared_names, "replica"]
         self._original_params = [list(group["params"]) for group in self.param_groups]
         self._status = Status()
         self._warned: set[str] = set()
@@ -142,6 +173,7 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
                     parameters,
                     buffers.get(number, ()),
                     has_inner_loop=self._sync_kind != 1,
+                    has_inner_momentum=inner is None,
                     num_senders=self._num_senders,
                 )
                 for number, parameters in owned.items()
@@ -159,6 +191,11 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
                 self._master_replica.state["master_momentum_buffer"] = torch.zeros_like(self._master_replica.weights)
             if self.param_groups[0]["master_average"]:
                 self._master_replica.state["master_average"] = torch.empty_like(self._master_replica.weights)
+        self._inner: dict[int, torch.optim.Optimizer] = {}  # by replica
+        if inner is not None:
+            for number in self._replicas:
+                self._build_inner(number)
+                self._adopt_settings(number)
         self._split_into_groups()
         for replica in self._replicas.values():  # expose the flat vectors parameter by parameter
             for name, vector in replica.state.items():
@@ -209,23 +246,14 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
             self._start()
         if self.step_in_round == 0:
             self._begin_round()
-        for replica in self._replicas.values():
-            replica.flatten_gradients()
-            if not self._status.gradients_are_averaged:
-                self._average_gradient(replica)
+        single_step = self.param_groups[0]["steps_per_round"] == 1
+        for number, replica in self._replicas.items():
+            if self._inner:
+                self._step_inner(number, replica, single_step)
+            else:
+                self._step_sgd(replica, single_step)
             for vectors in replica.groups:
                 group = self.param_groups[vectors.group]
-                single_step = group["steps_per_round"] == 1
-                inner_step(
-                    vectors.weights,
-                    vectors.gradient,
-                    vectors.inner_momentum,
-                    vectors.master if single_step else vectors.anchor,
-                    coupling=group["coupling_k"] if single_step else group["gamma_k"],
-                    lr=group["lr"],
-                    momentum=group["momentum"],
-                    weight_decay=group["weight_decay"],
-                )
                 if not single_step:
                     vectors.inner_avg.lerp_(vectors.weights, 1 - group["alpha"])
                 group["step_in_round"] += 1
@@ -234,6 +262,37 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
         if self.step_in_round >= self.param_groups[0]["steps_per_round"]:  # more if a sync has failed
             self.sync()
         return loss
+
+    def _step_sgd(self, replica: FlatReplica, single_step: bool) -> None:
+        replica.flatten_gradients()
+        if not self._status.gradients_are_averaged:
+            self._average_gradient(replica)
+        for vectors in replica.groups:
+            group = self.param_groups[vectors.group]
+            inner_step(
+                vectors.weights,
+                vectors.gradient,
+                vectors.inner_momentum,
+                vectors.master if single_step else vectors.anchor,
+                coupling=group["coupling_k"] if single_step else group["gamma_k"],
+                lr=group["lr"],
+                momentum=group["momentum"],
+                weight_decay=group["weight_decay"],
+            )
+
+    def _step_inner(self, number: int, replica: FlatReplica, single_step: bool) -> None:
+        """Pull a replica to its anchor and call its inner optimizer, which reads the parameters' own gradients."""
+        replica.detect_gradient()
+        if self.ranks_per_replica > 1 and not self._status.gradients_are_averaged:
+            replica.flatten_gradients()
+            self._average_gradient(replica)
+            replica.write_back_gradient()
+        for vectors in replica.groups:
+            group = self.param_groups[vectors.group]
+            anchor, name = (vectors.master, "coupling_k") if single_step else (vectors.anchor, "gamma_k")
+            pull(vectors.weights, anchor, coupling=group[name], lr=group["lr"])
+        update_settings(self._inner[number], self._groups_of(number))
+        self._inner[number].step()
 
     @torch.no_grad()
     def average_gradients(self) -> None:
@@ -295,7 +354,7 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
             group["coupling_k"] = scoped(
                 group["rho"] * group["steps_per_round"] * self.num_replicas, k, nb, COUPLING_MAX
             )
-            outer_step_size = group["outer_lr_scale"] * group["lr"] * (1 + group["coupling_k"])
+            outer_step_size = _outer_lr(group) * (1 + group["coupling_k"])
             limit = (2 + 2 * group["outer_momentum"]) / (1 + 2 * group["outer_momentum"])
             if group["steps_per_round"] > 1 and outer_step_size > limit:
                 self._warn_once(
@@ -374,7 +433,7 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
                 group, mean = self.param_groups[vectors.group], vectors.replica_mean
                 outer = dict(
                     coupling=group["coupling_k"],
-                    lr=group["outer_lr_scale"] * group["lr"],
+                    lr=_outer_lr(group),
                     momentum=group["outer_momentum"],
                 )
                 if not single_step:
@@ -435,6 +494,8 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
         if not nonfinite:
             return []
         restarted = [self._replicas[number] for number in nonfinite if number in self._replicas]
+        for number in self._inner.keys() & set(nonfinite):
+            self._build_inner(number)
         for replica in restarted:
             for vector in (replica.weights, *replica.own_state.values()):
                 vector.zero_()
@@ -489,6 +550,8 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
                     vector.copy_(replica.weights)
             replica.flags.zero_()
             torch.autograd.graph.increment_version(replica.parameters)
+        for number in self._inner:
+            self._build_inner(number)
         self._copy_master_to_devices()
         self._status.pending_result, self._status.nonfinite = None, []
         for group in self.param_groups:
@@ -596,6 +659,13 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
 
     # state_dict
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as any torch optimizer does; with `inner`, its state is "inner" in that of a parameter."""
+        for number, optimizer in self._inner.items():
+            for parameter in self._replicas[number].parameters:
+                self.state[parameter][INNER] = optimizer.state[parameter]
+        return super().state_dict()
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Copy a loaded state. `load_state_dict` calls this between its pre-hooks and its post-hooks.
 
@@ -607,12 +677,14 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
         """
         self._check_not_in_master_weights()
         groups, values = state["param_groups"], state["state"]
-        check_state(groups, values, self.param_groups, self.state, self.defaults)
+        check_state(groups, values, self.param_groups, self.state, self._required_names)
         with torch.no_grad():
             for parameter, vectors in self.state.items():
-                for name, vector in vectors.items():
-                    vector.copy_(values[parameter][name])
+                for name in vectors.keys() - {INNER}:
+                    vectors[name].copy_(values[parameter][name])
         self.param_groups = groups
+        for optimizer in self._inner.values():
+            load_inner_state(optimizer, values)
         for replica in self._replicas.values():
             replica.changed_flag.zero_()
             replica.has_gradient = True
@@ -628,11 +700,34 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
             raise RuntimeError(
                 "Parle cannot add parameter groups after construction: pass all groups when you build it"
             )
+        settings = {}
+        if self._inner_function is not None:
+            names = param_group.keys() - {"params", "param_names"} - (self.defaults.keys() - set(SHARED))
+            settings = {name: param_group[name] for name in names}
+            param_group = {name: value for name, value in param_group.items() if name not in names}
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         if group["outer_momentum"] is None:
             group["outer_momentum"] = group["momentum"]
-        check_hyperparameters(group)
+        if self._inner_function is None:
+            check_hyperparameters(group)
+        else:
+            self._inner_groups.append(dict(params=group["params"]) | settings)
+
+    def _build_inner(self, number: int) -> None:
+        """Build the inner optimizer of a replica, which has no state yet."""
+        own = [self._inner_groups[i] for i, group in enumerate(self.param_groups) if group["replica"] == number]
+        self._inner[number] = build_inner(self._inner_function, own)
+
+    def _adopt_settings(self, number: int) -> None:
+        """Set the groups of a replica from those of its inner optimizer."""
+        for group, inner_group in zip(self._groups_of(number), self._inner[number].param_groups, strict=True):
+            group |= {name: inner_group[name] for name in SHARED if name in inner_group}
+            group |= {INNER: inner_settings(inner_group), "initial_inner_lr": float(inner_group["lr"])}
+            if group["outer_lr_scale"] is None:
+                steps = steps_per_round(group["sync_every"], group["lr"], group["gamma"])
+                group["outer_lr_scale"] = INITIAL_OUTER_STEP / (1 + group["rho"] * steps * self.num_replicas)
+            check_hyperparameters(group)
 
     @property
     def _master(self) -> Tensor:
@@ -733,6 +828,12 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
             )
         for parameter, source in zip(targets, sources, strict=True):
             parameter.copy_(values.get(source, source))
+
+
+def _outer_lr(group: dict[str, Any]) -> float:
+    """Return s lr; with an inner optimizer, whose lr may have any scale, s times the ratio of lr to the initial one."""
+    lr = group["outer_lr_scale"] * group["lr"]
+    return lr / group["initial_inner_lr"] if INNER in group else lr
 
 
 def _parameters_by_name(model: nn.Module, names: list[str]) -> list[nn.Parameter]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from parle.flat_replica import dense_strides, trainable
+from parle.inner import INNER
 
 MAX_STEPS = 2**53  # of a round with sync_every="auto": beyond, floats are no longer integers
 
@@ -127,6 +128,11 @@ def check_state(
         missing = sorted(set(names) - group.keys())
         if missing:
             raise ValueError(f"The state_dict was not saved by Parle: group {index} has no {', '.join(missing)}")
+        if group.get(INNER, {}).keys() != own.get(INNER, {}).keys():
+            raise ValueError(
+                f"The state_dict was saved with another inner optimizer, whose settings are "
+                f"{sorted(group.get(INNER, {}))} instead of {sorted(own.get(INNER, {}))}"
+            )
         check_hyperparameters(group)
         check_counters(group)
         if group["num_replicas"] != own["num_replicas"]:
@@ -154,7 +160,7 @@ def check_state(
     check_replicas_match(groups)
     for index, parameter in enumerate(parameter for group in groups for parameter in group["params"]):
         own, theirs = (
-            {name: _shape(value) for name, value in source.get(parameter, {}).items()}
+            {name: _shape(value) for name, value in source.get(parameter, {}).items() if name != INNER}
             for source in (own_values, values)
         )
         if own != theirs:

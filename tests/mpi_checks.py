@@ -99,6 +99,31 @@ def check_clipping_equals_one_process(comm, single):
     torch.testing.assert_close(*trained, rtol=1e-6, atol=0)
 
 
+def check_inner_optimizer(comm, single):
+    """With AdamW inside, the ranks of a replica equal one process on the whole mini-batch, and all masters agree."""
+    random = torch.Generator().manual_seed(0)
+    inputs, targets = torch.randn(12 * comm.size, 6, generator=random), torch.arange(12 * comm.size) % 3
+    settings = dict(inner=functools.partial(torch.optim.AdamW, lr=0.01), sync_every=3, batches_per_epoch=10)
+    trained = []
+    for world, replicas in ((comm, 1), (single, 1), (comm, 2)):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+        optimizer = Parle(model.parameters(), world, replicas=replicas, **settings)
+        own = slice(world.rank, None, world.size)
+        for step in range(7):
+            optimizer.zero_grad()
+            F.cross_entropy(model(inputs[own].double()), targets[own]).backward()
+            if step == 3:
+                optimizer.average_gradients()
+            optimizer.step()
+        trained.append(optimizer.master)
+    torch.testing.assert_close(*trained[:2], rtol=1e-6, atol=0)
+    assert identical(comm, trained[2]) and not torch.allclose(trained[2], trained[0])
+    inner = functools.partial(torch.optim.AdamW, lr=0.01, betas=(0.9, 0.9 + 0.01 * comm.rank))
+    different = functools.partial(Parle, model.parameters(), comm, inner=inner, batches_per_epoch=10)
+    assert "betas[1]" in error_message(ValueError, different)
+
+
 def check_ranks_start_identical(comm):
     """Ranks start from rank 0's parameters and buffers; all hold the same master."""
     torch.manual_seed(comm.rank)
@@ -349,6 +374,7 @@ def main():
     comm, single = MPI.COMM_WORLD, MPI.COMM_SELF
     check_data_parallel(comm, single)
     check_clipping_equals_one_process(comm, single)
+    check_inner_optimizer(comm, single)
     for sync_every in (1, 2):
         check_nonfinite(comm, sync_every)
     check_nonfinite_rank_of_a_replica(comm)

@@ -10,11 +10,11 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 CLASS_MODULES = {
-    *("parle", "parle.algorithm", "parle.flat_replica", "parle.validation", "parle.agreement", "parle.optimizer"),
-    "parle.distributed",
+    *("parle", "parle.algorithm", "parle.flat_replica", "parle.inner", "parle.validation"),
+    *("parle.agreement", "parle.optimizer", "parle.distributed"),
 }
 LAYERS = [
-    *("algorithm", "flat_replica", "validation", "agreement", "optimizer", "distributed", "cores"),
+    *("algorithm", "flat_replica", "inner", "validation", "agreement", "optimizer", "distributed", "cores"),
     *("evaluation", "training", "streams", "launcher", "supervision", "signals", "checkpoint"),
     *("fault_injection", "logger", "cli", "experiment", "doctor", "plot"),
 ]

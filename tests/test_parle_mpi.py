@@ -76,6 +76,7 @@ def test_timeout_does_not_run_while_one_rank_builds_the_data(fails, comm, monkey
 
 
 SYNC_ON_ONE_RANK = """
+import time
 import torch
 from mpi4py import MPI
 from parle.distributed import CollectiveTimeout
@@ -91,6 +92,7 @@ try:
     optimizer.step()
 except CollectiveTimeout as error:
     print(f"rank {rank}: {error}", flush=True)
+    time.sleep(1)  # mpiexec may drop what it has not yet forwarded
     MPI.COMM_WORLD.Abort(3)
 """
 

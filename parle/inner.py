@@ -1,0 +1,78 @@
+"""The inner optimizer that the argument `inner` builds. Parle's groups hold its settings, Parle's states its state."""
+
+import copy
+import inspect
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+SHARED = ("lr", "momentum", "weight_decay")  # settings of Parle's own groups, where schedulers change them
+INNER = "inner"  # key of the other ones in Parle's groups, and of the inner optimizer's states in Parle's
+
+InnerFunction = Callable[[list[Any]], torch.optim.Optimizer]
+
+
+def build_inner(inner: InnerFunction, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
+    """Return the inner optimizer of one replica.
+
+    Args:
+        groups: of this replica, each with what the user passed for it: parameters, or parameters and settings.
+
+    Raises:
+        ValueError: it is not an optimizer of these parameters, or Parle cannot step it.
+    """
+    has_settings = len(groups) > 1 or len(groups[0]) > 1
+    optimizer = inner([dict(group) for group in groups] if has_settings else list(groups[0]["params"]))
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ValueError(f"Invalid inner value: it must return a torch optimizer, not a {type(optimizer).__name__}")
+    own, theirs = ([list(map(id, group["params"])) for group in source] for source in (groups, optimizer.param_groups))
+    if own != theirs:
+        raise ValueError(
+            "Invalid inner value: it must return an optimizer of the parameters or groups that it is given, in their "
+            "order; to split them into groups, pass the groups to Parle"
+        )
+    if inspect.signature(optimizer.step).parameters["closure"].default is inspect.Parameter.empty:
+        raise ValueError(
+            f"Invalid inner value: the step of {type(optimizer).__name__} needs a closure, which would evaluate the "
+            "loss several times per mini-batch; use an optimizer whose step needs none"
+        )
+    for group in optimizer.param_groups:
+        if not group.get("lr", 0) > 0:
+            raise ValueError(
+                "Invalid inner value: the optimizer it returns needs an lr above 0, in proportion to which the outer "
+                "lr changes; for a warm-up from 0, use a scheduler"
+            )
+    return optimizer
+
+
+def inner_settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a group of an inner optimizer that Parle's groups do not have themselves."""
+    return {name: value for name, value in group.items() if name not in ("params", "param_names", *SHARED)}
+
+
+def update_settings(optimizer: torch.optim.Optimizer, groups: Sequence[Mapping[str, Any]]) -> None:
+    """Give an inner optimizer the current settings in Parle's groups, which schedulers and users may have changed."""
+    for inner_group, group in zip(optimizer.param_groups, groups, strict=True):
+        inner_group.update(group[INNER])
+        inner_group.update({name: group[name] for name in SHARED if name in inner_group})
+
+
+def load_inner_state(optimizer: torch.optim.Optimizer, states: Mapping[nn.Parameter, dict[str, Any]]) -> None:
+    """Replace the state of an inner optimizer by copies of the states by parameter."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    own = {parameter: states.get(parameter, {}).get(INNER) for parameter in parameters}
+    loaded = {parameter: copy.deepcopy(state) for parameter, state in own.items() if state}
+    optimizer.state = defaultdict(dict, loaded)
+
+
+def find_numbers(settings: Mapping[str, Any]) -> dict[str, float]:
+    """Return the settings that are numbers, or tuples of numbers, by name."""
+    found = {}
+    for name, value in sorted(settings.items()):
+        for index, element in enumerate(value if isinstance(value, tuple | list) else [value]):
+            if isinstance(element, bool | int | float):
+                found[f"{name}[{index}]" if isinstance(value, tuple | list) else name] = element
+    return found
