@@ -178,10 +178,10 @@ def run(given: argparse.Namespace, args: argparse.Namespace) -> bool:
     import loader
     from parle import cli, cores, doctor, experiment, launcher, training
 
-    with cli.launcher_errors():
-        launcher.check_environment()
     if launcher.has_several_ranks():
-        raise cli.UsageError("one process trains all replicas: omit mpirun, or use mpirun -n 3 python parle_mpi.py")
+        raise cli.UsageError(
+            f"one process trains all replicas: omit {launcher.launcher_name()}, or use it with parle_mpi.py"
+        )
     training.disable_malloc_trim()
     devices = cli.find_devices(args.device)
     replica_devices = assign_devices(devices, args)

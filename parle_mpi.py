@@ -3,14 +3,17 @@
 python parle_mpi.py -n 3                      # starts its own three ranks
 mpirun -n 12 python parle_mpi.py              # 12 replicas
 mpirun -n 12 python parle_mpi.py -n 3         # 3 replicas, each data-parallel over 4 ranks
+torchrun --nproc-per-node 3 parle_mpi.py      # over gloo or NCCL in place of MPI
 """
 
 import argparse
 import contextlib
+import datetime
 import faulthandler
 import functools
 import importlib.metadata
 import numbers
+import os
 import shlex
 import sys
 import time
@@ -22,13 +25,14 @@ import torch
 from torch import Tensor
 
 from parle import distributed
-from parle.distributed import CollectiveTimeout, Group, Groups, MPIGroup
+from parle.distributed import CollectiveTimeout, Group, Groups, MPIGroup, TorchGroup, group_of
 from parle.flat_replica import FlatReplica
 from parle.optimizer import ParleBase
 from parle.validation import check_buffers
 
 if TYPE_CHECKING:
     from mpi4py import MPI
+    from torch.distributed import ProcessGroup
 
     from loader import Dataset
 
@@ -46,46 +50,55 @@ class Parle(ParleBase):
 
     Args:
         params: as for any torch optimizer; float32 (or all float64) and on one device.
-        comm: the communicator of all ranks of all replicas. Parle communicates over a duplicate.
-        replicas: number of replicas; default: one per rank. With fewer, groups of comm.size / replicas neighboring
+        comm: all ranks of all replicas: an MPI communicator, of which Parle uses a duplicate, or a process group of
+            torch.distributed.
+        replicas: number of replicas; default: one per rank. With fewer, groups of neighboring
             ranks share a replica, data-parallel: `step()` averages their gradients before its update.
         buffers: model.buffers(), needed if they are random: rank 0's are broadcast too.
         timeout: seconds that a rank waits for others before it raises CollectiveTimeout, which names them.
         hyperparameters: lr, batches_per_epoch and the other arguments of `ParleBase`.
 
     Raises:
-        ValueError: an invalid value on any rank, or one that differs between ranks.
+        ValueError: an invalid value on any rank, one that differs between ranks, or a process group that cannot send
+            tensors of the parameters' device.
         OSError: a launcher started several ranks, but MPI sees one. Pass COMM_SELF for independent runs.
     """
 
     def __init__(
         self,
         params: Iterable[Any],
-        comm: "MPI.Comm",
+        comm: "MPI.Comm | ProcessGroup",
         *,
         replicas: int | None = None,
         buffers: Iterable[Tensor] = (),
         timeout: float = 1800.0,
         **hyperparameters: Any,
     ):
-        if comm.size == 1:
+        given = group_of(comm, timeout)
+        if given.size == 1 and not isinstance(comm, torch.distributed.ProcessGroup):
             _check_number_of_ranks(comm)
-        replicas = comm.size if replicas is None else replicas
-        world = self._free_with_optimizer(MPIGroup(comm, timeout).duplicate()) if comm.size > 1 else Group()
+        replicas = given.size if replicas is None else replicas
+        world = self._free_with_optimizer(given.duplicate())
         initialize = super().__init__
 
         def build() -> None:
-            if not (isinstance(replicas, numbers.Integral) and replicas >= 1 and comm.size % replicas == 0):
+            if not (isinstance(replicas, numbers.Integral) and replicas >= 1 and world.size % replicas == 0):
                 raise ValueError(
-                    f"Invalid replicas value: {replicas}; use a divisor of the number of ranks, {comm.size}"
+                    f"Invalid replicas value: {replicas}; use a divisor of the number of ranks, {world.size}"
                 )
             if not timeout > 0:
                 raise ValueError(f"Invalid timeout value: {timeout}; use a number of seconds above 0")
-            self.ranks_per_replica = comm.size // replicas
-            self.replica_number, self.rank_in_replica = divmod(comm.rank, self.ranks_per_replica)
+            self.ranks_per_replica = world.size // replicas
+            self.replica_number, self.rank_in_replica = divmod(world.rank, self.ranks_per_replica)
             own_buffers = list(buffers)
             check_buffers(own_buffers)
             initialize(params, replicas, {self.replica_number: own_buffers}, **hyperparameters)
+            device = self._master_replica.device
+            if device.type == "cpu" and not world.accepts(device):
+                raise ValueError(
+                    "Invalid comm value: this process group has no backend for the CPU, where the parameters are: move "
+                    "the model to the GPU first, or use init_process_group('cpu:gloo,cuda:nccl')"
+                )
 
         world.run_and_propagate_errors(build, Exception)
         world.check_consistent(
@@ -95,15 +108,14 @@ class Parle(ParleBase):
         shares_replica = self.ranks_per_replica > 1
         replica = self._free_with_optimizer(world.split(self.replica_number)) if shares_replica else Group()
         self.groups = Groups(replica, world)
-        # The MPI libraries on PyPI are not CUDA-aware: messages are staged in host memory, pinned for CUDA's copies
-        message = self._master_replica.message
-        device = message.device.type
-        self._staging = (
-            None if device == "cpu" else torch.empty_like(message, device="cpu", pin_memory=device == "cuda")
-        )
+        # The MPI libraries on PyPI are not CUDA-aware, nor is gloo: messages are staged in host memory, pinned for
+        # CUDA's copies
+        message, self._staging = self._master_replica.message, None
+        if not world.accepts(message.device):
+            self._staging = torch.empty_like(message, device="cpu", pin_memory=message.is_cuda)
         self.reset()
 
-    def _free_with_optimizer(self, group: MPIGroup) -> MPIGroup:
+    def _free_with_optimizer(self, group: Group) -> Group:
         """Release the group's communicator together with the optimizer."""
         weakref.finalize(self, group.release).atexit = False  # at exit, MPI frees it
         return group
@@ -128,12 +140,13 @@ class Parle(ParleBase):
 
     def _broadcast_replica(self, number: int) -> FlatReplica:
         for tensor in self._master_replica.replicated_tensors:
-            host = tensor.detach().cpu().contiguous().view(-1)
-            is_known = host.dtype in (torch.float32, torch.float64)  # to MPI, which has no bfloat16
-            data = host if is_known else host.view(torch.uint8)
+            source = tensor.detach()
+            flat = (source.clone() if self.groups.world.accepts(source.device) else source.cpu()).contiguous().view(-1)
+            is_known = flat.dtype in (torch.float32, torch.float64)  # to MPI, which has no bfloat16
+            data = flat if is_known else flat.view(torch.uint8)
             with self._named_timeout("reset()"):
                 self.groups.world.broadcast(data, root=number * self.ranks_per_replica)
-            tensor.copy_(host.view(tensor.shape))
+            tensor.copy_(flat.view(tensor.shape))
         return self._master_replica
 
     def _any_process(self, flag: bool) -> bool:
@@ -203,8 +216,6 @@ def main() -> None:
     )
     world = None
     try:
-        with cli.launcher_errors():
-            launcher.check_environment()
         launched = launcher.rank_from_environment()
         given = None
         # --doctor reports before MPI starts, which may fail
@@ -233,16 +244,18 @@ def main() -> None:
         status = 1 if isinstance(error, FloatingPointError | CheckpointError) else 2
     if status and world is not None:
         world.all_gather(None)  # every rank has the same error, and none exits before the first has printed it
-        sys.modules["mpi4py.MPI"].Finalize()
+        world.close()
     if status:
         sys.exit(status)
 
 
-def world_group() -> MPIGroup:
-    """Start MPI and return the group of all ranks. Raises: UsageError."""
-    import mpi4py
-
+def world_group() -> MPIGroup | TorchGroup:
+    """Start MPI, or torch.distributed under torchrun, and return the group of all ranks. Raises: UsageError."""
     from parle import cli, launcher, supervision
+
+    if launcher.launcher_name() == launcher.TORCHRUN:
+        return torch_world_group()
+    import mpi4py
 
     mpi4py.rc.initialize, mpi4py.rc.finalize = False, True  # so that importing MPI does not start it
     try:
@@ -260,7 +273,21 @@ def world_group() -> MPIGroup:
     return MPIGroup(MPI.COMM_WORLD)
 
 
-def run(given: argparse.Namespace, world: MPIGroup) -> bool:
+def torch_world_group() -> TorchGroup:
+    """Start torch.distributed and return the group of all ranks that torchrun has started."""
+    store, rank, size = next(torch.distributed.rendezvous("env://"))
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    if ranks_here == size:  # several nodes may count restarts differently
+        # the store still has the addresses of ranks that have failed: pytorch/pytorch#135712
+        store = torch.distributed.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    # NCCL needs a GPU for each rank. --timeout limits each wait, but none while one rank downloads data
+    backend = "cpu:gloo,cuda:nccl" if ranks_here <= torch.cuda.device_count() else "gloo"
+    own = dict(store=store, rank=rank, world_size=size, timeout=datetime.timedelta(days=30))
+    torch.distributed.init_process_group(backend, **own)
+    return TorchGroup(torch.distributed.group.WORLD)
+
+
+def run(given: argparse.Namespace, world: MPIGroup | TorchGroup) -> bool:
     """Train, or with --doctor print what training would take. Returns whether the run is complete. Collective."""
     from parle import cli, cores, doctor, launcher, training
     from parle.experiment import (
@@ -312,9 +339,9 @@ def run(given: argparse.Namespace, world: MPIGroup) -> bool:
     world.run_and_propagate_errors(functools.partial(experiment.restore, resume), cli.UsageError)
     open_log = functools.partial(open_logger, args, resume)
     logger = world.run_and_propagate_errors(open_log, cli.UsageError, only_if=is_first)
-    program = f"{launcher.python_command()} {shlex.quote(sys.argv[0])}"
+    script, program = shlex.quote(sys.argv[0]), f"{launcher.python_command()} {shlex.quote(sys.argv[0])}"
     if not launcher.is_started_by_parle() and world.size > 1:
-        program = f"{launcher.launch_command(world.size)} {program} -n {args.replicas}"
+        program = f"{launcher.launch_command(world.size)} {script} -n {args.replicas}"
     return experiment.run(
         logger,
         resume,
@@ -322,12 +349,12 @@ def run(given: argparse.Namespace, world: MPIGroup) -> bool:
         num_ranks=world.size,
         hosts=hosts,
         devices=world.all_gather(cli.device_name(device)),
-        mpi=distributed.mpi_library(),
+        mpi=world.library(),
         mpi4py=importlib.metadata.version("mpi4py"),
     )
 
 
-def load_shared(world: MPIGroup, node: MPIGroup, args: argparse.Namespace) -> "Dataset":
+def load_shared(world: Group, node: Group, args: argparse.Namespace) -> "Dataset":
     """Return the data set. One rank pre-processes it, then one per node unless proc/ is shared; then all map it.
 
     Downloading and pre-processing may take longer than --timeout.

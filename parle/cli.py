@@ -337,6 +337,8 @@ def parse(parser: Parser) -> argparse.Namespace:
     """
     args = parser.parse_args()
     args.program = parser.prog
+    if args.resume is None and args.out and launcher.was_restarted():
+        args.resume = True if checkpoint.list_checkpoints(args.out / checkpoint.FOLDER) else None
     if args.resume is None:
         return args
     folder = args.out if args.resume is True else args.resume

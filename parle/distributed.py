@@ -1,12 +1,13 @@
 """Groups of processes: sum, gather and broadcast within a time limit; errors and settings agreed on by every rank.
 
-Importing this module does not start MPI.
+Their ranks communicate by MPI or by torch.distributed. Importing this module loads neither.
 """
 
 import contextlib
 import math
 import os
 import pickle
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,14 +15,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 if TYPE_CHECKING:
+    import torch
     from mpi4py import MPI
     from torch import Tensor
+    from torch.distributed import ProcessGroup, Work
 
 TIMEOUT_TAG = 4711  # MPI tag of the message by which a rank that timed out notifies the others
+TIMEOUT_KEY = "parle-timeout"  # of such notices in the store of a process group
 POLL_SECONDS = 2e-4  # between tests of a pending request: 5 % of a core; a longer sleep would delay large messages
+NOTICE_SECONDS = 0.5  # between tests whether another rank timed out
 
 
 _released: list["MPI.Comm"] = []
+_subgroups: "dict[tuple[ProcessGroup, tuple[int, ...]], ProcessGroup]" = {}
 
 
 class SettingsMismatch(ValueError):
@@ -48,19 +54,62 @@ def first_difference(settings: Sequence[dict[str, Any]], owner: str = "rank") ->
 
 
 class Group:
-    """The processes that share a piece of work; this base class is a group of one. All methods are collective."""
+    """The processes that share a piece of work; this base class is a group of one. All methods are collective.
+
+    Args:
+        timeout: seconds that a rank waits for the others; must be the same on every rank.
+        parent: the group that contains this one; a rank that times out notifies its ranks.
+    """
 
     rank, size = 0, 1
 
+    def __init__(self, timeout: float = math.inf, parent: "Group | None" = None):
+        self.timeout, self.parent = timeout, parent
+
+    def accepts(self, device: "torch.device") -> bool:
+        """Return whether tensors of this device can be sent; those of others are copied to host memory."""
+        return device.type == "cpu"
+
     def all_reduce(self, tensor: "Tensor") -> None:
-        """Sum a tensor in host memory over the group, in place."""
+        """Sum a tensor over the group, in place."""
 
     def broadcast(self, tensor: "Tensor", root: int = 0) -> None:
-        """Overwrite a contiguous tensor in host memory with its values on rank `root`."""
+        """Overwrite a contiguous tensor with its values on rank `root`."""
 
     def all_gather(self, value: Any) -> list[Any]:
         """Return the small object `value` of every rank, in rank order."""
         return [value]
+
+    def duplicate(self) -> "Group":
+        """Return a group of the same ranks for use by one optimizer, which must `release` it."""
+        return self
+
+    def split(self, color: int) -> "Group":
+        """Return the group of the ranks that pass the same `color`, which the caller must `release`."""
+        return Group(self.timeout, parent=self)
+
+    def split_by_node(self) -> "Group":
+        """Return the group of the ranks on this machine."""
+        return Group(self.timeout, parent=self)
+
+    def release(self) -> None:
+        """Free what the group holds. The garbage collector may call this, in the middle of any other call."""
+
+    def close(self) -> None:
+        """End communication of this process."""
+
+    def library(self) -> str:
+        """Return the name and version of the library that carries messages."""
+        return "none"
+
+    @contextlib.contextmanager
+    def unlimited(self) -> Iterator[None]:
+        """Wait without a time limit: one rank does work that may take hours. Every rank must enter and leave it."""
+        timeout, self.timeout = self.timeout, math.inf
+        try:
+            yield
+        finally:
+            self.timeout = timeout
 
     def shard(self, total: int) -> slice:
         """Return this rank's share of `total` rows."""
@@ -93,18 +142,46 @@ class Group:
         finally:
             del error, raised  # the traceback refers to this frame: a cycle that would keep `action` in memory
 
+    def _poll(self, is_complete: Callable[[], bool], has_notice: Callable[[], bool]) -> None:
+        """Wait until `is_complete`, with short sleeps between calls: MPI's own wait would spin on a core.
+
+        The first 5 ms only yield the core, since a message of a few MB arrives within milliseconds and even a sleep of
+        0 takes 50 µs. MPI advances multi-stage messages only inside calls such as Test.
+
+        Args:
+            has_notice: whether another rank has timed out.
+
+        Raises:
+            CollectiveTimeout: after `timeout` seconds, or when another rank timed out.
+        """
+        started, next_look = time.perf_counter(), 1.0
+        while not is_complete():
+            waited = time.perf_counter() - started
+            if waited < 5e-3:
+                os.sched_yield()
+            else:
+                time.sleep(POLL_SECONDS)
+            looks = waited > next_look and self.timeout < math.inf
+            if waited > self.timeout or (looks and has_notice()):
+                whole = self.parent or self
+                missing = ", ".join(f"rank {rank}" for rank in whole._missing_ranks())
+                raise CollectiveTimeout(
+                    f"rank {whole.rank} waited {waited:.0f} s for {missing or 'ranks that wait in another call'}; "
+                    "if they are only slow, use a larger timeout"
+                )
+            next_look = waited + NOTICE_SECONDS if looks else next_look
+
+    def _missing_ranks(self) -> list[int]:
+        """Return the ranks that are not waiting: those that send no notice within a second."""
+        return []
+
 
 class MPIGroup(Group):
-    """The ranks of an MPI communicator. Waiting ranks yield the core instead of spinning in MPI's own wait.
+    """The ranks of an MPI communicator. Waiting ranks yield the core instead of spinning in MPI's own wait."""
 
-    Args:
-        timeout: seconds that a rank waits for the others; must be the same on every rank.
-        parent: the group that contains this one; a rank that times out notifies its ranks.
-    """
-
-    def __init__(self, comm: "MPI.Comm", timeout: float = math.inf, parent: "MPIGroup | None" = None):
+    def __init__(self, comm: "MPI.Comm", timeout: float = math.inf, parent: Group | None = None):
+        super().__init__(timeout, parent)
         self.comm, self.rank, self.size = comm, comm.rank, comm.size
-        self.timeout, self.parent = timeout, parent
 
     def all_reduce(self, tensor: "Tensor") -> None:
         if self.size > 1:
@@ -124,18 +201,15 @@ class MPIGroup(Group):
         return [pickle.loads(part) for part in np.split(gathered, np.cumsum(sizes)[:-1])]
 
     def duplicate(self) -> "MPIGroup":
-        """Return a group of the same ranks with a communicator of its own, which the caller must `release`."""
         _free_released()
         comm, request = self.comm.Idup()
         self.wait(request)
         return MPIGroup(comm, self.timeout)
 
     def split(self, color: int) -> "MPIGroup":
-        """Return the group of the ranks that pass the same `color`, which the caller must `release`."""
         return MPIGroup(self.comm.Split(color), self.timeout, parent=self)
 
     def split_by_node(self) -> "MPIGroup":
-        """Return the group of the ranks on this machine."""
         from mpi4py import MPI
 
         return MPIGroup(self.comm.Split_type(MPI.COMM_TYPE_SHARED), self.timeout, parent=self)
@@ -143,42 +217,128 @@ class MPIGroup(Group):
     def release(self) -> None:
         """Let the next `duplicate` free the communicator: MPI libraries provide only about 2,000.
 
-        Unlike MPI's Free this may be called by the garbage collector, which can run in the middle of an MPI call.
+        MPI's own Free must not be called in the middle of another MPI call, as the garbage collector might.
         """
         _released.append(self.comm)
 
-    @contextlib.contextmanager
-    def unlimited(self) -> Iterator[None]:
-        """Wait without a time limit: one rank does work that may take hours. Every rank must enter and leave it."""
-        timeout, self.timeout = self.timeout, math.inf
-        try:
-            yield
-        finally:
-            self.timeout = timeout
+    def close(self) -> None:
+        from mpi4py import MPI
+
+        MPI.Finalize()
+
+    def library(self) -> str:
+        return mpi_library()
 
     def wait(self, request: "MPI.Request") -> None:
-        """Wait for `request`, polling with short sleeps: MPI's own wait spins on a core that another rank could use.
-
-        The first 5 ms only yield the core, since a message of a few MB arrives within milliseconds and even a sleep of
-        0 takes 50 µs. MPI advances multi-stage messages only inside calls such as Test.
-
-        Raises:
-            CollectiveTimeout: after `timeout` seconds, or when another rank timed out.
-        """
+        """Wait for `request`. Raises: CollectiveTimeout."""
         notices = (self.parent or self).comm
-        started = time.perf_counter()
-        while not request.Test():
-            waited = time.perf_counter() - started
-            if waited < 5e-3:
-                os.sched_yield()
-            else:
-                time.sleep(POLL_SECONDS)
-            if waited > 1 and self.timeout < math.inf and (waited > self.timeout or notices.Iprobe(tag=TIMEOUT_TAG)):
-                missing = ", ".join(f"rank {rank}" for rank in _missing_ranks(notices))
-                raise CollectiveTimeout(
-                    f"rank {notices.rank} waited {waited:.0f} s for {missing or 'ranks that wait in another call'}; "
-                    "if they are only slow, use a larger timeout"
-                )
+        self._poll(request.Test, lambda: notices.Iprobe(tag=TIMEOUT_TAG))
+
+    def _missing_ranks(self) -> list[int]:
+        others = set(range(self.size)) - {self.rank}
+        # never completed: all ranks abort
+        notices = [self.comm.isend(None, dest=rank, tag=TIMEOUT_TAG) for rank in others]
+        deadline = time.perf_counter() + 1
+        while others and time.perf_counter() < deadline:
+            others -= {rank for rank in others if self.comm.iprobe(source=rank, tag=TIMEOUT_TAG)}
+            time.sleep(1e-3)
+        del notices
+        return sorted(others)
+
+
+class TorchGroup(Group):
+    """The ranks of a torch.distributed process group, by gloo or NCCL.
+
+    Optimizers share it with the caller, as DistributedDataParallel does: all ranks make the same calls in the same
+    order. The time limit of the process group applies as well, and only that one where tensors are on a GPU: the host
+    does not wait for these.
+    """
+
+    def __init__(self, group: "ProcessGroup", timeout: float = math.inf, parent: Group | None = None):
+        super().__init__(timeout, parent)
+        self.comm, self.rank, self.size = group, group.rank(), group.size()
+        kinds = sorted(device.type for device in group._device_types)
+        self.device_types = ["cpu"] if group.name() == "gloo" else kinds  # gloo would copy to host memory by itself
+        self.object_device = "cpu" if "cpu" in self.device_types else self.device_types[0]
+
+    def accepts(self, device: "torch.device") -> bool:
+        return device.type in self.device_types
+
+    def all_reduce(self, tensor: "Tensor") -> None:
+        from torch import distributed
+
+        self.wait(distributed.all_reduce(tensor, group=self.comm, async_op=True), tensor)
+
+    def broadcast(self, tensor: "Tensor", root: int = 0) -> None:
+        from torch import distributed
+
+        self.wait(distributed.broadcast(tensor, group_src=root, group=self.comm, async_op=True), tensor)
+
+    def all_gather(self, value: Any) -> list[Any]:
+        import torch
+
+        data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+        sizes = [int(size) for size in self._all_gather(torch.tensor([len(data)]))]
+        padded = torch.zeros(max(sizes), dtype=torch.uint8)
+        padded[: len(data)] = data
+        parts = zip(self._all_gather(padded), sizes, strict=True)
+        return [pickle.loads(part[:size].numpy().tobytes()) for part, size in parts]
+
+    def _all_gather(self, tensor: "Tensor") -> "list[Tensor]":
+        from torch import distributed
+
+        tensor = tensor.to(self.object_device)
+        parts = [tensor.new_empty(tensor.shape) for _ in range(self.size)]
+        self.wait(distributed.all_gather(parts, tensor, group=self.comm, async_op=True), tensor)
+        return [part.cpu() for part in parts]
+
+    def duplicate(self) -> "TorchGroup":
+        return TorchGroup(self.comm, self.timeout)
+
+    def split(self, color: int) -> "TorchGroup":
+        """Return the group of the ranks that pass the same `color`. It is kept for later calls: ranks whose garbage
+        collectors free process groups at different times would disagree on the names of new ones."""
+        from torch import distributed
+
+        global_ranks = distributed.get_process_group_ranks(self.comm)
+        colors, backend = self.all_gather(color), distributed.get_backend(self.comm)
+        ranks = tuple(rank for rank, other in zip(global_ranks, colors, strict=True) if other == color)
+        if len(ranks) == 1:
+            return Group(self.timeout, parent=self)
+        key = self.comm, ranks
+        if key not in _subgroups:
+            _subgroups[key] = distributed.new_group(ranks, backend=backend, use_local_synchronization=True)
+        return TorchGroup(_subgroups[key], self.timeout, parent=self)
+
+    def split_by_node(self) -> "TorchGroup":
+        hosts = self.all_gather(socket.gethostname())
+        return self.split(hosts.index(socket.gethostname()))
+
+    def close(self) -> None:
+        from torch import distributed
+
+        distributed.destroy_process_group()
+
+    def library(self) -> str:
+        import torch
+
+        return f"{torch.distributed.get_backend(self.comm)} of torch {torch.__version__}"
+
+    def wait(self, work: "Work", tensor: "Tensor") -> None:
+        """Wait for a tensor in host memory, or let the stream of another device wait. Raises: CollectiveTimeout."""
+        if tensor.is_cpu:
+            store = (self.parent or self).comm.get_group_store()
+            self._poll(work.is_completed, lambda: store.check([TIMEOUT_KEY]))
+        work.wait()  # raises if the connection is lost
+
+    def _missing_ranks(self) -> list[int]:
+        store, keys = self.comm.get_group_store(), [f"{TIMEOUT_KEY}-{rank}" for rank in range(self.size)]
+        for key in (TIMEOUT_KEY, keys[self.rank]):
+            store.set(key, "")
+        deadline = time.perf_counter() + 1
+        while not store.check(keys) and time.perf_counter() < deadline:
+            time.sleep(0.01)
+        return [rank for rank, key in enumerate(keys) if not store.check([key])]
 
 
 class Groups(NamedTuple):
@@ -193,16 +353,18 @@ def _free_released() -> None:
         _released.pop().Free()
 
 
-def _missing_ranks(comm: "MPI.Comm") -> list[int]:
-    """Return the ranks that are not waiting: those that send no notice within a second."""
-    others = set(range(comm.size)) - {comm.rank}
-    notices = [comm.isend(None, dest=rank, tag=TIMEOUT_TAG) for rank in others]  # never completed: all ranks abort
-    deadline = time.perf_counter() + 1
-    while others and time.perf_counter() < deadline:
-        others -= {rank for rank in others if comm.iprobe(source=rank, tag=TIMEOUT_TAG)}
-        time.sleep(1e-3)
-    del notices
-    return sorted(others)
+def group_of(comm: "MPI.Comm | ProcessGroup", timeout: float) -> Group:
+    """Return the group of a communicator or process group. Raises: ValueError."""
+    from torch import distributed
+
+    if comm is None or not hasattr(comm, "size"):
+        raise ValueError(
+            f"Invalid comm value: {comm}; pass an MPI communicator, or torch.distributed.group.WORLD after "
+            "torch.distributed.init_process_group()"
+        )
+    if not isinstance(comm, distributed.ProcessGroup):
+        return MPIGroup(comm, timeout) if comm.size > 1 else Group(timeout)
+    return TorchGroup(comm, timeout) if comm.size() > 1 else Group(timeout)
 
 
 def mpi_library() -> str:

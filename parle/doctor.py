@@ -66,7 +66,9 @@ def _environment(args: argparse.Namespace, mpi: bool) -> Iterator[Row]:
             yield package, importlib.metadata.version(package), True
         except importlib.metadata.PackageNotFoundError:
             yield package, f"missing: pip install {package}", False
-    if mpi:
+    if mpi and launcher.launcher_name() == launcher.TORCHRUN:
+        yield "launcher", launcher.TORCHRUN, True
+    elif mpi:
         yield "MPI", *_mpi_library()
         mpiexec, launcher_name = launcher.find_mpiexec(), launcher.launcher_name()
         missing = "none next to this Python or on the PATH: pip install mpich"

@@ -1,4 +1,4 @@
-"""The MPI launcher that started this process, if any, and whether it suits the MPI library."""
+"""The launcher that started this process, if any, and whether it suits the MPI library."""
 
 import os
 import shlex
@@ -14,6 +14,8 @@ LAUNCHERS = {
     "Slurm": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
     "PMIx": ("PMIX_RANK", None),
 }
+TORCHRUN = "torchrun"  # also accelerate launch, and scripts that set its variables
+TORCHRUN_VARIABLES = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"}
 STATUS_DIR = "PARLE_STATUS_DIR"  # set for ranks started by this program: the directory of their status pipes
 
 
@@ -30,6 +32,11 @@ def launcher_name(environment: Mapping[str, str] = os.environ) -> str | None:
 
 
 def _detect_launcher(environment: Mapping[str, str]) -> tuple[str, int, int | None] | None:
+    torchrun = None
+    if environment.keys() >= TORCHRUN_VARIABLES and STATUS_DIR not in environment:
+        torchrun = TORCHRUN, int(environment["RANK"]), int(environment["WORLD_SIZE"])
+        if "TORCHELASTIC_RUN_ID" in environment:  # perhaps within srun
+            return torchrun
     for name, (rank, size) in LAUNCHERS.items():
         if all(environment.get(variable, "").isdecimal() for variable in (rank, size) if variable):
             ranks = None if size is None else int(environment[size])
@@ -40,29 +47,26 @@ def _detect_launcher(environment: Mapping[str, str]) -> tuple[str, int, int | No
                 if size and slurm == [environment[rank], environment[size]]:  # srun --mpi=pmi2 sets MPICH's variables
                     name = "Slurm"
                 return name, int(environment[rank]), ranks
-    return None
+    return torchrun  # last: scripts for MPI set its variables, too
 
 
 def launch_command(count: int, environment: Mapping[str, str] = os.environ) -> str:
-    """Return the command that starts `count` ranks in the way in which this process was started."""
+    """Return the command that starts `count` ranks of a Python program in the way in which this process was started."""
     launcher = launcher_name(environment)
+    if launcher == TORCHRUN:
+        local = int(environment.get("LOCAL_WORLD_SIZE", count))
+        nodes = f" --nnodes {count // local}" if local < count else ""
+        return f"{python_command()} -m torch.distributed.run{nodes} --nproc-per-node {local}"
     if launcher == "Slurm":
         protocol = {"PMI_RANK": " --mpi=pmi2", "PMIX_RANK": " --mpi=pmix"}
         flag = next((flag for variable, flag in protocol.items() if variable in environment), "")
-        return f"srun{flag} -n {count}"
-    return f"{'mpirun' if launcher == 'Open MPI' else 'mpiexec'} -n {count}"
+        return f"srun{flag} -n {count} {python_command()}"
+    return f"{'mpirun' if launcher == 'Open MPI' else 'mpiexec'} -n {count} {python_command()}"
 
 
-def check_environment(environment: Mapping[str, str] = os.environ) -> None:
-    """Check that this process was not started by a launcher that neither program supports. Raises: OSError."""
-    torchruns = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"} <= environment.keys()
-    if rank_from_environment(environment) is not None:  # scripts for MPI set torch's variables, too
-        torchruns = False
-    if torchruns or "TORCHELASTIC_RUN_ID" in environment:
-        raise OSError(
-            "torchrun and accelerate would start several independent runs: use python parle_mpi.py -n 3, "
-            "mpirun -n 3 python parle_mpi.py, or python parle_gpu.py"
-        )
+def was_restarted(environment: Mapping[str, str] = os.environ) -> bool:
+    """Return whether torchrun has restarted the ranks after a failure."""
+    return environment.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
 
 def check_mpi(library_version: str, environment: Mapping[str, str] = os.environ) -> None:

@@ -1,9 +1,11 @@
 """Step an optimizer in parallel with the float64 reference and compare every buffer after every step.
 
-mpiexec -n 4 python tests/lockstep.py     # every rank compares its own replica
+mpiexec -n 4 python tests/lockstep.py              # every rank compares its own replica
+torchrun --nproc-per-node 4 tests/lockstep.py
 """
 
 import copy
+import functools
 import sys
 from pathlib import Path
 
@@ -14,8 +16,8 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from parle import supervision
-from parle.distributed import MPIGroup
-from parle_mpi import Parle
+from tests import ranks
+from tests.ranks import Parle
 from tests.reference import Reference
 
 SHAPES = [(4, 3), (5,), (2, 3, 2, 2), ()]
@@ -61,6 +63,21 @@ class CountingComm:
     def Iallreduce(self, in_place, tensor, *rest):
         self.sizes.append(tensor.numel())
         return self.comm.Iallreduce(in_place, tensor, *rest)
+
+
+class CountingRanks(ranks.TorchRanks):
+    """A process group that records the message size of every collective call."""
+
+    def __init__(self, comm):
+        super().__init__(comm.group)
+        self.sizes = []
+        for name in ("all_reduce", "all_gather", "broadcast"):
+            setattr(torch.distributed, name, functools.partial(self._call, name, getattr(torch.distributed, name)))
+
+    def _call(self, name, function, *arguments, **settings):
+        if settings["group"] == self.group:  # not one that shares a replica
+            self.sizes.append(arguments[0].numel() if name == "all_reduce" else None)
+        return function(*arguments, **settings)
 
 
 def losses(replicas):
@@ -203,7 +220,8 @@ def lockstep(
 
 
 def check(comm, replicas, dtype, tolerance, **settings):
-    counted, ranks_per_replica = CountingComm(comm), comm.size // replicas
+    counted = (CountingRanks if isinstance(comm, ranks.TorchRanks) else CountingComm)(comm)
+    ranks_per_replica = comm.size // replicas
 
     def build(groups, **settings):
         return Parle(*groups, counted, replicas=replicas, **settings)
@@ -221,19 +239,17 @@ def check(comm, replicas, dtype, tolerance, **settings):
 
 
 def main():
-    from mpi4py import MPI
-
-    comm = MPI.COMM_WORLD
+    comm, _ = ranks.start()
     for size, replicas, (dtype, tolerance) in ((4, 2, SINGLE), (4, 1, DOUBLE), (3, 3, DOUBLE)):
         if size > comm.size:
             continue
-        world = comm.Split(0 if comm.rank < size else MPI.UNDEFINED)
-        for name, n, settings in CASES if world != MPI.COMM_NULL else ():
+        world = ranks.split(comm, 0 if comm.rank < size else None)
+        for name, n, settings in CASES if world is not None else ():
             if n in (None, replicas):
                 check(world, replicas, dtype, tolerance, **settings)
                 if comm.rank == 0:
                     print(f"{name}: n={replicas} on {size} ranks, {dtype}", flush=True)
-        MPIGroup(comm).all_gather(None)  # a plain barrier would spin on a core
+        comm.allgather(None)
     if comm.rank == 0:
         print("all equal")
 

@@ -1,6 +1,7 @@
 """Checks of parle_mpi.Parle on several ranks, beyond the equations, which lockstep.py checks.
 
 mpiexec -n 4 python tests/mpi_checks.py
+torchrun --nproc-per-node 4 tests/mpi_checks.py
 """
 
 import copy
@@ -19,8 +20,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import loader
 from parle import evaluation, supervision, training
-from parle.distributed import CollectiveTimeout, Group, MPIGroup
-from parle_mpi import Parle
+from parle.distributed import CollectiveTimeout, Group
+from tests import ranks
+from tests.ranks import Parle
 
 SETTINGS = dict(lr=0.1, sync_every=2, batches_per_epoch=10)
 
@@ -369,9 +371,7 @@ def check_timeout(comm):
 
 
 def main():
-    from mpi4py import MPI
-
-    comm, single = MPI.COMM_WORLD, MPI.COMM_SELF
+    comm, single = ranks.start()
     check_data_parallel(comm, single)
     check_clipping_equals_one_process(comm, single)
     check_inner_optimizer(comm, single)
@@ -388,8 +388,9 @@ def main():
     check_drift_within_a_replica(comm)
     check_recovery_from_an_error(comm)
     check_weights_loaded_after_building(comm)
-    check_communicators(comm, single)
-    MPIGroup(comm).all_gather(None)
+    if not isinstance(comm, ranks.TorchRanks):
+        check_communicators(comm, single)
+    comm.allgather(None)
     if comm.rank == 0:
         print("all checks passed", flush=True)
     try:
