@@ -179,9 +179,7 @@ def run(given: argparse.Namespace, args: argparse.Namespace) -> bool:
     from parle import cli, cores, doctor, experiment, launcher, training
 
     if launcher.has_several_ranks():
-        raise cli.UsageError(
-            f"one process trains all replicas: omit {launcher.launcher_name()}, or use it with parle_mpi.py"
-        )
+        raise cli.UsageError("one process trains all replicas: omit mpirun (or srun, torchrun), or use parle_mpi.py")
     training.disable_malloc_trim()
     devices = cli.find_devices(args.device)
     replica_devices = assign_devices(devices, args)

@@ -1,4 +1,5 @@
 import os
+import shlex
 import stat
 import subprocess
 import sys
@@ -12,6 +13,9 @@ from parle import launcher
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 MPIEXEC = Path(sys.executable).with_name("mpiexec")
+SETTINGS = shlex.split(  # of a run of 5 rounds per epoch
+    "-d digits --device cpu -L 5 -b 24 --frac 0.075 --lr-drops 0.6 --checkpoint-every 1"
+)
 OFFLINE = dict(http_proxy="http://127.0.0.1:9", https_proxy="http://127.0.0.1:9")  # no proxy listens on this port
 
 os.environ["PARLE_TESTING"] = "1"  # otherwise PARLE_FAULT has no effect
@@ -79,3 +83,31 @@ def raw():
     if "PARLE_DATA" not in os.environ:
         pytest.skip("PARLE_DATA names no directory of real data")
     return Path(os.environ["PARLE_DATA"])
+
+
+@pytest.fixture
+def start(tmp_path, proc):
+    """Start a program and return its process. Processes that still run at the end of the test are killed."""
+    processes = []
+
+    def start(program, *arguments, out="run", ranks=None, **environment):
+        command = [sys.executable, program, *SETTINGS, "--proc", proc, "--out", tmp_path / out, *arguments]
+        if ranks is not None:
+            command = [MPIEXEC, "-n", ranks, *command]
+        (tmp_path / "tmp").mkdir(exist_ok=True)
+        environment = dict(TMPDIR=str(tmp_path / "tmp"), OMP_NUM_THREADS="1") | environment
+        return start_command(list(map(str, command)), environment)
+
+    def start_command(command, environment):
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=outside(environment), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        processes.append(process)
+        return process
+
+    start.shell = lambda line, **changes: start_command(["bash", "-c", line], dict(OMP_NUM_THREADS="1") | changes)
+    yield start
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()

@@ -18,40 +18,11 @@ import pytest
 import torch
 
 from parle import checkpoint
-from tests.conftest import MPIEXEC, ROOT, outside
+from tests.conftest import MPIEXEC, ROOT, SETTINGS, outside
 
 pytestmark = pytest.mark.timeout(400)  # a test starts Python several times, on a busy machine
-SETTINGS = shlex.split("-d digits --device cpu -L 5 -b 24 --frac 0.075 --lr-drops 0.6 --checkpoint-every 1")
 MPI, GPU = "parle_mpi.py", "parle_gpu.py"
 PATH_WITHOUT_PYTHON = "/usr/bin:/bin"  # without the Python of an environment
-
-
-@pytest.fixture
-def start(tmp_path, proc):
-    """Start a program and return its process. Processes that still run at the end of the test are killed."""
-    processes = []
-
-    def start(program, *arguments, out="run", ranks=None, **environment):
-        command = [sys.executable, program, *SETTINGS, "--proc", proc, "--out", tmp_path / out, *arguments]
-        if ranks is not None:
-            command = [MPIEXEC, "-n", ranks, *command]
-        (tmp_path / "tmp").mkdir(exist_ok=True)
-        environment = dict(TMPDIR=str(tmp_path / "tmp"), OMP_NUM_THREADS="1") | environment
-        return start_command(list(map(str, command)), environment)
-
-    def start_command(command, environment):
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=outside(environment), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        processes.append(process)
-        return process
-
-    start.shell = lambda line, **changes: start_command(["bash", "-c", line], dict(OMP_NUM_THREADS="1") | changes)
-    yield start
-    for process in processes:
-        if process.poll() is None:
-            process.kill()
-            process.communicate()
 
 
 def wait_for_exit(process, timeout=150):
@@ -202,12 +173,12 @@ def test_resume_after_sigterm_is_bitwise_identical(start, uninterrupted, tmp_pat
     assert read_result(out) == uninterrupted(3)
 
 
-def find_rank_pid(rank, out):
+def find_rank_pid(rank, out, variable="PMI_RANK"):
     """Return the process number of this rank of the run in `out`."""
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             environment = (folder / "environ").read_bytes().split(b"\0")
-            if f"PMI_RANK={rank}".encode() in environment and str(out).encode() in (folder / "cmdline").read_bytes():
+            if f"{variable}={rank}".encode() in environment and str(out).encode() in (folder / "cmdline").read_bytes():
                 return int(folder.name)
     raise LookupError(rank)
 
@@ -435,25 +406,13 @@ def test_resume_keeps_replicas_of_several_ranks(start, tmp_path):
     assert (event["num_replicas"], event["num_ranks"], event["changes"].get("replicas")) == (2, 4, None)
 
 
-def kill_rank(number, out):
-    """Kill this rank of the run in `out`, as when its memory runs out."""
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            environment = (folder / "environ").read_bytes().split(b"\0")
-            command = (folder / "cmdline").read_bytes().split(b"\0")
-            if f"PMI_RANK={number}".encode() in environment and str(out).encode() in command:
-                os.kill(int(folder.name), signal.SIGKILL)
-                return
-    raise AssertionError("there is no such rank")
-
-
 @pytest.mark.slow
 def test_restarted_ranks_end_with_the_result_of_an_undisturbed_run(start, tmp_path):
     arguments = ("-n", 3, "-B", 6, "--max-restarts", 1)
     wait_for_success(start(MPI, *arguments, out="undisturbed"))
     process = start(MPI, *arguments)
     wait_for_rounds(tmp_path / "run", process)
-    kill_rank(1, tmp_path / "run")
+    os.kill(find_rank_pid(1, tmp_path / "run"), signal.SIGKILL)
     done = wait_for_success(process)
     assert "restart 1 of 1" in done.err and read_log(tmp_path / "run", "resume")
     assert read_result(tmp_path / "run") == read_result(tmp_path / "undisturbed")

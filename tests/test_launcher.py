@@ -1,4 +1,3 @@
-import contextlib
 import shlex
 import sys
 from pathlib import Path
@@ -64,7 +63,8 @@ def test_rank_and_size_from_environment(environment, expected):
     ],
 )
 def test_ranks_are_resumed_with_the_launcher_that_started_them(environment, command):
-    assert launcher.launch_command(3, dict(item.split("=") for item in environment.split())) == command
+    started = launcher.launch_command(3, dict(item.split("=") for item in environment.split()))
+    assert started == f"{command} {launcher.python_command()}"
 
 
 def test_launchers_are_detected_in_the_environment_of_this_process(monkeypatch, no_launcher):
@@ -115,16 +115,35 @@ def test_launcher_of_another_mpi_is_refused_with_the_remedy(library, environment
 TORCHRUN = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="3", MASTER_ADDR="localhost", MASTER_PORT="29500")
 
 
+ELASTIC = TORCHRUN | dict(TORCHELASTIC_RUN_ID="x", TORCHELASTIC_RESTART_COUNT="0", LOCAL_WORLD_SIZE="3")
+
+
 @pytest.mark.parametrize(
-    ("environment", "allowed"),
+    ("environment", "name", "size"),
     [
-        *(({}, True), (PMI, True), (dict(RANK="3"), True), (TORCHRUN | PMI, True)),
-        *((TORCHRUN, False), (dict(TORCHELASTIC_RUN_ID="x"), False)),
+        (TORCHRUN, "torchrun", 3),  # accelerate's variables, or a script's
+        (ELASTIC, "torchrun", 3),
+        (ELASTIC | dict(SLURM_PROCID="0", SLURM_STEP_NUM_TASKS="2"), "torchrun", 3),  # srun torchrun
+        (TORCHRUN | PMI, "MPICH or Intel MPI", 3),  # scripts for MPI set torch's variables, too
+        (ELASTIC | PMI | {launcher.STATUS_DIR: "/somewhere"}, "MPICH or Intel MPI", 3),  # within a rank of torchrun
+        (dict(RANK="3"), None, None),
     ],
 )
-def test_torchrun_is_refused(environment, allowed):
-    with contextlib.nullcontext() if allowed else pytest.raises(OSError, match="torchrun"):
-        launcher.check_environment(environment)
+def test_torchrun_is_detected(environment, name, size):
+    assert launcher.launcher_name(environment) == name
+    assert (launcher.rank_from_environment(environment) or (None, None))[1] == size
+
+
+@pytest.mark.parametrize(("count", "restarted"), [(None, False), ("0", False), ("2", True)])
+def test_restarts_by_torchrun_are_detected(count, restarted):
+    environment = {} if count is None else ELASTIC | dict(TORCHELASTIC_RESTART_COUNT=count)
+    assert launcher.was_restarted(environment) is restarted
+
+
+@pytest.mark.parametrize(("ranks_here", "flags"), [("3", "--nproc-per-node 3"), ("1", "--nnodes 3 --nproc-per-node 1")])
+def test_ranks_of_torchrun_are_resumed_with_it(ranks_here, flags):
+    command = launcher.launch_command(3, ELASTIC | dict(LOCAL_WORLD_SIZE=ranks_here))
+    assert command == f"{launcher.python_command()} -m torch.distributed.run {flags}"
 
 
 @pytest.mark.parametrize(
