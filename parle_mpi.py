@@ -350,7 +350,7 @@ def run(given: argparse.Namespace, world: MPIGroup | TorchGroup) -> bool:
         hosts=hosts,
         devices=world.all_gather(cli.device_name(device)),
         mpi=world.library(),
-        mpi4py=importlib.metadata.version("mpi4py"),
+        mpi4py=importlib.metadata.version("mpi4py") if isinstance(world, MPIGroup) else None,
     )
 
 

@@ -61,16 +61,18 @@ def check_environment(args: argparse.Namespace, mpi: bool) -> bool:
 
 def _environment(args: argparse.Namespace, mpi: bool) -> Iterator[Row]:
     yield "python", f"{platform.python_version()}, {sys.executable}", True
+    launcher_name = launcher.launcher_name()
+    mpi = mpi and launcher_name != launcher.TORCHRUN
     for package in ("torch", "torchvision", "numpy", *(["mpi4py"] if mpi else [])):
         try:
             yield package, importlib.metadata.version(package), True
         except importlib.metadata.PackageNotFoundError:
             yield package, f"missing: pip install {package}", False
-    if mpi and launcher.launcher_name() == launcher.TORCHRUN:
-        yield "launcher", launcher.TORCHRUN, True
-    elif mpi:
+    if launcher_name == launcher.TORCHRUN:
+        yield "launcher", launcher_name, True
+    if mpi:
         yield "MPI", *_mpi_library()
-        mpiexec, launcher_name = launcher.find_mpiexec(), launcher.launcher_name()
+        mpiexec = launcher.find_mpiexec()
         missing = "none next to this Python or on the PATH: pip install mpich"
         yield "mpiexec", mpiexec or missing, bool(mpiexec or launcher_name)
         yield "launcher", launcher_name or "none: this program starts its ranks with mpiexec", True
