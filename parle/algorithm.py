@@ -20,8 +20,8 @@ x̄ is the average of the master over rounds, m the number of rounds in it; it a
 switches it off.
 
 Another inner optimizer replaces inner_step() by y ← y − lr γ_k (y − x^a), decoupled as AdamW's weight decay is, and
-that optimizer's own step. Its lr has another scale, so the outer step takes s lr / lr_0 in place of s lr, where lr_0 is
-the lr at construction.
+that optimizer's own step. Its lr has another scale, so the outer step takes s / (1 + c_k) in place of s lr: on average
+it goes from x toward z by the fraction s, whatever lr and c_k.
 
 With L = 1 there is no inner loop: y is the anchor itself. Each step is inner_step() with the master in place of the
 anchor and c_k in place of γ_k, followed by x = mean over a of y.
@@ -36,7 +36,6 @@ from torch.optim.sgd import sgd
 
 GAMMA_MAX = 1.0  # upper bound of γ_k, as in the authors' code
 COUPLING_MAX = 10.0  # upper bound of c_k, as in the authors' code
-INITIAL_OUTER_STEP = 0.9  # s (1 + c_0) with another inner optimizer; the limit of stability is 1.36 for μ' = 0.9
 
 # The settings that turn Parle into each special case. `replicas` None leaves n to the user; elastic-sgd starts at
 # ρ n = 1.

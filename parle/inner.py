@@ -39,12 +39,10 @@ def build_inner(inner: InnerFunction, groups: Sequence[dict[str, Any]]) -> torch
             f"Invalid inner value: the step of {type(optimizer).__name__} needs a closure, which would evaluate the "
             "loss several times per mini-batch; use an optimizer whose step needs none"
         )
-    for group in optimizer.param_groups:
-        if not group.get("lr", 0) > 0:
-            raise ValueError(
-                "Invalid inner value: the optimizer it returns needs an lr above 0, in proportion to which the outer "
-                "lr changes; for a warm-up from 0, use a scheduler"
-            )
+    if any("lr" not in group for group in optimizer.param_groups):
+        raise ValueError(
+            f"Invalid inner value: {type(optimizer).__name__} has no lr, which scales the pull to the anchor"
+        )
     return optimizer
 
 

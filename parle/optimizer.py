@@ -20,7 +20,6 @@ from parle.agreement import checksum, describe, find_nonfinite
 from parle.algorithm import (
     COUPLING_MAX,
     GAMMA_MAX,
-    INITIAL_OUTER_STEP,
     inner_step,
     outer_step,
     pull,
@@ -97,11 +96,11 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
         gamma: initial coefficient of the coupling to the anchor; it grows up to 1.
         rho: initial coefficient of the coupling to the mean, per update of a replica; ρ L n grows up to 10.
         alpha: weight of the previous value in the running average z^a; 0 makes z^a the last iterate.
-        outer_lr_scale: outer lr in units of lr; default: 1. With `inner`, the outer lr while lr is that at
-            construction; default: such that the first outer update is a step of 0.9 toward z. Unused, like alpha and
-            gamma, where L = 1. On average the outer update is a step of s lr (1 + c_k) toward z. If this exceeds
-            (2 + 2 μ') / (1 + 2 μ'), training may diverge, and a warning is given; c_k grows up to 10.
-        outer_momentum: Nesterov momentum of the outer update; default: `momentum`, and with `inner` 0.9.
+        outer_lr_scale: outer lr in units of lr; default: 1. Unused, like alpha and gamma, where L = 1. On average the
+            outer update is a step of s lr (1 + c_k) toward z. If this exceeds (2 + 2 μ') / (1 + 2 μ'), training may
+            diverge, and a warning is given; c_k grows up to 10. With `inner` it is that step itself, whatever lr and
+            c_k; default: 0.9.
+        outer_momentum: Nesterov momentum of the outer update; default: `momentum`, and with `inner` 0.
         master_average: β, the decay per round of an average of the master, which is then what `copy_master_to` and
             `master_weights` give. Training does not depend on it. 0: no average.
         batches_per_epoch: mini-batches in one pass over the data; sets how fast gamma and rho grow.
@@ -142,10 +141,8 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
             raise TypeError("Parle needs lr, or the function inner")
         defaults = dict(lr=0.0, momentum=0.9 if inner is None else 0.0, weight_decay=0.0)
         rates = defaults | {name: rates[name] for name in given}
-        if inner is None and outer_lr_scale is None:
-            outer_lr_scale = 1.0
-        if inner is not None and outer_momentum is None:
-            outer_momentum = 0.9
+        if outer_lr_scale is None:
+            outer_lr_scale = 1.0 if inner is None else 0.9
         outer = dict(alpha=alpha, outer_lr_scale=outer_lr_scale, outer_momentum=outer_momentum)
         coupling = dict(sync_every=sync_every, gamma=gamma, rho=rho, batches_per_epoch=batches_per_epoch)
         coupling |= dict(replica=self.replica_number, num_replicas=num_replicas)
@@ -162,8 +159,6 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
         for parameters in owned.values():
             check_parameters(parameters)
         self._compared_names = [name for name in self.defaults if name != "replica"]
-        self._compared_names += ["initial_inner_lr"] if inner is not None else []
-        self._required_names = [*self._compared_names, "replica"]
         self._original_params = [list(group["params"]) for group in self.param_groups]
         self._status = Status()
         self._warned: set[str] = set()
@@ -357,11 +352,13 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
             outer_step_size = _outer_lr(group) * (1 + group["coupling_k"])
             limit = (2 + 2 * group["outer_momentum"]) / (1 + 2 * group["outer_momentum"])
             if group["steps_per_round"] > 1 and outer_step_size > limit:
+                formula, remedy = "outer_lr_scale * lr * (1 + coupling_k)", "lr, outer_lr_scale or rho"
+                if self._inner:
+                    formula = remedy = "outer_lr_scale"
                 self._warn_once(
                     "unstable",
-                    f"Training may diverge: the outer step, outer_lr_scale * lr * (1 + coupling_k), is "
-                    f"{outer_step_size:.3g}, above the stability limit {limit:.3g}: use a lower lr, "
-                    "outer_lr_scale or rho",
+                    f"Training may diverge: the outer step, {formula}, is {outer_step_size:.3g}, above the stability "
+                    f"limit {limit:.3g}: use a lower {remedy}",
                 )
         for replica in self._replicas.values() if self._sync_kind != 1 else ():
             replica.detect_external_change()
@@ -677,7 +674,7 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
         """
         self._check_not_in_master_weights()
         groups, values = state["param_groups"], state["state"]
-        check_state(groups, values, self.param_groups, self.state, self._required_names)
+        check_state(groups, values, self.param_groups, self.state, self.defaults)
         with torch.no_grad():
             for parameter, vectors in self.state.items():
                 for name in vectors.keys() - {INNER}:
@@ -723,10 +720,7 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
         """Set the groups of a replica from those of its inner optimizer."""
         for group, inner_group in zip(self._groups_of(number), self._inner[number].param_groups, strict=True):
             group |= {name: inner_group[name] for name in SHARED if name in inner_group}
-            group |= {INNER: inner_settings(inner_group), "initial_inner_lr": float(inner_group["lr"])}
-            if group["outer_lr_scale"] is None:
-                steps = steps_per_round(group["sync_every"], group["lr"], group["gamma"])
-                group["outer_lr_scale"] = INITIAL_OUTER_STEP / (1 + group["rho"] * steps * self.num_replicas)
+            group[INNER] = inner_settings(inner_group)
             check_hyperparameters(group)
 
     @property
@@ -831,9 +825,8 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
 
 
 def _outer_lr(group: dict[str, Any]) -> float:
-    """Return s lr; with an inner optimizer, whose lr may have any scale, s times the ratio of lr to the initial one."""
-    lr = group["outer_lr_scale"] * group["lr"]
-    return lr / group["initial_inner_lr"] if INNER in group else lr
+    """Return s lr; with another inner optimizer, whose lr may have any scale, s / (1 + c_k)."""
+    return group["outer_lr_scale"] * (1 / (1 + group["coupling_k"]) if INNER in group else group["lr"])
 
 
 def _parameters_by_name(model: nn.Module, names: list[str]) -> list[nn.Parameter]:
