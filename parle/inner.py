@@ -41,7 +41,7 @@ def build_inner(inner: InnerFunction, groups: Sequence[dict[str, Any]]) -> torch
         )
     if any("lr" not in group for group in optimizer.param_groups):
         raise ValueError(
-            f"Invalid inner value: {type(optimizer).__name__} has no lr, which scales the pull to the anchor"
+            f"Invalid inner value: {type(optimizer).__name__} has no lr, by which the pull to the anchor is scaled"
         )
     return optimizer
 

@@ -51,6 +51,19 @@ def test_gpu_example_runs_and_learns(python, tmp_path):
     assert last > max(first, 93)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    "launch", [["-m", "mpi4py"], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 3]]
+)
+def test_transformer_example_runs_and_learns(python, tmp_path, launch):
+    path, ranks = ROOT / "examples" / "train_char_lm.py", 3 if "mpi4py" in launch else None
+    done = python(*launch, path, ranks=ranks, cwd=tmp_path, timeout=560, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    first, *_, last = map(float, re.findall(r"text ([\d.]+) nats", done.stdout))
+    assert last < min(first, 2.5)
+
+
 @pytest.fixture
 def clone(tmp_path):
     """A copy of the tree like a fresh clone, with this environment in place of the one that SETUP makes."""
