@@ -180,7 +180,7 @@ def launcher_table() -> str:
         if not row["bitwise_identical"]:
             cells[row["mpi"], launcher][row["fault"]] += ", another master"
     lines = [[*key, *(faults.get(name, "") for name in LAUNCHER_FAULTS)] for key, faults in sorted(cells.items())]
-    return results.markdown_table(["MPI library", "ranks are started by", *LAUNCHER_FAULTS], lines)
+    return results.markdown_table(["library", "ranks are started by", *LAUNCHER_FAULTS], lines)
 
 
 def run_trials(trials: list[tuple[str, Fault, int]], proc: Path, launcher: str | None) -> None:
