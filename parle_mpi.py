@@ -75,7 +75,7 @@ class Parle(ParleBase):
         **hyperparameters: Any,
     ):
         given = group_of(comm, timeout)
-        if given.size == 1 and not isinstance(comm, torch.distributed.ProcessGroup):
+        if given.size == 1 and not distributed.is_process_group(comm):
             _check_number_of_ranks(comm)
         replicas = given.size if replicas is None else replicas
         world = self._free_with_optimizer(given.duplicate())

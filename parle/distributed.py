@@ -355,16 +355,20 @@ def _free_released() -> None:
 
 def group_of(comm: "MPI.Comm | ProcessGroup", timeout: float) -> Group:
     """Return the group of a communicator or process group. Raises: ValueError."""
-    from torch import distributed
-
     if comm is None or not hasattr(comm, "size"):
         raise ValueError(
             f"Invalid comm value: {comm}; pass an MPI communicator, or torch.distributed.group.WORLD after "
             "torch.distributed.init_process_group()"
         )
-    if not isinstance(comm, distributed.ProcessGroup):
+    if not is_process_group(comm):
         return MPIGroup(comm, timeout) if comm.size > 1 else Group(timeout)
     return TorchGroup(comm, timeout) if comm.size() > 1 else Group(timeout)
+
+
+def is_process_group(comm: Any) -> bool:
+    from torch import distributed
+
+    return distributed.is_available() and isinstance(comm, distributed.ProcessGroup)
 
 
 def mpi_library() -> str:

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import math
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -307,7 +308,7 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, as any torch optimizer does."""
         self._status.gradients_are_averaged = False
-        super().zero_grad(set_to_none)
+        _without_dynamo(torch.optim.Optimizer.zero_grad)(self, set_to_none)
 
     def _start(self) -> None:
         """Check before the first step that all ranks have the same settings, and adopt weights that were loaded."""
@@ -661,7 +662,11 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
         for number, optimizer in self._inner.items():
             for parameter in self._replicas[number].parameters:
                 self.state[parameter][INNER] = optimizer.state[parameter]
-        return super().state_dict()
+        return _without_dynamo(torch.optim.Optimizer.state_dict)(self)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned, as any torch optimizer does. Raises: ValueError, and changes nothing."""
+        _without_dynamo(torch.optim.Optimizer.load_state_dict)(self, state_dict)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Copy a loaded state. `load_state_dict` calls this between its pre-hooks and its post-hooks.
@@ -702,7 +707,7 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
             names = param_group.keys() - {"params", "param_names"} - (self.defaults.keys() - set(SHARED))
             settings = {name: param_group[name] for name in names}
             param_group = {name: value for name, value in param_group.items() if name not in names}
-        super().add_param_group(param_group)
+        _without_dynamo(torch.optim.Optimizer.add_param_group)(self, param_group)
         group = self.param_groups[-1]
         if group["outer_momentum"] is None:
             group["outer_momentum"] = group["momentum"]
@@ -822,6 +827,15 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
             )
         for parameter, source in zip(targets, sources, strict=True):
             parameter.copy_(values.get(source, source))
+
+
+def _without_dynamo(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a method of torch's optimizers without its decorator, which hides it from torch.compile.
+
+    The first call of a decorated method imports torch._dynamo. That doubles the CPU time in which a process starts; a
+    process that compiles has imported it already.
+    """
+    return method if "torch._dynamo" in sys.modules else getattr(method, "__wrapped__", method)
 
 
 def _outer_lr(group: dict[str, Any]) -> float:

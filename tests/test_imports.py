@@ -42,6 +42,7 @@ def test_classes_work_beside_a_users_own_modules(tmp_path):
     for name in USER_MODULES:
         (tmp_path / f"{name}.py").write_text("MINE = True\n")
     program = """
+import sys
 import torch
 from mpi4py import MPI
 import models, loader, engine, report, checkpoint, options, ranks, training
@@ -57,9 +58,12 @@ for build in (
     optimizer = build(weight)
     weight.grad = torch.ones(2)
     optimizer.step()
+    optimizer.zero_grad()
+    optimizer.load_state_dict(optimizer.state_dict())
     print(bool(optimizer.master.sum() < 2))
+print("torch._dynamo" in sys.modules)
 """
-    assert run(tmp_path, program).split() == ["True"] * 2
+    assert run(tmp_path, program).split() == ["True", "True", "False"]  # torch._dynamo takes seconds to import
 
 
 def test_imports_run_one_way():
