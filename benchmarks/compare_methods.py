@@ -129,7 +129,7 @@ def errors_by_config(digest: str) -> dict[str, dict[int, float]]:
 # Tables
 
 
-def compare(ours: list[float], theirs: list[float]) -> str:
+def compare(ours: list[float], theirs: list[float], digits: int = 2) -> str:
     """Format the difference of the means with the p value of Welch's t-test; below 5 % it is significant."""
     if not theirs:
         return "not run"
@@ -138,10 +138,10 @@ def compare(ours: list[float], theirs: list[float]) -> str:
     difference = statistics.mean(ours) - statistics.mean(theirs)
     n = f"n = {len(ours)}, {len(theirs)}"
     if min(len(ours), len(theirs)) < 2:
-        return f"{difference:+.2f} ({n})"
+        return f"{difference:+.{digits}f} ({n})"
     p = stats.ttest_ind(ours, theirs, equal_var=False).pvalue
     result = "not significant" if p >= 0.05 else "better" if difference < 0 else "worse"
-    return f"{difference:+.2f}, {result} (p = {p:.3g}, {n})"
+    return f"{difference:+.{digits}f}, {result} (p = {p:.3g}, {n})"
 
 
 def format_errors(errors: list[float]) -> str:

@@ -358,3 +358,12 @@ def test_without_inner_nothing_is_added():
     optimizer = parle_gpu.Parle([network().parameters()], lr=0.1, **SETTINGS)
     assert "inner" not in optimizer.param_groups[0]
     assert all("inner" not in values for values in optimizer.state.values())
+
+
+def test_one_replica_without_coupling_is_the_inner_optimizer():
+    model, plain = network(), network()
+    optimizer = build([model], sync_every=1, gamma=0.0, rho=0.0)
+    adamw = ADAMW(plain.parameters())
+    train(optimizer, [model], range(10))
+    train(adamw, [plain], range(10))
+    assert torch.equal(flat(model), flat(plain))
