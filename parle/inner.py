@@ -34,7 +34,8 @@ def build_inner(inner: InnerFunction, groups: Sequence[dict[str, Any]]) -> torch
             "Invalid inner value: it must return an optimizer of the parameters or groups that it is given, in their "
             "order; to split them into groups, pass the groups to Parle"
         )
-    if inspect.signature(optimizer.step).parameters["closure"].default is inspect.Parameter.empty:
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
         raise ValueError(
             f"Invalid inner value: the step of {type(optimizer).__name__} needs a closure, which would evaluate the "
             "loss several times per mini-batch; use an optimizer whose step needs none"

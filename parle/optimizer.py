@@ -89,10 +89,10 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
         lr: step size of the inner and the outer update.
         momentum: Nesterov momentum of the inner update; default: 0.9.
         weight_decay: L2 penalty, in the inner update only; default: 0.
-        inner: function that returns another inner optimizer, as `lambda params: torch.optim.AdamW(params, lr=3e-4)`,
-            called with the parameters of a replica, or with its groups and the settings given in them; in place of lr,
-            momentum and weight_decay. Its lr is that of Parle's groups, its settings without an equal there are
-            their `inner`, and it takes over their changes at each step.
+        inner: function that builds another inner optimizer from the parameters of a replica, or from its groups if
+            `params` are groups, such as `lambda params: torch.optim.AdamW(params, lr=3e-4)`. It replaces lr, momentum
+            and weight_decay, which Parle's groups take from it; they hold its other settings under "inner". What is
+            changed in Parle's groups takes effect at the next step.
         sync_every: L, steps per round, or "auto" for max(1, round(lr / γ_k)) with the first group's lr and γ.
         gamma: initial coefficient of the coupling to the anchor; it grows up to 1.
         rho: initial coefficient of the coupling to the mean, per update of a replica; ρ L n grows up to 10.

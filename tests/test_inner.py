@@ -323,6 +323,25 @@ def fewer(parameters):
     return torch.optim.AdamW(list(parameters)[1:])
 
 
+class SignSGD(torch.optim.Optimizer):
+    """An optimizer of a user, whose step takes no closure."""
+
+    def step(self):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.sub_(group["lr"] * parameter.grad.sign())
+
+
+def test_step_need_not_take_a_closure(build_one):
+    model = network()
+    optimizer, before = (
+        build_one(model.parameters(), inner=lambda own: SignSGD(own, dict(lr=0.1)), gamma=0.0),
+        flat(model),
+    )
+    train(optimizer, [model], range(1))
+    assert set((flat(model) - before).abs().mul(10).round(decimals=4).tolist()) == {1.0}
+
+
 class WithoutLr(torch.optim.Optimizer):
     def step(self, closure=None):
         pass
