@@ -21,9 +21,7 @@ def ignore_sigusr1() -> None:
 def handle_signals() -> Iterator[StopRequest]:
     """Turn signals into requests: SIGINT, SIGTERM and SIGHUP to save and stop, SIGUSR1 to save and continue.
 
-    A second SIGINT raises KeyboardInterrupt. Once a stop was requested, the others are ignored until the process exits,
-    so that a second SIGTERM cannot change its exit status. Stop signals that the parent ignores, as under nohup, stay
-    ignored.
+    A second SIGINT raises KeyboardInterrupt. Stop signals that the parent ignores, as under nohup, stay ignored.
     """
     request = StopRequest()
 
@@ -41,5 +39,4 @@ def handle_signals() -> Iterator[StopRequest]:
         yield request
     finally:
         for number, handler in previous.items():
-            is_handled = request.stop and number in (signal.SIGTERM, signal.SIGHUP)
-            signal.signal(number, signal.SIG_IGN if is_handled else handler)
+            signal.signal(number, handler)

@@ -53,17 +53,6 @@ def test_first_signal_requests_a_stop_second_sigint_raises(number, fatal):
     assert fatal == []
 
 
-def test_a_second_sigterm_cannot_end_a_program_that_is_stopping(fatal):
-    with signals.handle_signals() as request:
-        send(signal.SIGTERM)
-    assert request.stop
-    send(signal.SIGTERM)
-    send(signal.SIGHUP)
-    assert fatal == []
-    send(signal.SIGINT)  # a user may still insist
-    assert fatal == [signal.SIGINT]
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_stop_signal_that_the_parent_ignores_stays_ignored(number, fatal):
     signal.signal(number, signal.SIG_IGN)
