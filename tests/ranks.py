@@ -7,7 +7,7 @@ import parle_mpi
 
 class Parle(parle_mpi.Parle):
     def __init__(self, params, comm, **settings):
-        super().__init__(params, getattr(comm, "group", comm), **settings)
+        super().__init__(params, comm.group if isinstance(comm, TorchRanks) else comm, **settings)
 
 
 class TorchRanks:
