@@ -257,6 +257,7 @@ def world_group() -> MPIGroup | TorchGroup:
         return torch_world_group()
     import mpi4py
 
+    os.environ.setdefault("UCX_DEBUG_SIGNO", "0")  # in MPICH's wheel; otherwise MPI would take over SIGHUP
     mpi4py.rc.initialize, mpi4py.rc.finalize = False, True  # so that importing MPI does not start it
     try:
         from mpi4py import MPI
@@ -275,7 +276,16 @@ def world_group() -> MPIGroup | TorchGroup:
 
 def torch_world_group() -> TorchGroup:
     """Start torch.distributed and return the group of all ranks that torchrun has started."""
-    store, rank, size = next(torch.distributed.rendezvous("env://"))
+    from parle import cli, supervision
+
+    limit = datetime.timedelta(seconds=supervision.START_TIMEOUT)
+    try:
+        store, rank, size = next(torch.distributed.rendezvous("env://", timeout=limit))
+    except RuntimeError as error:
+        raise cli.UsageError(
+            f"the other ranks of torchrun cannot be reached ({str(error).splitlines()[0]}): start the program with "
+            "torchrun, or unset RANK and WORLD_SIZE"
+        ) from error
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     if ranks_here == size:  # several nodes may count restarts differently
         # the store still has the addresses of ranks that have failed: pytorch/pytorch#135712
@@ -308,7 +318,7 @@ def run(given: argparse.Namespace, world: MPIGroup | TorchGroup) -> bool:
 
     def complete() -> tuple[argparse.Namespace, list[torch.device]]:
         if given.max_restarts and not launcher.is_started_by_parle():
-            raise cli.UsageError("--max-restarts: another launcher has started these ranks; let it restart them")
+            raise cli.UsageError("--max-restarts works only for ranks that this program starts itself: omit it")
         args = cli.complete(given, world.size)
         return args, cli.find_devices(args.device)
 

@@ -383,7 +383,7 @@ def saved_arguments(parser: Parser, saved: dict[str, Any]) -> dict[str, Any]:
     """
     arguments = {}
     for action in parser._actions:
-        value = saved.get(action.dest)
+        value = saved.get(action.dest) if action.dest != "doctor" else None
         try:
             if value is not None:
                 arguments[action.dest] = _convert_saved(action, value)
@@ -465,7 +465,7 @@ def validate(args: argparse.Namespace, num_ranks: int | None) -> None:
     if num_ranks % args.replicas:
         divisors = ", ".join(str(n) for n in range(1, num_ranks + 1) if num_ranks % n == 0)
         raise UsageError(
-            f"{num_ranks} ranks cannot be divided among -n {args.replicas} replicas: use -n with one of {divisors}"
+            f"-n {args.replicas} does not divide the number of ranks, {num_ranks}: use -n with one of {divisors}"
         )
     ranks_per_replica = num_ranks // args.replicas
     if args.batch_size < 2 * ranks_per_replica:

@@ -4,6 +4,7 @@ Their ranks communicate by MPI or by torch.distributed. Importing this module lo
 """
 
 import contextlib
+import datetime
 import math
 import os
 import pickle
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 TIMEOUT_TAG = 4711  # MPI tag of the message by which a rank that timed out notifies the others
 TIMEOUT_KEY = "parle-timeout"  # of such notices in the store of a process group
 POLL_SECONDS = 2e-4  # between tests of a pending request: 5 % of a core; a longer sleep would delay large messages
+MAX_SECONDS = 30 * 86400.0  # of a process group, which needs a limit
 NOTICE_SECONDS = 0.5  # between tests whether another rank timed out
 
 
@@ -307,7 +309,9 @@ class TorchGroup(Group):
             return Group(self.timeout, parent=self)
         key = self.comm, ranks
         if key not in _subgroups:
-            _subgroups[key] = distributed.new_group(ranks, backend=backend, use_local_synchronization=True)
+            limit = datetime.timedelta(seconds=min(self.timeout, MAX_SECONDS))
+            own = dict(backend=backend, timeout=limit, use_local_synchronization=True)
+            _subgroups[key] = distributed.new_group(ranks, **own)
         return TorchGroup(_subgroups[key], self.timeout, parent=self)
 
     def split_by_node(self) -> "TorchGroup":

@@ -148,15 +148,17 @@ def find_checkpoint(args: argparse.Namespace, data: dict[str, Any]) -> ResumePoi
     changes = {
         name: (was[name], now[name]) for name in was if name not in LOCAL_ARGUMENTS and was[name] != now.get(name)
     }
-    was = manifest["data"]
-    if was["batches_per_epoch"] != data["batches_per_epoch"] and not {"batch_size", "frac"} & changes.keys():
+    saved_data = manifest["data"]
+    if not all(isinstance(saved_data.get(name), int) for name in ("batches_per_epoch", "num_train_images")):
+        raise cli.UsageError(f"--resume: {path / checkpoint.MANIFEST}: its data are not those that a run writes")
+    if saved_data["batches_per_epoch"] != data["batches_per_epoch"] and not {"batch_size", "frac"} & changes.keys():
         raise cli.UsageError(
-            f"--resume: {path} has {was['num_train_images']} training images and {was['batches_per_epoch']} rounds per "
-            f"epoch, but these data have {data['num_train_images']} and {data['batches_per_epoch']}: use --data with "
-            "the same images"
+            f"--resume: {path} has {saved_data['num_train_images']} training images and "
+            f"{saved_data['batches_per_epoch']} rounds per epoch, but these data have {data['num_train_images']} and "
+            f"{data['batches_per_epoch']}: use --data with the same images"
         )
     names = ("source_dir", "num_train_images", "data_checksum")
-    changes |= {name: (was[name], data[name]) for name in names if was[name] != data[name]}
+    changes |= {name: (saved_data.get(name), data[name]) for name in names if saved_data.get(name) != data[name]}
     return ResumePoint(path, manifest, changes)
 
 

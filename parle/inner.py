@@ -2,7 +2,6 @@
 
 import copy
 import inspect
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -34,12 +33,13 @@ def build_inner(inner: InnerFunction, groups: Sequence[dict[str, Any]]) -> torch
             "Invalid inner value: it must return an optimizer of the parameters or groups that it is given, in their "
             "order; to split them into groups, pass the groups to Parle"
         )
-    closure = inspect.signature(optimizer.step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
-        raise ValueError(
-            f"Invalid inner value: the step of {type(optimizer).__name__} needs a closure, which would evaluate the "
-            "loss several times per mini-batch; use an optimizer whose step needs none"
-        )
+    kinds = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.KEYWORD_ONLY
+    for name, parameter in inspect.signature(optimizer.step).parameters.items():
+        if parameter.kind in kinds and parameter.default is inspect.Parameter.empty:
+            raise ValueError(
+                f"Invalid inner value: the step of {type(optimizer).__name__} needs a {name}, but Parle calls step() "
+                "once per mini-batch, after its backward pass: use an optimizer whose step needs no argument"
+            )
     if any("lr" not in group for group in optimizer.param_groups):
         raise ValueError(
             f"Invalid inner value: {type(optimizer).__name__} has no lr, by which the pull to the anchor is scaled"
@@ -62,9 +62,23 @@ def update_settings(optimizer: torch.optim.Optimizer, groups: Sequence[Mapping[s
 def load_inner_state(optimizer: torch.optim.Optimizer, states: Mapping[nn.Parameter, dict[str, Any]]) -> None:
     """Replace the state of an inner optimizer by copies of the states by parameter."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    own = {parameter: states.get(parameter, {}).get(INNER) for parameter in parameters}
-    loaded = {parameter: copy.deepcopy(state) for parameter, state in own.items() if state}
-    optimizer.state = defaultdict(dict, loaded)
+    own = {index: states.get(parameter, {}).get(INNER) for index, parameter in enumerate(parameters)}
+    groups = optimizer.state_dict()["param_groups"]
+    # the optimizer itself knows the dtype and device of each state
+    optimizer.load_state_dict(
+        dict(state=copy.deepcopy({i: state for i, state in own.items() if state}), param_groups=groups)
+    )
+
+
+def check_settings_unchanged(optimizer: torch.optim.Optimizer, groups: Sequence[Mapping[str, Any]]) -> None:
+    """Check that a step has not changed the settings: the next update would undo it. Raises: RuntimeError."""
+    for inner_group, group in zip(optimizer.param_groups, groups, strict=True):
+        changed = [name for name, value in group[INNER].items() if inner_group[name] is not value]
+        if changed:
+            raise RuntimeError(
+                f"{type(optimizer).__name__} keeps its progress ({', '.join(changed)}) in its parameter groups, which "
+                "Parle does not support: use an inner optimizer that keeps it in its state"
+            )
 
 
 def find_numbers(settings: Mapping[str, Any]) -> dict[str, float]:

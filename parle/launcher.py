@@ -33,7 +33,8 @@ def launcher_name(environment: Mapping[str, str] = os.environ) -> str | None:
 
 def _detect_launcher(environment: Mapping[str, str]) -> tuple[str, int, int | None] | None:
     torchrun = None
-    if environment.keys() >= TORCHRUN_VARIABLES and STATUS_DIR not in environment:
+    is_numbered = all(environment.get(name, "").isdecimal() for name in ("RANK", "WORLD_SIZE"))
+    if is_numbered and environment.keys() >= TORCHRUN_VARIABLES and STATUS_DIR not in environment:
         torchrun = TORCHRUN, int(environment["RANK"]), int(environment["WORLD_SIZE"])
         if "TORCHELASTIC_RUN_ID" in environment:  # perhaps within srun
             return torchrun
@@ -95,8 +96,8 @@ def check_number_of_ranks(found: int, environment: Mapping[str, str] = os.enviro
     _, started = rank_from_environment(environment) or (0, None)
     if started not in (found, None):
         raise OSError(
-            f"the launcher started {started} ranks, but the MPI library of mpi4py finds {found}: start with the "
-            "mpiexec of that library, or install mpi4py for the launcher's MPI"
+            f"the launcher started {started} ranks, but mpi4py's MPI library sees {found}: use that library's mpiexec, "
+            "or install mpi4py for the launcher's MPI"
         )
 
 
@@ -109,6 +110,28 @@ def allocated_nodes(environment: Mapping[str, str] = os.environ) -> int:
         return len(set(Path(environment["PBS_NODEFILE"]).read_text().split()))
     except (KeyError, OSError):
         return 0
+
+
+def settings_for_own_ranks(nodes: int, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Return the environment variables with which any mpiexec starts ranks on this machine.
+
+    Args:
+        nodes: of the batch job, see `allocated_nodes`.
+    """
+    # Open MPI refuses root and more ranks than cores; other launchers ignore these
+    settings = {
+        "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",  # version 5
+        "OMPI_MCA_rmaps_base_oversubscribe": "1",  # version 4
+        "OMPI_ALLOW_RUN_AS_ROOT": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    }
+    settings = {name: environment.get(name, value) for name, value in settings.items()}
+    is_this_node = nodes == 1 and environment.keys() & {"SLURMD_NODENAME", "SLURM_PROCID", "PBS_NODEFILE"}
+    if is_this_node:  # MPICH's mpiexec would start them through srun, which waits for cores, or ssh; Intel's as well
+        settings |= {"HYDRA_LAUNCHER": "fork", "I_MPI_HYDRA_BOOTSTRAP": "fork"}
+    if "PBS_NODEFILE" in environment:  # MPICH would read it, but a container may not have it
+        settings |= {"HYDRA_RMK": "user"}
+    return settings
 
 
 def is_first_rank() -> bool:

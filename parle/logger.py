@@ -48,8 +48,8 @@ class RunLogger:
             raise FileExistsError(f"another run is writing {self.log}") from error
         except OSError as error:  # Lustre without -o flock and NFS without lockd, for example
             self.print_line(
-                f"WARNING: the file system of {folder} does not support file locks ({error.strerror}): let no other "
-                "run use it"
+                f"WARNING: the file system of {folder} does not support file locks ({error.strerror}): make sure "
+                "that no other run uses this directory"
             )
         if log_bytes is not None:
             os.truncate(self.log, min(log_bytes, self.log_bytes))

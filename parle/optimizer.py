@@ -38,7 +38,16 @@ from parle.flat_replica import (
     padded_size,
     trainable,
 )
-from parle.inner import INNER, SHARED, InnerFunction, build_inner, inner_settings, load_inner_state, update_settings
+from parle.inner import (
+    INNER,
+    SHARED,
+    InnerFunction,
+    build_inner,
+    check_settings_unchanged,
+    inner_settings,
+    load_inner_state,
+    update_settings,
+)
 from parle.validation import (
     check_hyperparameters,
     check_parameters,
@@ -289,6 +298,7 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
             pull(vectors.weights, anchor, coupling=group[name], lr=group["lr"])
         update_settings(self._inner[number], self._groups_of(number))
         self._inner[number].step()
+        check_settings_unchanged(self._inner[number], self._groups_of(number))
 
     @torch.no_grad()
     def average_gradients(self) -> None:
@@ -704,7 +714,7 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
             )
         settings = {}
         if self._inner_function is not None:
-            names = param_group.keys() - {"params", "param_names"} - (self.defaults.keys() - set(SHARED))
+            names = param_group.keys() - {"params", "param_names", "initial_lr"} - (self.defaults.keys() - set(SHARED))
             settings = {name: param_group[name] for name in names}
             param_group = {name: value for name, value in param_group.items() if name not in names}
         _without_dynamo(torch.optim.Optimizer.add_param_group)(self, param_group)
@@ -720,6 +730,8 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
         """Build the inner optimizer of a replica, which has no state yet."""
         own = [self._inner_groups[i] for i, group in enumerate(self.param_groups) if group["replica"] == number]
         self._inner[number] = build_inner(self._inner_function, own)
+        for parameter in self._replicas[number].parameters:
+            self.state[parameter].pop(INNER, None)
 
     def _adopt_settings(self, number: int) -> None:
         """Set the groups of a replica from those of its inner optimizer."""

@@ -27,7 +27,7 @@ GRACE_PERIOD = 10.0  # seconds that the others have to exit after a rank that di
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # save and stop
 FORWARDED_AS = {signal.SIGHUP: signal.SIGTERM}  # to mpiexec, which would exit on SIGHUP
 
-# Requests SIGTERM for the parent's death (PR_SET_PDEATHSIG), unless it is dead already, and executes the arguments
+# Asks Linux to send SIGTERM when the parent dies (PR_SET_PDEATHSIG), then becomes the command unless it is dead already
 BECOME_COMMAND = """
 import ctypes, os, signal, sys
 ctypes.CDLL(None).prctl(1, signal.SIGTERM)
@@ -61,17 +61,9 @@ def spawn_ranks(count: int, max_restarts: int = 0) -> int | None:
     if nodes > 1:
         start = "srun --mpi=pmi2" if "SLURM_JOB_ID" in os.environ else "mpiexec"
         raise OSError(f"this job has {nodes} nodes: start its ranks with {start} -n {count} python {sys.argv[0]}")
-    if nodes == 1 and os.environ.keys() & {"SLURMD_NODENAME", "SLURM_PROCID", "PBS_NODEFILE"}:  # it is this node
-        # MPICH's mpiexec would start them through srun, which waits for cores, or ssh; Intel's as well
-        os.environ.setdefault("HYDRA_LAUNCHER", "fork")
-        os.environ.setdefault("I_MPI_HYDRA_BOOTSTRAP", "fork")
+    os.environ.update(launcher.settings_for_own_ranks(nodes))
     if sys.stdout.isatty():
         os.environ[TERMINAL_WIDTH] = str(shutil.get_terminal_size().columns)
-    # Open MPI refuses root and more ranks than cores without these; other launchers ignore them
-    os.environ.setdefault("PRTE_MCA_rmaps_default_mapping_policy", ":oversubscribe")  # version 5
-    os.environ.setdefault("OMPI_MCA_rmaps_base_oversubscribe", "1")  # version 4
-    os.environ.setdefault("OMPI_ALLOW_RUN_AS_ROOT", "1")
-    os.environ.setdefault("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")
     sys.stdout.flush()
     command, forwarder = [command, "-n", str(count), sys.executable, *sys.argv], SignalForwarder()
     run, resume, restarts = None, [], 0
@@ -159,7 +151,7 @@ def _supervise(command: list[str], folder: Path, count: int, forwarder: SignalFo
     start_deadline, complaint = time.monotonic() + START_TIMEOUT, None
     while open_outputs:
         if not any_started and time.monotonic() > start_deadline:
-            complaint = f"mpiexec: no rank has started within {START_TIMEOUT:.0f} s"
+            complaint = f"no rank started within {START_TIMEOUT:.0f} s: mpiexec may be waiting for another program"
             os.killpg(mpiexec.pid, signal.SIGKILL)  # it may be waiting for another program, as for srun
             break
         unfinished = [rank for rank in exited_ranks if rank not in exits or exits[rank][0] != FINISHED]
@@ -167,7 +159,7 @@ def _supervise(command: list[str], folder: Path, count: int, forwarder: SignalFo
             deadline = deadline or time.monotonic() + GRACE_PERIOD
             if time.monotonic() > deadline:  # for example if MPI starts on some ranks only and they wait forever
                 if unfinished:
-                    complaint = f"rank {unfinished[0]}: exited before the others"
+                    complaint = f"rank {unfinished[0]} exited before the others, which were ended"
                 forwarder.signal_ranks(signal.SIGKILL)
                 mpiexec.terminate()
         for key, _ in streams.select(1):
@@ -205,6 +197,10 @@ def _supervise(command: list[str], folder: Path, count: int, forwarder: SignalFo
         complaint = f"rank {killed[0]}: killed"
     elif complaint is None and status < 0:
         complaint = "mpiexec: killed"
+    if len(exits) < count and forwarder.asked_to_stop and status != os.EX_TEMPFAIL and not (folder / RUN).exists():
+        expected = status_before_training(next(number for number in forwarder.received if number in STOP_SIGNALS))
+        if {number for _, number in exits.values()} <= {expected}:  # before they could handle the signal
+            return expected, False
     hint = f"; resume with: {_read_text(folder / RESUME)}" if (folder / RESUME).exists() else ""
     return _judge(count, exits, status if status >= 0 else 128 - status, complaint and f"{complaint}{hint}")
 
@@ -285,6 +281,11 @@ def _read_text(path: Path) -> str:
 def unignored(numbers: Iterable[signal.Signals]) -> list[signal.Signals]:
     """Return the signals that this process does not ignore: nohup and background jobs of a shell ignore some."""
     return [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+
+
+def status_before_training(number: int) -> int:
+    """Return the exit status of a program that a signal ends before it trains: a resumed run can be resumed again."""
+    return os.EX_TEMPFAIL if any(word.startswith("--resume") for word in sys.argv) else 128 + number
 
 
 def run_or_abort(main: Callable[[], None]) -> None:

@@ -130,8 +130,8 @@ def check_state(
             raise ValueError(f"The state_dict was not saved by Parle: group {index} has no {', '.join(missing)}")
         if group.get(INNER, {}).keys() != own.get(INNER, {}).keys():
             raise ValueError(
-                f"The state_dict was saved with another inner optimizer, whose settings are "
-                f"{sorted(group.get(INNER, {}))} instead of {sorted(own.get(INNER, {}))}"
+                f"The state_dict was saved with a different inner optimizer: its settings are "
+                f"{sorted(group.get(INNER, {}))}, this one's are {sorted(own.get(INNER, {}))}"
             )
         check_hyperparameters(group)
         check_counters(group)

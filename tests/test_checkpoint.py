@@ -1601,3 +1601,21 @@ def test_full_disk_leaves_only_complete_lines_in_the_log(run, tmp_path, monkeypa
     assert log[0]["event"] == "start"
     assert log[-1]["event"] != "finished"
     assert any(f"{out}/log.jsonl" in line for line in run.warnings())
+
+
+@pytest.mark.parametrize("data", [{}, dict(batches_per_epoch="x", num_train_images=None)])
+def test_manifest_without_the_data_of_a_run_is_refused(run, tmp_path, data):
+    run.new(tmp_path / "run", "-B", 0.2)
+    (path,) = (tmp_path / "run" / "checkpoints").iterdir()
+    rewrite(path, lambda manifest: manifest.update(data=data))
+    assert run("--resume", tmp_path / "run", "-B", 1) == 2
+    assert "manifest.json" in run.stderr
+
+
+def test_doctor_is_not_taken_from_a_checkpoint(run, tmp_path):
+    run.new(tmp_path / "run", "-B", 0.2)
+    (path,) = (tmp_path / "run" / "checkpoints").iterdir()
+    rewrite(path, lambda manifest: manifest["arguments"].update(doctor=True))
+    assert run("--resume", tmp_path / "run", "-B", 0.4) == 0
+    (newest, _) = sorted((tmp_path / "run" / "checkpoints").iterdir(), reverse=True)
+    assert newest.name > path.name

@@ -201,12 +201,12 @@ def test_saved_state_resumes_bitwise_and_is_copied(tmp_path):
 def test_state_of_another_inner_optimizer_is_rejected():
     networks = [network(), network()]
     sgd, adamw = build(networks, inner=functools.partial(torch.optim.SGD, lr=0.1)), build([network(), network()])
-    with pytest.raises(ValueError, match="another inner optimizer"):
+    with pytest.raises(ValueError, match="different inner optimizer"):
         adamw.load_state_dict(sgd.state_dict())
     without = parle_gpu.Parle([network().parameters() for _ in range(2)], lr=0.1, **SETTINGS)
-    with pytest.raises(ValueError, match="another inner optimizer"):
+    with pytest.raises(ValueError, match="different inner optimizer"):
         adamw.load_state_dict(without.state_dict())
-    with pytest.raises(ValueError, match="another inner optimizer"):
+    with pytest.raises(ValueError, match="different inner optimizer"):
         without.load_state_dict(adamw.state_dict())
 
 
@@ -342,6 +342,38 @@ def test_step_need_not_take_a_closure(build_one):
     assert set((flat(model) - before).abs().mul(10).round(decimals=4).tolist()) == {1.0}
 
 
+class NeedsLoss(torch.optim.Optimizer):
+    def step(self, loss):
+        pass
+
+
+class Counting(torch.optim.Optimizer):
+    """An optimizer that keeps its progress in its groups, as Prodigy and Schedule-Free do."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["k"] += 1
+
+
+def test_optimizer_with_progress_in_its_groups_is_an_error(build_one):
+    model = network()
+    optimizer = build_one(model.parameters(), inner=lambda own: Counting(own, dict(lr=0.1, k=0)))
+    with pytest.raises(RuntimeError, match=r"Counting keeps its progress \(k\)"):
+        train(optimizer, [model], range(1))
+
+
+def test_loaded_states_have_the_dtype_that_the_inner_optimizer_needs():
+    model, resumed = network(), network()
+    fused = functools.partial(torch.optim.AdamW, fused=True)
+    optimizer, other = build([model], inner=fused), build([resumed], inner=fused)
+    train(optimizer, [model], range(2))
+    state = optimizer.state_dict()
+    for values in state["state"].values():
+        values["inner"] = values["inner"] | dict(step=values["inner"]["step"].double())
+    other.load_state_dict(state)
+    assert {values["inner"]["step"].dtype for values in other.state_dict()["state"].values()} == {torch.float32}
+
+
 class WithoutLr(torch.optim.Optimizer):
     def step(self, closure=None):
         pass
@@ -359,6 +391,7 @@ def split(parameters):
         (split, "pass the groups to Parle"),
         (lambda parameters: None, "NoneType"),
         (torch.optim.LBFGS, "LBFGS needs a closure"),
+        (lambda parameters: NeedsLoss(parameters, dict(lr=0.1)), "NeedsLoss needs a loss"),
         (lambda parameters: WithoutLr(parameters, {}), "WithoutLr has no lr"),
     ],
 )

@@ -134,6 +134,29 @@ def test_torchrun_is_detected(environment, name, size):
     assert (launcher.rank_from_environment(environment) or (None, None))[1] == size
 
 
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])
+@pytest.mark.parametrize("value", ["", "a"])
+def test_variables_of_torchrun_that_are_no_numbers_are_ignored(name, value):
+    assert launcher.rank_from_environment(ELASTIC | {name: value}) is None
+
+
+@pytest.mark.parametrize(
+    ("environment", "nodes", "expected"),
+    [
+        ({}, 0, {}),
+        (dict(SLURM_PROCID="0", HYDRA_LAUNCHER="slurm"), 1, dict(HYDRA_LAUNCHER="fork", I_MPI_HYDRA_BOOTSTRAP="fork")),
+        (dict(SLURM_JOB_ID="3"), 1, {}),  # the shell of salloc, which may be on another node
+        (dict(PBS_NODEFILE="/missing"), 0, dict(HYDRA_RMK="user")),
+        (dict(PBS_NODEFILE="/nodes"), 1, dict(HYDRA_LAUNCHER="fork", HYDRA_RMK="user")),
+    ],
+)
+def test_own_ranks_start_on_this_machine(environment, nodes, expected):
+    settings = launcher.settings_for_own_ranks(nodes, environment)
+    hydra = {name: value for name, value in settings.items() if name.startswith(("HYDRA", "I_MPI"))}
+    assert hydra.items() >= expected.items() and (hydra or not expected)
+    assert settings["OMPI_MCA_rmaps_base_oversubscribe"] == "1"
+
+
 @pytest.mark.parametrize(("count", "restarted"), [(None, False), ("0", False), ("2", True)])
 def test_restarts_by_torchrun_are_detected(count, restarted):
     environment = {} if count is None else ELASTIC | dict(TORCHELASTIC_RESTART_COUNT=count)

@@ -104,6 +104,21 @@ def test_gradients_are_never_taken_for_a_synchronization(python, tmp_path):
     assert re.search(r"rank \d: In (step 2|the synchronization) of round 1, rank \d waited", done.stdout), done.stderr
 
 
+CATCHES_SIGHUP = """
+import signal, parle_mpi
+parle_mpi.world_group()
+(line,) = [line for line in open("/proc/self/status") if line.startswith("SigCgt")]
+print(bool(int(line.split()[1], 16) >> signal.SIGHUP - 1 & 1))
+"""
+
+
+def test_mpi_does_not_take_over_sighup(python, tmp_path):
+    """UCX, in MPICH's wheel, would print its debugging output instead."""
+    (tmp_path / "script.py").write_text(CATCHES_SIGHUP)
+    done = python(tmp_path / "script.py", PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+    assert done.stdout == "False\n", done.stderr
+
+
 @pytest.mark.slow
 def test_one_replica_per_rank_by_default(train):
     log, _ = train("-B", 0.08, "-L", 2, ranks=3)

@@ -249,6 +249,24 @@ def test_mpiexec_forwards_signals_while_ranks_start(start, script, tmp_path, las
     assert received == [f"{int(signal.SIGUSR1)} {int(forwarded)} "] * 3
 
 
+STARTING = """
+open(f"ready-{rank}", "w")
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(("arguments", "resumes"), [("", False), ("--resume run", True)])
+def test_a_signal_before_training_is_no_failed_rank(start, script, tmp_path, number, arguments, resumes):
+    before = f"sys.argv += {arguments.split()}"
+    process = start(script(STARTING, before=before))
+    wait_until(lambda: len(list(tmp_path.glob("ready-*"))) == 3)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == (75 if resumes else 128 + number)
+    assert "rank" not in err
+
+
 MPIRUN = f"""#!{sys.executable}
 import os, signal, subprocess, sys
 count, command = int(sys.argv[2]), sys.argv[3:]
