@@ -66,7 +66,7 @@ def spawn_ranks(count: int, max_restarts: int = 0) -> int | None:
         os.environ[TERMINAL_WIDTH] = str(shutil.get_terminal_size().columns)
     sys.stdout.flush()
     command, forwarder = [command, "-n", str(count), sys.executable, *sys.argv], SignalForwarder()
-    run, resume, restarts = None, [], 0
+    run, resume, restarts = _given_run(), [], 0
     while True:
         with tempfile.TemporaryDirectory(prefix="parle-") as folder:
             status, failed = _supervise([*command, *resume], Path(folder), count, forwarder)
@@ -271,6 +271,17 @@ def write_resume_command(command: str, run: Path) -> None:
             for name, text in ((RUN, str(run)), (RESUME, command)):
                 (folder / f".{name}-{rank}").write_bytes(os.fsencode(text))
                 os.replace(folder / f".{name}-{rank}", folder / name)  # atomic
+
+
+def _given_run() -> str | None:
+    """Return the directory that --resume names, from which ranks can be restarted before they report it."""
+    words = iter(sys.argv)
+    for word in words:
+        name, _, value = word.partition("=")
+        if name == "--resume":
+            value = value or next(words, "-")
+            return None if value.startswith("-") else value
+    return None
 
 
 def _read_text(path: Path) -> str:

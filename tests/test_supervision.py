@@ -267,6 +267,20 @@ def test_a_signal_before_training_is_no_failed_rank(start, script, tmp_path, num
     assert "rank" not in err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "run"),
+    [
+        ("--resume a/run -B 3", "a/run"),
+        ("-B 3 --resume=a/run", "a/run"),
+        ("--resume --out b", None),
+        ("--resume", None),
+    ],
+)
+def test_ranks_are_restarted_from_the_run_that_is_resumed(monkeypatch, arguments, run):
+    monkeypatch.setattr(sys, "argv", ["parle_mpi.py", *arguments.split()])
+    assert supervision._given_run() == run
+
+
 MPIRUN = f"""#!{sys.executable}
 import os, signal, subprocess, sys
 count, command = int(sys.argv[2]), sys.argv[3:]
