@@ -20,8 +20,8 @@ x̄ is the average of the master over rounds, m the number of rounds in it; it a
 switches it off.
 
 Another inner optimizer replaces inner_step() by y ← y − lr γ_k (y − x^a), decoupled as AdamW's weight decay is, and
-that optimizer's own step. Its lr has another scale, so the outer step takes s / (1 + c_k) in place of s lr: on average
-it goes from x toward z by the fraction s, whatever lr and c_k.
+that optimizer's own step. Its lr is on a different scale, so the outer step takes s / (1 + c_k) in place of s lr: on
+average it moves x toward z by the fraction s, independent of lr and c_k.
 
 With L = 1 there is no inner loop: y is the anchor itself. Each step is inner_step() with the master in place of the
 anchor and c_k in place of γ_k, followed by x = mean over a of y.

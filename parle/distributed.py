@@ -29,6 +29,7 @@ NOTICE_SECONDS = 0.5  # between tests whether another rank timed out
 
 
 _released: list["MPI.Comm"] = []
+# Kept: ranks whose garbage collectors free process groups at different times would disagree on the names of new ones
 _subgroups: "dict[tuple[ProcessGroup, tuple[int, ...]], ProcessGroup]" = {}
 
 
@@ -252,8 +253,8 @@ class TorchGroup(Group):
     """The ranks of a torch.distributed process group, by gloo or NCCL.
 
     Optimizers share it with the caller, as DistributedDataParallel does: all ranks make the same calls in the same
-    order. The time limit of the process group applies as well, and only that one where tensors are on a GPU: the host
-    does not wait for these.
+    order. The time limit of the process group applies as well. For tensors on a GPU it is the only one, since the host
+    does not wait for them.
     """
 
     def __init__(self, group: "ProcessGroup", timeout: float = math.inf, parent: Group | None = None):
@@ -298,8 +299,6 @@ class TorchGroup(Group):
         return TorchGroup(self.comm, self.timeout)
 
     def split(self, color: int) -> "TorchGroup":
-        """Return the group of the ranks that pass the same `color`. It is kept for later calls: ranks whose garbage
-        collectors free process groups at different times would disagree on the names of new ones."""
         from torch import distributed
 
         global_ranks = distributed.get_process_group_ranks(self.comm)

@@ -101,7 +101,7 @@ class FlatReplica:
     def views(self, vector: Tensor) -> list[Tensor]:
         """Return `vector` as tensors with the shapes and strides of the parameters.
 
-        Each has a storage of its own over the same memory. Otherwise safetensors and pickle treat them as shared
+        Each has a separate storage over the same memory. Otherwise safetensors and pickle treat them as shared
         tensors and save duplicates, the whole vector, or nothing.
         """
         views, start = [], vector.storage_offset()

@@ -1,4 +1,4 @@
-"""The inner optimizer that the argument `inner` builds. Parle's groups hold its settings, Parle's states its state."""
+"""The optimizer that the argument `inner` builds. Its settings are stored in Parle's groups, its state in Parle's."""
 
 import copy
 import inspect
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 SHARED = ("lr", "momentum", "weight_decay")  # settings of Parle's own groups, where schedulers change them
-INNER = "inner"  # key of the other ones in Parle's groups, and of the inner optimizer's states in Parle's
+INNER = "inner"  # key of its other settings in a group, and of its state in the state of a parameter
 
 InnerFunction = Callable[[list[Any]], torch.optim.Optimizer]
 
@@ -42,18 +42,18 @@ def build_inner(inner: InnerFunction, groups: Sequence[dict[str, Any]]) -> torch
             )
     if any("lr" not in group for group in optimizer.param_groups):
         raise ValueError(
-            f"Invalid inner value: {type(optimizer).__name__} has no lr, by which the pull to the anchor is scaled"
+            f"Invalid inner value: {type(optimizer).__name__} has no lr, which scales the pull to the anchor"
         )
     return optimizer
 
 
 def inner_settings(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a group of an inner optimizer that Parle's groups do not have themselves."""
+    """Return those settings of an inner optimizer's group that Parle's groups lack."""
     return {name: value for name, value in group.items() if name not in ("params", "param_names", *SHARED)}
 
 
 def update_settings(optimizer: torch.optim.Optimizer, groups: Sequence[Mapping[str, Any]]) -> None:
-    """Give an inner optimizer the current settings in Parle's groups, which schedulers and users may have changed."""
+    """Copy the settings in Parle's groups, which schedulers and users may have changed, into an inner optimizer."""
     for inner_group, group in zip(optimizer.param_groups, groups, strict=True):
         inner_group.update(group[INNER])
         inner_group.update({name: group[name] for name in SHARED if name in inner_group})

@@ -92,7 +92,7 @@ def check_mpi(library_version: str, environment: Mapping[str, str] = os.environ)
 
 
 def check_number_of_ranks(found: int, environment: Mapping[str, str] = os.environ) -> None:
-    """Check that MPI found as many ranks as the launcher started. Raises: OSError."""
+    """Check that MPI found the number of ranks that the launcher started. Raises: OSError."""
     _, started = rank_from_environment(environment) or (0, None)
     if started not in (found, None):
         raise OSError(

@@ -108,8 +108,8 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
         alpha: weight of the previous value in the running average z^a; 0 makes z^a the last iterate.
         outer_lr_scale: outer lr in units of lr; default: 1. Unused, like alpha and gamma, where L = 1. On average the
             outer update is a step of s lr (1 + c_k) toward z. If this exceeds (2 + 2 μ') / (1 + 2 μ'), training may
-            diverge, and a warning is given; c_k grows up to 10. With `inner` it is that step itself, whatever lr and
-            c_k; default: 0.9.
+            diverge, and a warning is given; c_k grows up to 10. With `inner` it is the size of that step,
+            independent of lr and c_k; default: 0.9.
         outer_momentum: Nesterov momentum of the outer update; default: `momentum`, and with `inner` 0.
         master_average: β, the decay per round of an average of the master, which is then what `copy_master_to` and
             `master_weights` give. Training does not depend on it. 0: no average.

@@ -34,7 +34,7 @@ def check_parameters(parameters: list[nn.Parameter]) -> None:
             )
     if any(parameter.is_cpu and parameter.is_shared() for parameter in trained):
         raise ValueError(
-            "A parameter is in shared memory, and Parle moves parameters to memory of its own: do not call "
+            "A parameter is in shared memory, and Parle moves parameters to other memory: do not call "
             "share_memory(), and update a shared model with copy_master_to()"
         )
     if len(set(trained)) < len(trained):
