@@ -379,8 +379,8 @@ def load_shared(world: Group, node: Group, args: argparse.Namespace) -> "Dataset
 
 
 if __name__ == "__main__":
+    from parle.rank_exit import run_or_abort
     from parle.streams import prepare_streams
-    from parle.supervision import run_or_abort
 
     prepare_streams()
     run_or_abort(main)

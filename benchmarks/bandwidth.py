@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import loader
 import models
 from benchmarks import results
-from parle import distributed, launcher, supervision
+from parle import distributed, launcher, rank_exit
 from parle.algorithm import PRESETS
 from parle.distributed import MPIGroup
 from parle_mpi import Parle
@@ -334,4 +334,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    supervision.run_or_abort(main)
+    rank_exit.run_or_abort(main)

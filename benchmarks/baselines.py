@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import loader
 from benchmarks import results, trials
 from benchmarks.baseline_optimizers import GRID, Method, average, first_settings, flatten, methods
-from parle import evaluation, launcher, supervision, training
+from parle import evaluation, launcher, rank_exit, supervision, training
 from parle.cores import count_cores
 from parle.distributed import MPIGroup
 
@@ -342,4 +342,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    supervision.run_or_abort(main)
+    rank_exit.run_or_abort(main)

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import loader
 import models
 from benchmarks import results
-from parle import distributed, launcher, supervision, training
+from parle import distributed, launcher, rank_exit, training
 from parle.distributed import MPIGroup
 from parle_mpi import Parle
 
@@ -250,4 +250,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    supervision.run_or_abort(main)
+    rank_exit.run_or_abort(main)

@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import loader
 from benchmarks import bandwidth, baselines, results, trials
 from benchmarks.baseline_optimizers import Method, build_diloco, first_settings, methods
-from parle import distributed, launcher, supervision
+from parle import distributed, launcher, rank_exit
 from parle.distributed import MPIGroup
 
 NAME = Path(__file__).stem
@@ -249,4 +249,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    supervision.run_or_abort(main)
+    rank_exit.run_or_abort(main)

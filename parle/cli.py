@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from parle import checkpoint, launcher, supervision
+from parle import checkpoint, launcher, rank_exit
 from parle.algorithm import PRESETS
 from parle.streams import ignore_write_errors, prepare_streams
 
@@ -45,7 +45,7 @@ def print_error(prog: str, error: Exception) -> None:
     """Print an error as one line on stderr, on the first rank only."""
     if launcher.is_first_rank():
         with ignore_write_errors(sys.stderr):
-            sys.stderr.write(f"{prog}: error: {supervision.describe_error(error)}\n")
+            sys.stderr.write(f"{prog}: error: {rank_exit.describe_error(error)}\n")
             sys.stderr.flush()
 
 

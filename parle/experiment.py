@@ -18,7 +18,7 @@ from torch import nn
 
 import models
 from loader import BatchLoader, Dataset, DownloadError
-from parle import checkpoint, cli, evaluation, fault_injection, signals, supervision
+from parle import checkpoint, cli, evaluation, fault_injection, rank_exit, signals
 from parle.distributed import Groups
 from parle.logger import RunLogger, environment_info
 from parle.optimizer import ParleBase
@@ -297,7 +297,7 @@ class Experiment:
         folder = groups.world.all_gather(logger and logger.folder)[0]
         resume_command = f"{program} --resume {shlex.quote(str(folder))}"
         if folder and checkpoint.list_checkpoints(folder / checkpoint.FOLDER):
-            supervision.write_resume_command(resume_command, folder)
+            rank_exit.write_resume_command(resume_command, folder)
         save_error: OSError | None = None
 
         def save(state: TrainState) -> None:
@@ -313,7 +313,7 @@ class Experiment:
                 metadata["log_bytes"] = logger.log_bytes
             try:
                 checkpoint.save(folder / checkpoint.FOLDER, optimizer, self.networks, metadata, groups)
-                supervision.write_resume_command(resume_command, folder)
+                rank_exit.write_resume_command(resume_command, folder)
                 save_error = None
             except OSError as error:
                 save_error = error

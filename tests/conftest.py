@@ -3,6 +3,7 @@ import shlex
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -111,3 +112,41 @@ def start(tmp_path, proc):
         if process.poll() is None:
             process.kill()
             process.communicate()
+
+
+@pytest.fixture
+def script(tmp_path):
+    """A function that writes a program and returns its path: it starts itself as ranks, which execute `body`."""
+
+    def write(body, before="", count=3):
+        path = tmp_path / f"script{len(list(tmp_path.glob('*.py')))}.py"
+        imports = f"import os, signal, sys, time\nsys.path.insert(0, {str(ROOT)!r})\n"
+        imports += (
+            "from parle import distributed, launcher, rank_exit, streams, supervision\nstreams.prepare_streams()\n"
+        )
+        spawn = f"if launcher.rank_from_environment() is None:\n    sys.exit(supervision.spawn_ranks({count}))\n"
+        path.write_text(f"{imports}{before}\n{spawn}rank, size = launcher.rank_from_environment()\n{body}")
+        return path
+
+    return write
+
+
+def start_in_shell(path, redirected, **environment):
+    """Run a script in a shell that redirects its streams and return its exit status, stdout and stderr."""
+    line = f"{shlex.quote(sys.executable)} {shlex.quote(str(path))} {redirected}"
+    done = subprocess.run(["sh", "-c", line], env=outside(environment), capture_output=True, timeout=60)
+    return done.returncode, done.stdout, done.stderr
+
+
+def wait_until(condition, seconds=60):
+    deadline = time.time() + seconds
+    while not condition():
+        assert time.time() < deadline
+        time.sleep(0.01)
+
+
+def is_running(process):
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

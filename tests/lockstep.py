@@ -15,7 +15,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from parle import supervision
+from parle import rank_exit
 from tests import ranks
 from tests.ranks import Parle
 from tests.reference import Reference
@@ -255,4 +255,4 @@ def main():
 
 
 if __name__ == "__main__":
-    supervision.run_or_abort(main)
+    rank_exit.run_or_abort(main)

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import loader
-from parle import evaluation, supervision, training
+from parle import evaluation, rank_exit, training
 from parle.distributed import CollectiveTimeout, Group
 from tests import ranks
 from tests.ranks import Parle
@@ -402,4 +402,4 @@ def main():
 
 
 if __name__ == "__main__":
-    supervision.run_or_abort(main)
+    rank_exit.run_or_abort(main)

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import loader
 import models
 from benchmarks import baseline_optimizers, baselines, results
-from parle import supervision
+from parle import rank_exit
 from parle.distributed import MPIGroup
 from tests.toy import run_ranks
 
@@ -328,4 +328,4 @@ def test_table_has_the_latest_settings_and_the_best_method_first(monkeypatch):
 
 
 if __name__ == "__main__":
-    supervision.run_or_abort(main)
+    rank_exit.run_or_abort(main)

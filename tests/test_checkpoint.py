@@ -33,7 +33,7 @@ from parle import (
     fault_injection,
     launcher,
     logger,
-    supervision,
+    rank_exit,
     training,
 )
 from parle.checkpoint import CheckpointError
@@ -1433,7 +1433,7 @@ def test_resume_command_quotes_the_directory(run, tmp_path):
 def commands(monkeypatch):
     """Return the resume commands that the supervising process gets, filled in as they are written."""
     written = []
-    monkeypatch.setattr(supervision, "write_resume_command", lambda command, folder: written.append(command))
+    monkeypatch.setattr(rank_exit, "write_resume_command", lambda command, folder: written.append(command))
     return written
 
 
@@ -1501,7 +1501,7 @@ def test_timeout_message_contains_the_round(run, tmp_path, monkeypatch, module, 
     monkeypatch.setattr(module, name, time_out)
     with pytest.raises(distributed.CollectiveTimeout) as caught:
         run.new(tmp_path / "run", "--eval-every", 1, at={7: SAVE})
-    assert re.fullmatch(rf"waited 2 s for rank 1\b.*\bround {round}\b.*", supervision.describe_error(caught.value))
+    assert re.fullmatch(rf"waited 2 s for rank 1\b.*\bround {round}\b.*", rank_exit.describe_error(caught.value))
 
 
 # master.pt

@@ -16,9 +16,7 @@ def script(tmp_path):
 
     def write(body):
         path = tmp_path / "script.py"
-        imports = (
-            "from parle import cores, distributed, launcher, supervision\nfrom parle.distributed import MPIGroup\n"
-        )
+        imports = "from parle import cores, distributed, launcher, rank_exit\nfrom parle.distributed import MPIGroup\n"
         path.write_text(f"import math, os, socket, sys, time\nsys.path.insert(0, {str(ROOT)!r})\n{imports}{body}")
         return path
 
@@ -171,7 +169,7 @@ def main():
     sys.stdout.write(f"{world.rank} is done\\n")
 
 
-supervision.run_or_abort(main)
+rank_exit.run_or_abort(main)
 """
 
 
@@ -228,7 +226,7 @@ def main():
         time.sleep(1.5)  # when rank 0 times out, rank 2 is waiting but within its own time limit
     world.all_gather(1)
 
-supervision.run_or_abort(main)
+rank_exit.run_or_abort(main)
 """
 
 

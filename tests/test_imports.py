@@ -15,7 +15,7 @@ CLASS_MODULES = {
 }
 LAYERS = [
     *("algorithm", "flat_replica", "inner", "validation", "agreement", "optimizer", "distributed", "cores"),
-    *("evaluation", "training", "streams", "launcher", "supervision", "signals", "checkpoint"),
+    *("evaluation", "training", "streams", "launcher", "rank_exit", "supervision", "signals", "checkpoint"),
     *("fault_injection", "logger", "cli", "experiment", "doctor", "plot"),
 ]
 USER_MODULES = ("models", "loader", "engine", "report", "checkpoint", "options", "ranks", "training")

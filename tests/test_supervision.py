@@ -1,7 +1,5 @@
-import contextlib
 import os
 import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -14,30 +12,8 @@ from unittest import mock
 
 import pytest
 
-from parle import launcher, supervision
-from tests.conftest import ROOT, mpiexec, outside
-
-
-@pytest.fixture
-def script(tmp_path):
-    """A function that writes a program and returns its path: it starts itself as ranks, which execute `body`."""
-
-    def write(body, before="", count=3):
-        path = tmp_path / f"script{len(list(tmp_path.glob('*.py')))}.py"
-        imports = f"import os, signal, sys, time\nsys.path.insert(0, {str(ROOT)!r})\n"
-        imports += "from parle import distributed, launcher, streams, supervision\nstreams.prepare_streams()\n"
-        spawn = f"if launcher.rank_from_environment() is None:\n    sys.exit(supervision.spawn_ranks({count}))\n"
-        path.write_text(f"{imports}{before}\n{spawn}rank, size = launcher.rank_from_environment()\n{body}")
-        return path
-
-    return write
-
-
-def start_in_shell(path, redirected, **environment):
-    """Run a script in a shell that redirects its streams and return its exit status, stdout and stderr."""
-    line = f"{shlex.quote(sys.executable)} {shlex.quote(str(path))} {redirected}"
-    done = subprocess.run(["sh", "-c", line], env=outside(environment), capture_output=True, timeout=60)
-    return done.returncode, done.stdout, done.stderr
+from parle import launcher, rank_exit, supervision
+from tests.conftest import is_running, mpiexec, outside, start_in_shell, wait_until
 
 
 @pytest.fixture
@@ -57,11 +33,13 @@ def start(tmp_path):
             process.kill()
 
 
-def wait_until(condition, seconds=60):
-    deadline = time.time() + seconds
-    while not condition():
-        assert time.time() < deadline
-        time.sleep(0.01)
+@pytest.fixture
+def own_signals():
+    """Restore this process's handlers of signals after the test."""
+    previous = {number: signal.getsignal(number) for number in (*supervision.STOP_SIGNALS, signal.SIGUSR1)}
+    yield
+    for number, handler in previous.items():
+        signal.signal(number, handler)
 
 
 def test_ranks_start_within_a_job_of_one_node(start, script):
@@ -81,26 +59,11 @@ def test_ranks_are_not_started_on_several_nodes(monkeypatch, no_launcher):
         supervision.spawn_ranks(3)
 
 
-def test_ranks_that_do_not_start_are_given_up(tmp_path, monkeypatch, capfd, no_launcher):
+def test_ranks_that_do_not_start_are_given_up(tmp_path, monkeypatch, capfd, no_launcher, own_signals):
     monkeypatch.setattr(launcher, "find_mpiexec", lambda: mpiexec(tmp_path, does="exec sleep 60"))
     monkeypatch.setattr(supervision, "START_TIMEOUT", 0.2)
     assert supervision.spawn_ranks(3) != 0
     assert re.search("no rank.*started", capfd.readouterr().err.splitlines()[-1])
-
-
-PMI = dict(PMI_RANK="0", PMI_SIZE="3")
-
-
-@pytest.mark.parametrize("folder", ["missing", "without a reader"])
-def test_a_rank_without_its_supervisor_runs_on(folder, tmp_path, monkeypatch, no_launcher):
-    for name, value in (*PMI.items(), (launcher.STATUS_DIR, str(tmp_path / folder))):
-        monkeypatch.setenv(name, value)
-    if folder != "missing":
-        (tmp_path / folder).mkdir()
-        os.mkfifo(tmp_path / folder / "0")
-    called = []
-    supervision.run_or_abort(lambda: called.append(1))
-    assert called == [1]
 
 
 @pytest.fixture
@@ -307,7 +270,7 @@ def test_ranks_can_save_although_mpirun_would_kill_them(start, script, tmp_path,
         "sys.exit", "time.sleep(rank); print('saved', flush=True); sys.modules['mpi4py.MPI'] = FINALIZED; sys.exit"
     )
     body = "import types\nFINALIZED = types.SimpleNamespace(Is_finalized=lambda: True, Is_initialized=lambda: True)\n"
-    body += f"def main():\n{textwrap.indent(saving, '    ')}\nsupervision.run_or_abort(main)"
+    body += f"def main():\n{textwrap.indent(saving, '    ')}\nrank_exit.run_or_abort(main)"
     process = start(script(body, before=f"launcher.find_mpiexec = lambda: {str(mpirun)!r}"))
     wait_until(lambda: len(list(tmp_path.glob("ready-*"))) == 3)
     time.sleep(0.5)  # until the notices are read
@@ -316,9 +279,25 @@ def test_ranks_can_save_although_mpirun_would_kill_them(start, script, tmp_path,
     assert (process.returncode, out.split(), err) == (75, ["saved"] * 3, "")
 
 
+LATE_SIGNAL = """
+class Late:
+    def __del__(self, kill=os.kill, pid=os.getpid(), number=signal.{name}):
+        kill(pid, number)
+
+if launcher.rank_from_environment() is None:
+    late = Late()  # deleted after Python has given signals their default effect again
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGUSR1"])
+def test_a_signal_after_the_ranks_have_ended_changes_nothing(python, script, name):
+    end = "rank_exit.run_or_abort(lambda: sys.exit(75))"
+    assert python(script(end, before=LATE_SIGNAL.format(name=name), count=2)).returncode == 75
+
+
 def test_second_sigint_ends_ranks_that_hang(start, script, tmp_path):
     body = "def main():\n    signal.signal(signal.SIGINT, signal.SIG_IGN)\n    open(f'ready-{rank}', 'w').close()\n"
-    process = start(script(f"{body}    time.sleep(60)\nsupervision.run_or_abort(main)", before=SHORT_GRACE_PERIOD))
+    process = start(script(f"{body}    time.sleep(60)\nrank_exit.run_or_abort(main)", before=SHORT_GRACE_PERIOD))
     wait_until(lambda: len(list(tmp_path.glob("ready-*"))) == 3)
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
@@ -332,7 +311,7 @@ def test_second_sigint_ends_ranks_that_hang(start, script, tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_no_rank_survives_a_killed_proxy(start, script, tmp_path):
     announce = "open(f'{os.environ[launcher.STATUS_DIR]}/rank-{rank}', 'w').write(f'{os.getpid()} {os.getppid()}')\n"
-    process = start(script(f"supervision.open_status_pipe()\n{announce}time.sleep(60)"))
+    process = start(script(f"rank_exit.end_with_launcher()\n{announce}time.sleep(60)"))
     wait_until(lambda: len([path for path in tmp_path.glob("parle-*/rank-*") if path.read_text()]) == 3)
     pids, parents = zip(*(path.read_text().split() for path in tmp_path.glob("parle-*/rank-*")), strict=True)
     os.kill(int(parents[0]), signal.SIGKILL)
@@ -355,7 +334,7 @@ def test_ignored_signals_stay_ignored(start, script, tmp_path):
 @pytest.mark.parametrize("redirected", ["2>&-", ">&- 2>&-", ">/dev/full 2>/dev/full"])
 @pytest.mark.parametrize("end", ["sys.exit(75)", "os.kill(os.getpid(), signal.SIGKILL)"])
 def test_exit_status_is_the_same_with_unusable_streams(script, redirected, end):
-    path = script(f"print('out'), print('err', file=sys.stderr)\nlauncher.open_status_pipe()\n{end}", count=2)
+    path = script(f"print('out'), print('err', file=sys.stderr)\nrank_exit.open_status_pipe()\n{end}", count=2)
     status, out, err = start_in_shell(path, "")
     assert status and b"out" in out and b"err" in err
     assert start_in_shell(path, redirected)[::2] == (status, b"")
@@ -365,13 +344,13 @@ KILLED = """
 from mpi4py import MPI
 
 def main():
-    supervision.write_resume_command("python this --resume that", "that")
+    rank_exit.write_resume_command("python this --resume that", "that")
     MPI.COMM_WORLD.Barrier()
     if rank == {killed}:
         os.kill(os.getpid(), signal.SIGKILL)
     distributed.MPIGroup(MPI.COMM_WORLD).wait(MPI.COMM_WORLD.Ibarrier())
 
-supervision.run_or_abort(main)
+rank_exit.run_or_abort(main)
 """
 
 
@@ -390,7 +369,7 @@ def test_resume_command_has_the_bytes_of_the_directory(script):
 
 
 def test_without_a_resume_command_the_killed_rank_is_named(python, script):
-    done = python(script(KILLED.format(killed=1).replace("supervision.write_resume_command", "max")))
+    done = python(script(KILLED.format(killed=1).replace("rank_exit.write_resume_command", "max")))
     assert done.returncode not in (0, 75)
     last = done.stderr.splitlines()[-1]
     assert "rank 1" in last and "killed" in last and "--resume" not in last
@@ -403,7 +382,7 @@ attempts, succeeded = Path(__file__).with_suffix(".attempts"), Path(__file__).wi
 
 def main():
     if {checkpoint}:
-        supervision.write_resume_command("python this --resume that", "that")
+        rank_exit.write_resume_command("python this --resume that", "that")
     if rank == size - 1:
         text = attempts.read_text() if attempts.exists() else ""
         attempts.write_text(f"{{text}}{{sys.argv[1:]}};")
@@ -413,8 +392,10 @@ def main():
     while not succeeded.exists():
         time.sleep(0.01)
 
-supervision.run_or_abort(main)
+rank_exit.run_or_abort(main)
 """
+
+
 KILL, RAISE_ERROR = "os.kill(os.getpid(), signal.SIGKILL)", "raise ValueError('wrong')"
 
 
@@ -434,23 +415,18 @@ def test_ranks_that_fail_before_they_train_are_restarted_from_the_same_checkpoin
     assert done.returncode == 0 and "restart 2 of 2" in done.stderr
 
 
-def test_a_signal_between_two_attempts_stops_the_run(tmp_path, monkeypatch, capfd, no_launcher):
+def test_a_signal_between_two_attempts_stops_the_run(tmp_path, monkeypatch, capfd, no_launcher, own_signals):
     attempts = []
 
-    def supervise(command, folder, count, forwarder):
+    def attempt(command, folder, count, forwarder):
         attempts.append(command)
-        (folder / supervision.RUN).write_text("that")
+        (folder / rank_exit.RUN).write_text("that")
         os.kill(os.getpid(), signal.SIGTERM)
-        return 1, True
+        return SimpleNamespace(supervise=lambda: (1, True))
 
     monkeypatch.setattr(launcher, "find_mpiexec", lambda: mpiexec(tmp_path))
-    monkeypatch.setattr(supervision, "_supervise", supervise)
-    previous = {number: signal.getsignal(number) for number in (*supervision.STOP_SIGNALS, signal.SIGUSR1)}
-    try:
-        assert supervision.spawn_ranks(2, max_restarts=3) == 1
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    monkeypatch.setattr(supervision, "Attempt", attempt)
+    assert supervision.spawn_ranks(2, max_restarts=3) == 1
     assert len(attempts) == 1 and capfd.readouterr().err == ""
 
 
@@ -477,14 +453,14 @@ def test_one_rank_is_supervised_if_it_may_be_restarted(python, script):
 
 
 def test_silent_exit_of_all_ranks_is_a_failure(python, script):
-    done = python(script("supervision.open_status_pipe()\nos._exit(0)"))
+    done = python(script("rank_exit.open_status_pipe()\nos._exit(0)"))
     assert done.returncode == 1
     assert re.search("rank [012].* killed", done.stderr.splitlines()[-1])
 
 
 def test_exception_is_the_last_line(python, script):
     body = "from mpi4py import MPI\ndef main():\n    if rank == 1:\n        raise ValueError('wrong')\n"
-    body += "    distributed.MPIGroup(MPI.COMM_WORLD).wait(MPI.COMM_WORLD.Ibarrier())\nsupervision.run_or_abort(main)"
+    body += "    distributed.MPIGroup(MPI.COMM_WORLD).wait(MPI.COMM_WORLD.Ibarrier())\nrank_exit.run_or_abort(main)"
     done = python(script(body))
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == "rank 1: ValueError: wrong"
@@ -492,15 +468,17 @@ def test_exception_is_the_last_line(python, script):
 
 EARLY = """
 def main():
-    supervision.write_resume_command("python this --resume that", "that")
+    rank_exit.write_resume_command("python this --resume that", "that")
     if rank == 1:
         {end}
     {others}
     from mpi4py import MPI
     MPI.COMM_WORLD.Barrier()
 
-supervision.run_or_abort(main)
+rank_exit.run_or_abort(main)
 """
+
+
 SHORT_GRACE_PERIOD = "supervision.GRACE_PERIOD = 1.0"
 
 
@@ -523,7 +501,7 @@ def test_rank_that_exits_before_mpi_starts_ends_all(start, script):
 SLOW_EXIT = """
 import atexit
 atexit.register(time.sleep, {after} * rank)
-supervision.run_or_abort(lambda: time.sleep({before} * rank))
+rank_exit.run_or_abort(lambda: time.sleep({before} * rank))
 """
 
 
@@ -556,7 +534,7 @@ def test_killed_mpiexec_is_named(start, script, tmp_path):
     process = start(
         script(
             HANDLE.replace(
-                "def handle", "supervision.write_resume_command('python this --resume that', 'that')\ndef handle"
+                "def handle", "rank_exit.write_resume_command('python this --resume that', 'that')\ndef handle"
             )
         )
     )
@@ -569,229 +547,9 @@ def test_killed_mpiexec_is_named(start, script, tmp_path):
     assert "mpiexec" in last and "killed" in last and last.endswith("python this --resume that")
 
 
-def test_full_disk_for_the_resume_command_is_no_error(tmp_path, monkeypatch, no_launcher):
-    monkeypatch.setenv("PMI_RANK", "1")
-    monkeypatch.setenv("PMI_SIZE", "3")
-    monkeypatch.setenv(launcher.STATUS_DIR, str(tmp_path / "gone"))
-    supervision.write_resume_command("this", "that")
-    assert not (tmp_path / "gone").exists()
-
-
 def test_exit_status_2_of_all_ranks_adds_no_message(python, script):
-    done = python(script("supervision.run_or_abort(lambda: sys.exit(2))"))
+    done = python(script("rank_exit.run_or_abort(lambda: sys.exit(2))"))
     assert (done.returncode, done.stderr) == (2, "")
-
-
-def read_notices(pipe):
-    return [(notice, int(number)) for notice, number in map(str.split, os.read(pipe, 100).decode().splitlines())]
-
-
-def test_only_spawned_ranks_report_their_exit(tmp_path, monkeypatch, no_launcher):
-    monkeypatch.setenv(launcher.STATUS_DIR, str(tmp_path))
-    supervision.write_resume_command("this", "that")
-    assert not supervision.open_status_pipe()(supervision.EXITED, 0)
-    monkeypatch.setenv("PMI_RANK", "1")
-    monkeypatch.setenv("PMI_SIZE", "3")
-    monkeypatch.delenv(launcher.STATUS_DIR)
-    supervision.write_resume_command("this", "that")
-    assert not supervision.open_status_pipe()(supervision.EXITED, 0)
-    assert list(tmp_path.iterdir()) == []
-    monkeypatch.setenv(launcher.STATUS_DIR, str(tmp_path))
-    supervision.write_resume_command("this", "that")
-    os.mkfifo(tmp_path / "1")
-    pipe = os.open(tmp_path / "1", os.O_RDONLY | os.O_NONBLOCK)
-    assert supervision.open_status_pipe()(supervision.EXITED, 3)
-    assert read_notices(pipe) == [(supervision.STARTED, os.getpid()), (supervision.EXITED, 3)]
-    os.close(pipe)
-    assert (tmp_path / "resume").read_text() == "this"
-
-
-def test_report_to_a_dead_process_is_no_error(tmp_path, monkeypatch, no_launcher):
-    for name, value in (("PMI_RANK", "1"), ("PMI_SIZE", "3"), (launcher.STATUS_DIR, str(tmp_path))):
-        monkeypatch.setenv(name, value)
-    os.mkfifo(tmp_path / "1")
-    reader = os.open(tmp_path / "1", os.O_RDONLY | os.O_NONBLOCK)
-    report_exit = supervision.open_status_pipe()
-    os.close(reader)
-    assert not report_exit(supervision.FAILED, 1)
-
-
-RAISE = """
-from mpi4py import MPI
-comm = MPI.COMM_WORLD
-
-def main():
-    if comm.rank == 1:
-        time.sleep({delay})
-        print(time.time())
-        raise {error}
-    time.sleep(0.3 - {delay})
-    {wait}
-
-supervision.run_or_abort(main)
-"""
-
-
-@pytest.mark.parametrize(
-    ("delay", "wait", "error"),
-    [
-        (0.3, "comm.Barrier()", "ValueError('wrong')"),
-        (0.0, "time.sleep(50)", "ValueError('wrong\\n  in the second line')"),
-        (0.3, "distributed.MPIGroup(comm).all_gather(1)", "RuntimeError('wrong')"),
-    ],
-    ids=["in MPI", "asleep", "in all_gather"],
-)
-def test_exception_on_one_rank_aborts_all(delay, wait, error, python, script):
-    done = python(script(RAISE.format(delay=delay, wait=wait, error=error)), ranks=3, PYTHONUNBUFFERED="")
-    ended = time.time()
-    assert done.returncode != 0
-    assert "Traceback" in done.stderr
-    assert done.stderr.splitlines()[-1].startswith(f"rank 1: {error.partition('(')[0]}: wrong")
-    assert ended - float(done.stdout.split()[0]) < 10, "a second, and more on a busy machine"
-
-
-def test_keyboard_interrupt_aborts_all_without_a_traceback(python, script):
-    done = python(script(RAISE.format(delay=0.3, wait="comm.Barrier()", error="KeyboardInterrupt")), ranks=3)
-    assert (done.returncode, done.stderr) == (130, "")
-
-
-def test_exception_before_mpi_import_propagates(monkeypatch):
-    monkeypatch.delitem(sys.modules, "mpi4py.MPI", raising=False)
-
-    def main():
-        raise ValueError("wrong")
-
-    with pytest.raises(ValueError, match=r"^wrong$"):
-        supervision.run_or_abort(main)
-
-
-@pytest.mark.parametrize(("initialized", "finalized"), [(False, False), (True, True)])
-def test_exception_outside_mpi_propagates(initialized, finalized, monkeypatch):
-    mpi = SimpleNamespace(Is_initialized=lambda: initialized, Is_finalized=lambda: finalized)
-    monkeypatch.setitem(sys.modules, "mpi4py.MPI", mpi)
-
-    def main():
-        raise KeyError("wrong")
-
-    with pytest.raises(KeyError, match="wrong"):
-        supervision.run_or_abort(main)
-
-
-def test_run_or_abort_returns_after_main():
-    called = []
-    supervision.run_or_abort(lambda: called.append(1))
-    assert called == [1]
-
-
-def test_exception_without_launcher_names_rank_0(python):
-    program = "from mpi4py import MPI; from parle import supervision; supervision.run_or_abort(lambda: open('/none'))"
-    done = python("-c", program)
-    assert done.returncode != 0
-    assert done.stderr.splitlines()[-1] == "rank 0: FileNotFoundError: [Errno 2] No such file or directory: '/none'"
-
-
-def test_exception_aborts_all_ranks_even_if_stdout_is_full(tmp_path):
-    path = tmp_path / "script.py"
-    path.write_text(
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from mpi4py import MPI; from parle import supervision\n"
-        "print('out')\nsupervision.run_or_abort(lambda: open('/none'))"
-    )
-    status, _, err = start_in_shell(path, ">/dev/full", PYTHONUNBUFFERED="")
-    assert status != 0
-    assert err.splitlines()[-1].startswith(b"rank 0: FileNotFoundError")
-
-
-EXIT = """
-from mpi4py import MPI
-comm = MPI.COMM_WORLD
-
-def main():
-    if comm.rank in {ranks}:
-        sys.exit(2)
-    distributed.MPIGroup(comm).all_gather(1)
-
-supervision.run_or_abort(main)
-"""
-
-
-def test_exit_status_of_all_ranks_is_kept(python, script):
-    done = python(script(EXIT.format(ranks=(0, 1, 2))), ranks=3)
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", "")
-
-
-def test_exit_of_one_rank_aborts_all(python, script):
-    done = python(script(EXIT.format(ranks=(1,))), ranks=3)
-    assert done.returncode != 0
-
-
-@pytest.mark.parametrize(
-    ("text", "notes", "line"),
-    [
-        ("wrong", [], "wrong"),
-        ("", [], ""),
-        ("wrong\n  in the second line\n", [], "wrong in the second line"),
-        ("wrong", ["resume with:\n python this.py", "or not"], "wrong; resume with: python this.py; or not"),
-    ],
-)
-def test_error_is_described_in_one_line_with_notes(text, notes, line):
-    error = ValueError(text)
-    for note in notes:
-        error.add_note(note)
-    assert supervision.describe_error(error) == line
-
-
-MPI_STATES = {
-    "never loaded": None,
-    "not started": SimpleNamespace(Is_finalized=lambda: False, Is_initialized=lambda: False),
-    "finalized": SimpleNamespace(Is_finalized=lambda: True, Is_initialized=lambda: True),
-}
-
-
-@pytest.mark.parametrize(
-    ("mpi", "error", "notice", "status"),
-    [
-        ("never loaded", None, supervision.FINISHED, 0),
-        ("finalized", None, supervision.FINISHED, 0),
-        ("finalized", SystemExit(75), supervision.FINISHED, 75),
-        ("finalized", SystemExit("wrong"), supervision.FINISHED, 1),
-        ("not started", SystemExit(0), supervision.EXITED, 0),
-        ("not started", SystemExit(), supervision.EXITED, 0),
-        ("never loaded", SystemExit(2), supervision.EXITED, 2),
-        ("never loaded", ValueError("wrong"), supervision.FAILED, 1),
-        ("finalized", ValueError("wrong"), supervision.FAILED, 1),
-        ("finalized", KeyboardInterrupt(), supervision.FINISHED, 130),
-        ("not started", KeyboardInterrupt(), supervision.EXITED, 130),
-    ],
-)
-def test_exit_notice(mpi, error, notice, status, tmp_path, monkeypatch, no_launcher):
-    if MPI_STATES[mpi] is None:
-        monkeypatch.delitem(sys.modules, "mpi4py.MPI", raising=False)
-    else:
-        monkeypatch.setitem(sys.modules, "mpi4py.MPI", MPI_STATES[mpi])
-    for name, value in (("PMI_RANK", "1"), ("PMI_SIZE", "3"), (launcher.STATUS_DIR, str(tmp_path))):
-        monkeypatch.setenv(name, value)
-    os.mkfifo(tmp_path / "1")
-    pipe = os.open(tmp_path / "1", os.O_RDONLY | os.O_NONBLOCK)
-
-    def main():
-        if error is not None:
-            raise error
-
-    raised = SystemExit if isinstance(error, KeyboardInterrupt) else type(error)
-    with contextlib.nullcontext() if error is None else pytest.raises(raised) as raised:
-        supervision.run_or_abort(main)
-    assert read_notices(pipe) == [(supervision.STARTED, os.getpid()), (notice, status)]
-    assert os.read(pipe, 1) == b""
-    if status in (2, 75, 130):  # Open MPI's mpirun would end the other ranks
-        assert raised.value.code == 0
-    os.close(pipe)
-
-
-def is_running(process):
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
