@@ -250,7 +250,7 @@ def load(name: str, raw: Path | None = None, proc: Path = Path("proc"), zca: boo
         DownloadError: the data is missing and could not be downloaded.
     """
     if raw is not None and not os.path.isdir(raw):
-        raise DatasetError(f"--data {raw}: this directory does not exist, or permission is denied")
+        raise DatasetError(f"--data {raw}: no such directory, or no permission to read it")
     folder, spec, was_built = cache(name, proc, zca), DATASETS[name], False
     for _ in range(3):
         if not is_current(name, raw, proc, zca):

@@ -211,8 +211,8 @@ def main() -> None:
         type=cli.nonnegative_int,
         default=0,
         metavar="N",
-        help="restart all ranks from the newest checkpoint, at most N times, if one is killed or raises; only ranks "
-        "that this program has started (default: %(default)s)",
+        help="restart all ranks from the newest checkpoint, at most N times, if one is killed or raises an exception; "
+        "only ranks that this program has started (default: %(default)s)",
     )
     world = None
     try:

@@ -136,7 +136,8 @@ def latest_valid(paths: list[Path], verify_files: bool = True) -> tuple[Path, di
         except CheckpointError as error:
             complaints.append(str(error))
     raise CheckpointError(
-        "; ".join(complaints) or "it contains no checkpoint; use the output directory of a run, such as runs/NAME"
+        "; ".join(complaints)
+        or "it contains no complete checkpoint; use the output directory of a run, such as runs/NAME"
     )
 
 
@@ -392,7 +393,7 @@ def _fsync_directory(folder: Path) -> None:
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+        if error.errno not in (errno.EBADF, errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
             raise
         warnings.warn(
             f"The file system of the output directory cannot force directories to disk ({error.strerror}): a crash "

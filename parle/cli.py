@@ -459,7 +459,7 @@ def validate(args: argparse.Namespace, num_ranks: int | None) -> None:
     if not (threads.strip().isdecimal() and len(threads) < 9 and 1 <= int(threads) <= MAX_THREADS):
         raise UsageError(f"OMP_NUM_THREADS is {threads!r}, not a number of threads from 1 to {MAX_THREADS}")
     if args.data is not None and not os.path.isdir(args.data):
-        raise UsageError(f"--data {args.data}: this directory does not exist, or permission is denied")
+        raise UsageError(f"--data {args.data}: no such directory, or no permission to read it")
     if num_ranks is None:
         return
     if num_ranks % args.replicas:

@@ -41,7 +41,7 @@ def spawn_ranks(count: int, max_restarts: int = 0) -> int | None:
     its number and the command that resumes the run.
 
     Args:
-        max_restarts: how often all ranks are started again, from the newest checkpoint, if one is killed or raises.
+        max_restarts: how many times all ranks are restarted from the newest checkpoint if one is killed or raises.
 
     Raises:
         OSError: there is no mpiexec, its ranks cannot detect that they were launched, or it would use several nodes.

@@ -572,7 +572,7 @@ def test_saving_follows_no_link(tmp_path):
 
 
 @pytest.mark.filterwarnings("always")  # as after a library has changed a filter
-@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
+@pytest.mark.parametrize("number", [errno.EBADF, errno.EINVAL, errno.ENOTSUP])
 def test_directories_that_cannot_be_synced_are_reported_once(run, tmp_path, monkeypatch, number):
     """SMB and some FUSE file systems flush files only."""
 

@@ -234,8 +234,8 @@ def requeue_recipe(command, out):
     recipe = re.search(r"```sh\n#!/bin/bash\n(#SBATCH.*?)```", (ROOT / "docs/running.md").read_text(), re.DOTALL)[1]
     recipe = recipe.replace("--gpus-per-task=1 ", "")  # this machine has none
     (program,) = [line for line in recipe.splitlines() if "python parle_mpi.py" in line]
-    options, resume = program.partition("python parle_mpi.py")[0], program[program.index("$([") :]
-    return recipe.replace(program, f"{options}{command} {resume.replace('runs/wrn', shlex.quote(str(out)))}")
+    recipe = recipe.replace(program, f"{program.partition('python parle_mpi.py')[0]}{command} $resume")
+    return recipe.replace("runs/wrn/", f"{shlex.quote(str(out))}/")
 
 
 def test_documented_script_is_requeued_after_sigterm(cluster, submit, proc, tmp_path):
