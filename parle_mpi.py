@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 
 from parle import distributed
+from parle.algorithm import round_message
 from parle.distributed import CollectiveTimeout, Group, Groups, MPIGroup, TorchGroup, group_of
-from parle.flat_replica import FlatReplica
+from parle.flat_replica import CHECKSUM, FlatReplica
 from parle.optimizer import ParleBase
 from parle.validation import check_buffers
 
@@ -55,6 +56,9 @@ class Parle(ParleBase):
         replicas: number of replicas; default: one per rank. With fewer, groups of neighboring
             ranks share a replica, data-parallel: `step()` averages their gradients before its update.
         buffers: model.buffers(), needed if they are random: rank 0's are broadcast too.
+        message_dtype: torch.float16 or torch.bfloat16 halves the bytes that a synchronization sends: ranks send their
+            difference from the master, rounded, and add the rounding error to the next message. Default: the
+            parameters' dtype.
         timeout: seconds that a rank waits for others before it raises CollectiveTimeout, which names them.
         hyperparameters: lr, batches_per_epoch and the other arguments of `ParleBase`.
 
@@ -71,6 +75,7 @@ class Parle(ParleBase):
         *,
         replicas: int | None = None,
         buffers: Iterable[Tensor] = (),
+        message_dtype: torch.dtype | None = None,
         timeout: float = 1800.0,
         **hyperparameters: Any,
     ):
@@ -88,6 +93,11 @@ class Parle(ParleBase):
                 )
             if not timeout > 0:
                 raise ValueError(f"Invalid timeout value: {timeout}; use a number of seconds above 0")
+            if message_dtype not in (None, torch.float16, torch.bfloat16):
+                raise ValueError(
+                    f"Invalid message_dtype value: {message_dtype}; use torch.float16, torch.bfloat16 or None"
+                )
+            self.message_dtype = message_dtype
             self.ranks_per_replica = world.size // replicas
             self.replica_number, self.rank_in_replica = divmod(world.rank, self.ranks_per_replica)
             own_buffers = list(buffers)
@@ -102,7 +112,10 @@ class Parle(ParleBase):
 
         world.run_and_propagate_errors(build, Exception)
         world.check_consistent(
-            dict(replicas=replicas, timeout=timeout, groups=len(self.param_groups), **self._layout())
+            dict(
+                **dict(replicas=replicas, timeout=timeout, message_dtype=message_dtype, groups=len(self.param_groups)),
+                **self._layout(),
+            )
         )
         # a separate communicator even for all ranks: a gradient must not match a synchronization's message
         shares_replica = self.ranks_per_replica > 1
@@ -170,6 +183,22 @@ class Parle(ParleBase):
         with self._named_timeout("the synchronization"):
             replica = self._master_replica
             self._all_reduce(self.groups.world, replica.message if self.num_replicas > 1 else replica.tail)
+
+    def _sum_averages(self) -> None:
+        if self.message_dtype is None or self.num_replicas == 1:
+            super()._sum_averages()
+            return
+        world, replica, master = self.groups.world, self._master_replica, self._master
+        error = replica.state["message_error"]
+        is_finite = replica.rows[world.rank, CHECKSUM] > 0  # otherwise the average has been replaced by zeros
+        with self._named_timeout("the synchronization"):
+            self._all_reduce(world, replica.tail)
+            message = round_message(replica.gradient.sub_(master * is_finite), error, self.message_dtype)
+            start = time.perf_counter()
+            total, own, own_error = world.all_reduce_rounded(message if self._staging is None else message.cpu())
+            self._status.sync_seconds += time.perf_counter() - start
+        error[own] += own_error.to(error.device)
+        replica.gradient.copy_(total).add_(master * (replica.rows[:, CHECKSUM] > 0).sum())
 
     def _all_reduce(self, group: Group, vector: Tensor) -> None:
         if group.size == 1:

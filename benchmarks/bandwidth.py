@@ -5,8 +5,9 @@
 
 Two ranks run in two network namespaces that a rate-limited veth pair connects. They communicate by MPICH over TCP, and
 the interface counts the bytes. Both methods are this project's, over MPI, with 128 images per rank and step: Parle
-sends its weights once per 25 steps, `--method sgd` its gradients in every step. LeNet computes real gradients. For
-WRN-28-10 only messages and updates are real: a sleep of STEP_SECONDS stands for the gradient.
+sends its weights once per 25 steps, in float32 or float16, and `--method sgd` its gradients in every step. LeNet
+computes real gradients. For WRN-28-10 only messages and updates are real: a sleep of STEP_SECONDS stands for the
+gradient.
 """
 
 import argparse
@@ -46,10 +47,14 @@ SEED = 42
 LINK = "veth"
 MBITS = (1000, 100)
 BATCH_SIZE = models.COMMON["batch_size"]
-LABELS = {"parle": "Parle, L = 25", "sgd": "data-parallel SGD"}
+LABELS = {"parle": "Parle, L = 25", "parle-float16": "Parle, L = 25, float16", "sgd": "data-parallel SGD"}
 METHODS = {"parle": dict(PRESETS["parle"], replicas=2), "sgd": PRESETS["sgd"]}
+METHODS["parle-float16"] = METHODS["parle"] | dict(message_dtype=torch.float16)
 # network, method, steps to measure: complete rounds, and about half a minute for WRN-28-10
-MEASURED = [("lenet", "parle", 250), ("lenet", "sgd", 100), ("wrn-28-10", "parle", 25), ("wrn-28-10", "sgd", 3)]
+MEASURED = [
+    *(("lenet", "parle", 250), ("lenet", "parle-float16", 250), ("lenet", "sgd", 100)),
+    *(("wrn-28-10", "parle", 25), ("wrn-28-10", "parle-float16", 25), ("wrn-28-10", "sgd", 3)),
+]
 
 # One step (128 images) on a GPU of the authors, derived from the seconds per round of 25 steps that their plots use.
 # LeNet is measured here, on a CPU.
@@ -218,8 +223,8 @@ def measure_all(mbits: int) -> None:
 # Tables and figure
 
 
-def message_bytes(network: str) -> int:
-    return 4 * num_parameters(network)
+def message_bytes(network: str, method: str) -> int:
+    return (2 if "message_dtype" in METHODS[method] else 4) * num_parameters(network)
 
 
 def lenet_seconds() -> float:
@@ -231,7 +236,7 @@ def lenet_seconds() -> float:
 def predicted_fractions(network: str, count: int, bandwidth: float) -> list[float]:
     """Predict the fraction of time that Parle and data-parallel SGD spend in synchronization."""
     compute = lenet_seconds() if network == "lenet" else STEP_SECONDS[network]
-    sync = allreduce_seconds(message_bytes(network), count, bandwidth, LATENCY)
+    sync = allreduce_seconds(message_bytes(network, "parle"), count, bandwidth, LATENCY)
     return [sync_fraction(compute, sync, METHODS[method]["sync_every"]) for method in ("parle", "sgd")]
 
 
@@ -241,10 +246,13 @@ def table() -> str:
 
 def measurement_table() -> str:
     lines = []
-    for row in results.read_rows(NAME):
+    order = [(network, method) for network, method, _ in MEASURED]
+    rows = results.read_rows(NAME)
+    for row in sorted(rows, key=lambda row: (-row["mbits"], order.index((row["network"], row["method"])))):
         steps, every = row["steps"], METHODS[row["method"]]["sync_every"]
         compute = (row["seconds"] - row["sync_seconds"]) / steps
-        sync = allreduce_seconds(message_bytes(row["network"]), row["ranks"], 1e6 * row["mbits"], row["latency"])
+        size = message_bytes(row["network"], row["method"])
+        sync = allreduce_seconds(size, row["ranks"], 1e6 * row["mbits"], row["latency"])
         lines.append(
             [
                 row["network"],

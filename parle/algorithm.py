@@ -16,6 +16,11 @@ pass over the data.
                    c_k = min(ρ L n (1 + 1/(2 nb))^k, 10)
     not in paper   x̄ ← x̄ + (1−β) / (1−β^m) (x − x̄)                     update_average()
 
+Messages in half precision send z^a − x, with the rounding error of the previous message:
+
+                   m^a = round(z^a − x + e^a);    e^a ← z^a − x + e^a − m^a
+                   z = x + mean over a of m^a                          round_message()
+
 x̄ is the average of the master over rounds, m the number of rounds in it; it affects no other quantity, and β = 0
 switches it off.
 
@@ -31,6 +36,7 @@ inverses, 100 (1 − 1/(2 nb))^k, which decrease where these grow. ρ refers to 
 comprises L updates of n replicas, hence the factor L n in c_k, as in the published code.
 """
 
+import torch
 from torch import Tensor
 from torch.optim.sgd import sgd
 
@@ -114,6 +120,18 @@ def outer_step(
     """
     gradient = (anchor - inner_avg).add_(anchor - replica_mean, alpha=coupling)
     nesterov_step(anchor, gradient, momentum_buffer, lr=lr, momentum=momentum)
+
+
+def round_message(message: Tensor, error: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return m = `message` + `error` rounded to `dtype`, and set `error` to what rounding removed; all are (P,).
+
+    Since the error is part of the next message, the sum of all messages is exact up to the last error: error feedback
+    (Seide et al. 2014). `message` is overwritten.
+    """
+    message.add_(error)
+    rounded = message.to(dtype)
+    torch.sub(message, rounded, out=error)
+    return rounded
 
 
 def update_average(average: Tensor, value: Tensor, *, count: int, decay: float) -> None:

@@ -76,6 +76,30 @@ class Group:
     def all_reduce(self, tensor: "Tensor") -> None:
         """Sum a tensor over the group, in place."""
 
+    def all_reduce_rounded(self, tensor: "Tensor") -> "tuple[Tensor, slice, Tensor]":
+        """Return the sum of a vector in half precision, rounded to it, and for a slice of it the rounding error.
+
+        Each rank sums one slice in float32, in the order of the ranks: MPI has no half precision. The slices of all
+        ranks cover the vector.
+        """
+        import torch
+
+        slices = tensor.new_zeros(self.size, -(-len(tensor) // self.size))
+        slices.view(-1)[: len(tensor)] = tensor
+        exact = self._exchange_slices(slices).sum(0, dtype=torch.float32)
+        rounded = exact.to(tensor.dtype)
+        own = slice(self.rank * len(exact), min((self.rank + 1) * len(exact), len(tensor)))
+        error = (exact - rounded)[: max(0, own.stop - own.start)]
+        return self._gather_slices(rounded).view(-1)[: len(tensor)], own, error
+
+    def _exchange_slices(self, slices: "Tensor") -> "Tensor":
+        """Return row `rank` of the tensors of all ranks, in rank order."""
+        return slices
+
+    def _gather_slices(self, row: "Tensor") -> "Tensor":
+        """Return the rows of all ranks, in rank order."""
+        return row[None]
+
     def broadcast(self, tensor: "Tensor", root: int = 0) -> None:
         """Overwrite a contiguous tensor with its values on rank `root`."""
 
@@ -192,6 +216,16 @@ class MPIGroup(Group):
 
             self.wait(self.comm.Iallreduce(MPI.IN_PLACE, tensor))
 
+    def _exchange_slices(self, slices: "Tensor") -> "Tensor":
+        received = slices.new_empty(slices.shape)
+        self.wait(self.comm.Ialltoall(_as_bytes(slices), _as_bytes(received)))
+        return received
+
+    def _gather_slices(self, row: "Tensor") -> "Tensor":
+        rows = row.new_empty(self.size, len(row))
+        self.wait(self.comm.Iallgather(_as_bytes(row), _as_bytes(rows)))
+        return rows
+
     def broadcast(self, tensor: "Tensor", root: int = 0) -> None:
         self.wait(self.comm.Ibcast(tensor, root))
 
@@ -272,6 +306,22 @@ class TorchGroup(Group):
 
         self.wait(distributed.all_reduce(tensor, group=self.comm, async_op=True), tensor)
 
+    def _exchange_slices(self, slices: "Tensor") -> "Tensor":
+        from torch import distributed
+
+        received = slices.new_empty(slices.shape)
+        buffers = _as_bytes(received), _as_bytes(slices)
+        self.wait(distributed.all_to_all_single(*buffers, group=self.comm, async_op=True), slices)
+        return received
+
+    def _gather_slices(self, row: "Tensor") -> "Tensor":
+        from torch import distributed
+
+        rows = row.new_empty(self.size, len(row))
+        buffers = list(map(_as_bytes, rows)), _as_bytes(row)
+        self.wait(distributed.all_gather(*buffers, group=self.comm, async_op=True), row)
+        return rows
+
     def broadcast(self, tensor: "Tensor", root: int = 0) -> None:
         from torch import distributed
 
@@ -349,6 +399,13 @@ class Groups(NamedTuple):
 
     replica: Group = Group()  # the ranks that share its replica, data-parallel
     world: Group = Group()  # all ranks
+
+
+def _as_bytes(tensor: "Tensor") -> "Tensor":
+    """Return the memory of a contiguous tensor as bytes, which every library can send."""
+    import torch
+
+    return tensor.view(-1).view(torch.uint8)
 
 
 def _free_released() -> None:

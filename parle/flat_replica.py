@@ -53,6 +53,7 @@ class FlatReplica:
         *,
         has_inner_loop: bool,
         has_inner_momentum: bool = True,
+        has_message_error: bool = False,
         num_senders: int = 1,
     ):
         self.parameters = trainable(parameters)
@@ -82,6 +83,8 @@ class FlatReplica:
             self.state["outer_momentum_buffer"] = torch.zeros_like(self.weights)
             self.state["anchor"] = torch.empty_like(self.weights)
             self.state["inner_avg"] = torch.empty_like(self.weights)
+        if has_message_error:
+            self.state["message_error"] = torch.zeros_like(self.weights)
         self.groups: list[GroupVectors] = []
 
     @property

@@ -82,6 +82,7 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
         u, v           the states "inner_momentum_buffer" and "outer_momentum_buffer"
         x              `master`, (P,): the trainable parameters of a replica as one flat vector
         x̄              the states "master_average", where the setting master_average is not 0
+        e^a            the state "message_error", where message_dtype is set
         γ, ρ, L, s, μ' gamma, rho, sync_every, outer_lr_scale, outer_momentum
         β              master_average
 
@@ -121,6 +122,7 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
 
     ranks_per_replica, rank_in_replica = 1, 0
     replica_number = 0  # default of the groups' key `replica`
+    message_dtype: torch.dtype | None = None  # half precision
 
     def __init__(
         self,
@@ -179,6 +181,7 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
                     buffers.get(number, ()),
                     has_inner_loop=self._sync_kind != 1,
                     has_inner_momentum=inner is None,
+                    has_message_error=self.message_dtype is not None,
                     num_senders=self._num_senders,
                 )
                 for number, parameters in owned.items()
@@ -410,7 +413,7 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
                 replica.rows[sender, AVERAGE_NORM] = replica.gradient.dot(replica.gradient)
             if self._num_senders > len(self._replicas):  # several processes have a master
                 replica.rows[sender, MASTER_NORM] = self._master.dot(self._master)
-        self._sum_messages()
+        self._sum_averages()
         if self._host_reads_without_blocking:
             self._status.nonfinite = self._check_flags(self._master_replica.tail, self.rounds_done + 1)
         for first in self._first_replica_on.values():
@@ -463,6 +466,10 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
             group["rounds_averaged"] += 1
         count, decay = (self.param_groups[0][name] for name in ("rounds_averaged", "master_average"))
         update_average(self._evaluated_master, self._master, count=count, decay=decay)
+
+    def _sum_averages(self) -> None:
+        """Sum the messages of a synchronization, which may be rounded, unlike those of a restart."""
+        self._sum_messages()
 
     def _sum_messages(self) -> None:
         """Add up the messages of all replicas, on each device and then over all of them."""
@@ -552,7 +559,7 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
                 for target, tensor in zip(replica.replicated_tensors, source.replicated_tensors, strict=True):
                     target.copy_(tensor)
             for name, vector in replica.state.items():
-                if name.endswith("momentum_buffer"):
+                if name.endswith(("momentum_buffer", "error")):
                     vector.zero_()
                 else:
                     vector.copy_(replica.weights)

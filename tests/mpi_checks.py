@@ -296,11 +296,11 @@ def check_weights_loaded_after_building(comm):
     assert "from_replica" in error_message(ValueError, lambda: optimizer.reset(comm.size))
 
 
-def check_nonfinite(comm, sync_every):
+def check_nonfinite(comm, sync_every, message_dtype=None):
     """Every rank lists the replica with NaN, which restarts from the mean of the others without momentum."""
     failed = comm.size - 1
     parameter = nn.Parameter(torch.zeros(5))
-    settings = dict(sync_every=sync_every, master_average=0.5)
+    settings = dict(sync_every=sync_every, master_average=0.5, message_dtype=message_dtype)
     optimizer = Parle([parameter], comm, lr=0.1, batches_per_epoch=10, **settings)
     for number in range(3):
         if number == 1 and comm.rank == failed:
@@ -314,10 +314,14 @@ def check_nonfinite(comm, sync_every):
         average = optimizer.state[parameter]["master_average"]
         assert identical(comm, optimizer.master) and identical(comm, average) and average.isfinite().all()
         anchors = torch.tensor(comm.allgather(parameter.tolist()))
-        torch.testing.assert_close(optimizer.master, anchors.mean(0))
+        torch.testing.assert_close(
+            optimizer.master, anchors.mean(0), atol=1e-5 if message_dtype is None else 1e-3, rtol=0
+        )
         if number == 1 and comm.rank == failed:
             assert torch.equal(parameter, optimizer.master)
             assert not optimizer.state[parameter]["inner_momentum_buffer"].any()
+            if message_dtype is not None:
+                assert not optimizer.state[parameter]["message_error"].any()
 
 
 def check_nonfinite_rank_of_a_replica(comm):
@@ -339,6 +343,36 @@ def check_nonfinite_rank_of_a_replica(comm):
         optimizer.piggyback[0][0] = torch.inf if comm.rank == 1 else 1.0
         assert "All replicas" in error_message(FloatingPointError, lambda: take_steps(optimizer, 2, comm))  # noqa: B023
         assert identical(comm, optimizer.master) and identical(comm, parameter)
+
+
+def check_half_precision(comm):
+    """Masters follow those of float32 messages for 500 rounds; NaN and ranks that share a replica do no harm."""
+    curvature = torch.linspace(0.2, 2.0, 21)
+    minimum = torch.linspace(-3, 3, 21) + comm.rank
+    masters = {}
+    for message_dtype in (None, torch.float16, torch.bfloat16):
+        for replicas in (comm.size, comm.size // 2):
+            parameter, random = nn.Parameter(torch.zeros(21)), torch.Generator().manual_seed(comm.rank)
+            optimizer = Parle(
+                [parameter],
+                comm,
+                replicas=replicas,
+                message_dtype=message_dtype,
+                lr=0.05,
+                sync_every=2,
+                batches_per_epoch=50,
+            )
+            for _ in range(1000):
+                noise = torch.randn(21, generator=random)
+                parameter.grad = curvature * (parameter.detach() - minimum) + noise
+                optimizer.step()
+            assert identical(comm, optimizer.master)
+            anchors = torch.tensor(comm.allgather(parameter.tolist()))
+            torch.testing.assert_close(optimizer.master, anchors.mean(0), rtol=0, atol=0.01)
+            masters.setdefault(message_dtype, []).append(optimizer.master)
+    for message_dtype, tolerance in ((torch.float16, 5e-4), (torch.bfloat16, 4e-3)):
+        torch.testing.assert_close(masters[message_dtype], masters[None], rtol=0, atol=tolerance)
+        assert not torch.equal(masters[message_dtype][0], masters[None][0])
 
 
 def check_communicators(comm, single):
@@ -376,10 +410,12 @@ def main():
     check_clipping_equals_one_process(comm, single)
     check_inner_optimizer(comm, single)
     for sync_every in (1, 2):
-        check_nonfinite(comm, sync_every)
+        for message_dtype in (None, torch.float16):
+            check_nonfinite(comm, sync_every, message_dtype)
     check_nonfinite_rank_of_a_replica(comm)
     check_ranks_start_identical(comm)
     check_piggyback(comm)
+    check_half_precision(comm)
     check_mismatched_construction(comm)
     check_mismatch_between_ranks(comm)
     check_state_loaded_on_one_rank(comm)

@@ -25,7 +25,7 @@ class Reference:
         self.xa = np.tile(np.asarray(x0, dtype=np.float64), (n, 1))
         self.y, self.z = self.xa.copy(), self.xa.copy()
         self.u, self.v = np.zeros_like(self.xa), np.zeros_like(self.xa)
-        self.x = self.xa.mean(0)
+        self.x, self.master_momentum = self.xa.mean(0), self.v.mean(0)
         self.beta, self.masters = beta, []  # every x, oldest first
 
     def step(self, gradients):
@@ -42,7 +42,8 @@ class Reference:
             for a in range(self.n):
                 d = gradients[a] + self.weight_decay * self.xa[a] + self.c * (self.xa[a] - self.x)
                 nesterov(self.xa[a], self.u[a], d, self.lr, self.momentum)
-            self.move_master()
+            self.x = self.mean(self.xa)
+            self.masters.append(self.x)
             self.y = self.xa.copy()
             self.k, self.i = self.k + 1, 0
             return
@@ -57,23 +58,52 @@ class Reference:
         """End the round, after L steps or earlier. Does nothing if there was no step since the last sync."""
         if self.i == 0:
             return
-        z = self.z.mean(0)
+        z = self.mean(self.z)
         for a in range(self.n):
             d = (self.xa[a] - self.z[a]) + self.c * (self.xa[a] - z)
             nesterov(self.xa[a], self.v[a], d, self.s * self.lr, self.outer_momentum)
-        self.move_master()
+        self.move_master(z)
+        self.masters.append(self.x)
         self.y = self.xa.copy()
         self.k, self.i = self.k + 1, 0
 
-    def move_master(self):
-        self.x = self.xa.mean(0)
-        self.masters.append(self.x)
+    def mean(self, vectors):
+        """Return the mean of `vectors`, (n, P), over the replicas."""
+        return vectors.mean(0)
+
+    def move_master(self, z):
+        self.x, self.master_momentum = self.xa.mean(0), self.v.mean(0)
 
     @property
     def xbar(self):
         """The exponential average of all masters after a round, with weights that add up to one."""
         weights = self.beta ** np.arange(len(self.masters))[::-1]
         return np.average(self.masters, axis=0, weights=weights)
+
+
+class HalfPrecisionReference(Reference):
+    """Replicas send differences from the master in float16, with the rounding error of the previous message.
+
+    Replica `adders[j]` adds up element j and keeps the rounding error of the sum.
+    """
+
+    def __init__(self, *arguments, adders, **settings):
+        super().__init__(*arguments, **settings)
+        self.adders, self.e = adders, np.zeros_like(self.xa)
+
+    def mean(self, vectors):
+        differences = vectors - self.x + self.e
+        messages = differences.astype(np.float16)
+        total = messages.astype(np.float32).sum(0)
+        rounded = total.astype(np.float16)
+        self.e = differences - messages
+        self.e[self.adders, np.arange(len(total))] += total - rounded
+        return self.x + rounded / np.float64(self.n)
+
+    def move_master(self, z):
+        """Move the master as if z were exactly the mean of the z^a."""
+        self.x = self.x.copy()
+        nesterov(self.x, self.master_momentum, (1 + self.c) * (self.x - z), self.s * self.lr, self.outer_momentum)
 
 
 def nesterov(weights, buffer, d, lr, momentum):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from parle.algorithm import GAMMA_MAX, PRESETS, inner_step, outer_step, scoped, steps_per_round
+from parle.algorithm import GAMMA_MAX, PRESETS, inner_step, outer_step, round_message, scoped, steps_per_round
 from parle_mpi import Parle
 
 SETTINGS = dict(lr=0.1, momentum=0.9, weight_decay=0.02)
@@ -196,6 +196,21 @@ def test_fault_5_outer_step_starts_at_the_anchor(comm):
     y = z = -0.2
     assert parameter.item() == pytest.approx(0 - 0.1 * (0 - z))
     assert parameter.item() != pytest.approx(y - 0.1 * (0 - z))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1.0, 1e-5, 1e-9])  # float16 has no number between 0 and 6e-8
+def test_rounding_errors_of_messages_do_not_add_up(dtype, scale):
+    error, sent, meant = (torch.zeros(100, dtype=torch.float64) for _ in range(3))
+    for number in range(1000):
+        message = scale * torch.randn(100, dtype=torch.float64).add_(0.3)
+        meant += message
+        previous = error.clone()
+        rounded = round_message(message.clone(), error, dtype)
+        assert rounded.dtype == dtype
+        torch.testing.assert_close(rounded.double() + error, message + previous, rtol=1e-12, atol=0)
+        sent += rounded
+        assert (sent - meant).abs().max() <= 6e-8 + 1e-2 * 5 * scale, number
 
 
 class Twin:

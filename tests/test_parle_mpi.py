@@ -55,6 +55,24 @@ def test_class_on_four_ranks(python):
         )
 
 
+def test_messages_are_of_known_half_precision(comm):
+    parameter = nn.Parameter(torch.zeros(3))
+    for message_dtype in (torch.float32, torch.int16, "float16"):
+        with pytest.raises(ValueError, match=r"message_dtype.*torch\.float16"):
+            Parle([parameter], comm, lr=0.1, batches_per_epoch=9, message_dtype=message_dtype)
+
+
+def test_state_without_message_errors_is_not_loaded_where_they_are_needed(comm):
+    plain, half = (
+        Parle([nn.Parameter(torch.zeros(3))], comm, lr=0.1, batches_per_epoch=9, message_dtype=dtype)
+        for dtype in (None, torch.float16)
+    )
+    for target, source in ((half, plain), (plain, half)):
+        with pytest.raises(ValueError, match="message_error"):
+            target.load_state_dict(source.state_dict())
+    half.load_state_dict(half.state_dict())
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_timeout_does_not_run_while_one_rank_builds_the_data(fails, comm, monkeypatch):
     world, timeouts = MPIGroup(comm, 5.0), []
