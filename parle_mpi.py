@@ -365,7 +365,11 @@ def run(given: argparse.Namespace, world: MPIGroup | TorchGroup) -> bool:
     settings = hyperparameters(args, replica.batches.per_epoch) | (doctor.SETTINGS if args.doctor else {})
     network = replica.network
     own = dict(replicas=args.replicas, buffers=network.buffers(), timeout=args.timeout)
-    optimizer = Parle(network.parameters(), world.comm, **own, **settings)
+    comm = world.comm
+    if isinstance(world, TorchGroup):  # NCCL has only the time limit of its group; gloo's must not come before ours
+        limit = min(args.timeout, distributed.MAX_SECONDS) + 60
+        comm = torch.distributed.new_group(timeout=datetime.timedelta(seconds=limit))
+    optimizer = Parle(network.parameters(), comm, **own, **settings)
     experiment = Experiment(args, data, optimizer, [replica], optimizer.groups)
     hosts = cores.describe_hosts(world, node, torch.get_num_threads())
     if args.doctor:

@@ -337,7 +337,9 @@ def parse(parser: Parser) -> argparse.Namespace:
     """
     args = parser.parse_args()
     args.program = parser.prog
-    if args.resume is None and args.out and launcher.was_restarted():
+    if args.resume is None and launcher.was_restarted():
+        if args.out is None:
+            raise UsageError("torchrun has restarted the ranks, which cannot find their run: use --out DIR")
         args.resume = True if checkpoint.list_checkpoints(args.out / checkpoint.FOLDER) else None
     if args.resume is None:
         return args

@@ -415,10 +415,10 @@ def _free_released() -> None:
 
 def group_of(comm: "MPI.Comm | ProcessGroup", timeout: float) -> Group:
     """Return the group of a communicator or process group. Raises: ValueError."""
-    if comm is None or not hasattr(comm, "size"):
+    if not is_process_group(comm) and not hasattr(comm, "Iallreduce"):  # None: there is no process group yet
         raise ValueError(
             f"Invalid comm value: {comm}; pass an MPI communicator, or torch.distributed.group.WORLD after "
-            "torch.distributed.init_process_group()"
+            "torch.distributed.init_process_group(), or a DeviceMesh's get_group()"
         )
     if not is_process_group(comm):
         return MPIGroup(comm, timeout) if comm.size > 1 else Group(timeout)

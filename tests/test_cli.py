@@ -419,6 +419,15 @@ def test_resumed_run_keeps_given_rho_or_one_over_n(line, more, num_ranks, rho, r
     assert resume(line, *more.split(), num_ranks=num_ranks).rho == rho
 
 
+def test_ranks_that_torchrun_has_restarted_find_their_run_or_refuse(save, monkeypatch, capsys, tmp_path):
+    folder = save(PARLE)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert (
+        parse_argv(monkeypatch, "--out", folder).resume and not parse_argv(monkeypatch, "--out", tmp_path / "n").resume
+    )
+    assert "--out" in printed_error(capsys, parse_argv, monkeypatch)
+
+
 def test_resumed_arguments_name_the_current_program(save, monkeypatch):
     assert parse_argv(monkeypatch, "--resume", save(PARLE), prog="parle_gpu.py").program == "parle_gpu.py"
     assert parse_argv(monkeypatch, prog="parle_mpi.py").program == "parle_mpi.py"

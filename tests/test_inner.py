@@ -85,14 +85,14 @@ class AdamWReference(Reference):
             self.z[a] = self.alpha * self.z[a] + (1 - self.alpha) * self.y[a]
         if self.L == 1:
             self.xa = self.y.copy()
-            self.move_master()
+            self.x = self.xa.mean(0)
             self.k, self.i = self.k + 1, 0
         elif self.i == self.L:
             z = self.z.mean(0)
             for a in range(self.n):
                 d = (self.xa[a] - self.z[a]) + self.c * (self.xa[a] - z)
                 nesterov(self.xa[a], self.v[a], d, self.s / (1 + self.c), self.outer_momentum)
-            self.move_master()
+            self.move_master(z)
             self.y = self.xa.copy()
             self.k, self.i = self.k + 1, 0
 
@@ -398,6 +398,11 @@ def split(parameters):
 def test_unsuitable_inner_optimizers_are_rejected(build_one, inner, words):
     with pytest.raises(ValueError, match=words):
         build_one(network().parameters(), inner=inner)
+
+
+def test_round_length_cannot_follow_an_lr_of_another_scale(build_one):
+    with pytest.raises(ValueError, match=r"sync_every.*auto.*number"):
+        build_one(network().parameters(), inner=ADAMW, sync_every="auto")
 
 
 @pytest.mark.parametrize("name", ["lr", "momentum", "weight_decay"])

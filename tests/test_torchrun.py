@@ -15,7 +15,7 @@ import parle_mpi
 from parle import distributed
 from parle.distributed import TorchGroup
 from tests.conftest import ROOT, SETTINGS
-from tests.test_fault_recovery import (  # noqa: F401: `start` is a fixture
+from tests.test_fault_recovery import (  # `start` is a fixture
     checkpoint_names,
     find_rank_pid,
     read_log,
@@ -152,9 +152,16 @@ def test_group_sums_gathers_and_broadcasts(world):
     assert type(group.split_by_node()) is distributed.Group and group.library().startswith("gloo")
 
 
-@pytest.mark.parametrize("comm", [None, torch.distributed.GroupMember.NON_GROUP_MEMBER, "gloo"])
+class Mesh:
+    """Like torch's DeviceMesh."""
+
+    def size(self):
+        return 2
+
+
+@pytest.mark.parametrize("comm", [None, torch.distributed.GroupMember.NON_GROUP_MEMBER, "gloo", Mesh()])
 def test_without_a_process_group_the_remedy_is_named(comm):
-    with pytest.raises(ValueError, match="init_process_group"):
+    with pytest.raises(ValueError, match=r"Invalid comm.*init_process_group.*get_group"):
         build(comm)
 
 
