@@ -191,6 +191,16 @@ def test_own_ranks_on_two_nodes_are_refused_with_the_remedy(cluster, submit, pro
     assert read_events(tmp_path / "run", "start")[0]["num_ranks"] == 4
 
 
+def test_srun_starts_torchrun_on_each_node(cluster, submit, proc, tmp_path):
+    rendezvous = f"--rdzv-backend c10d --rdzv-endpoint 127.0.0.1:{free_port()} --rdzv-id $SLURM_JOB_ID"
+    torchrun = f"{PROGRAM[0]} -m torch.distributed.run --nnodes 2 --nproc-per-node 2 {rendezvous} --no-python"
+    command = command_line(proc, tmp_path / "run", "-n", 2, "-B", "0.4")
+    job = submit(f"srun --ntasks-per-node 1 {torchrun} {command}", "-N", "2", "--ntasks-per-node", "1")
+    assert end_of_job(cluster, job) == ("COMPLETED", 0), submit.output(job)
+    (start,) = read_events(tmp_path / "run", "start")
+    assert (start["num_ranks"], start["num_replicas"]) == (4, 2) and start["mpi"].startswith("gloo")
+
+
 def find_rank(rank, out):
     """Return the process number of this rank of the run in `out`."""
     for folder in Path("/proc").glob("[0-9]*"):
