@@ -260,7 +260,9 @@ def main() -> None:
                     sys.exit(status)
         world = world_group()
         if given is None:
-            given = world.run_and_propagate_errors(functools.partial(cli.parse, parser), cli.UsageError)
+            restarted = any(world.all_gather(launcher.was_restarted()))  # torchrun counts on each node separately
+            parse = functools.partial(cli.parse, parser, restarted)
+            given = world.run_and_propagate_errors(parse, cli.UsageError)
         status = 0 if run(given, world) else signals.EXIT_RESUMABLE
     except (
         cli.UsageError,
@@ -366,9 +368,8 @@ def run(given: argparse.Namespace, world: MPIGroup | TorchGroup) -> bool:
     network = replica.network
     own = dict(replicas=args.replicas, buffers=network.buffers(), timeout=args.timeout)
     comm = world.comm
-    if isinstance(world, TorchGroup):  # NCCL has only the time limit of its group; gloo's must not come before ours
-        limit = min(args.timeout, distributed.MAX_SECONDS) + 60
-        comm = torch.distributed.new_group(timeout=datetime.timedelta(seconds=limit))
+    if isinstance(world, TorchGroup):  # NCCL has no other time limit than that of its group
+        comm = torch.distributed.new_group(timeout=distributed.time_limit(args.timeout))
     optimizer = Parle(network.parameters(), comm, **own, **settings)
     experiment = Experiment(args, data, optimizer, [replica], optimizer.groups)
     hosts = cores.describe_hosts(world, node, torch.get_num_threads())

@@ -99,8 +99,8 @@ def inner_step(
 
 
 def pull(weights: Tensor, anchor: Tensor, *, coupling: float, lr: float) -> None:
-    """Move `weights` toward `anchor`, both (P,), by lr · coupling of their difference, in place."""
-    weights.lerp_(anchor, lr * coupling)
+    """Move `weights` toward `anchor`, both (P,), by lr · coupling of their difference, in place, but not beyond it."""
+    weights.lerp_(anchor, min(lr * coupling, 1.0))
 
 
 def outer_step(

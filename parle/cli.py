@@ -327,20 +327,22 @@ def build_parser(prog: str, description: str) -> Parser:
     return parser
 
 
-def parse(parser: Parser) -> argparse.Namespace:
+def parse(parser: Parser, restarted: bool = False) -> argparse.Namespace:
     """Parse the command line. A resumed run keeps its arguments, except for those given again.
 
     `resume` becomes the checkpoint that was named, or the directory of the run's checkpoints.
+
+    Args:
+        restarted: torchrun has restarted the ranks, which resume from the newest checkpoint of their own run.
 
     Raises:
         UsageError: an invalid argument.
     """
     args = parser.parse_args()
     args.program = parser.prog
-    if args.resume is None and launcher.was_restarted():
-        if args.out is None:
-            raise UsageError("torchrun has restarted the ranks, which cannot find their run: use --out DIR")
-        args.resume = True if checkpoint.list_checkpoints(args.out / checkpoint.FOLDER) else None
+    was_new = args.resume is None
+    if restarted:
+        args.resume = _resume_after_restart(args)
     if args.resume is None:
         return args
     folder = args.out if args.resume is True else args.resume
@@ -371,8 +373,26 @@ def parse(parser: Parser) -> argparse.Namespace:
     for name in ("model", "dataset", "zca", "method"):
         if getattr(args, name) != arguments[name]:
             raise UsageError(f"--resume: {folder} has {name} {arguments[name]}, not {getattr(args, name)}")
+    if restarted and was_new:
+        for name in arguments.keys() - {"data", "proc", "out", "device"}:
+            if getattr(args, name) != arguments[name]:
+                raise UsageError(f"--out {run} already contains another run, whose {name} is {arguments[name]}")
     args.resume = folder if is_checkpoint else run / checkpoint.FOLDER
     return args
+
+
+def _resume_after_restart(args: argparse.Namespace) -> Path | bool | None:
+    """Return the value of --resume for ranks that torchrun has restarted: their own run, if it has a checkpoint."""
+    run, given = args.out, args.resume
+    if run is None and given is None:
+        raise UsageError("torchrun has restarted the ranks, which cannot find their run: use --out DIR")
+    if run is None and given is not True:
+        run = given.parent.parent if given.parent.name == checkpoint.FOLDER else given
+    if run is None or checkpoint.list_checkpoints(run / checkpoint.FOLDER):
+        return run or given
+    if args.out is not None and (run / "log.jsonl").exists():
+        raise UsageError(f"torchrun has restarted the ranks, but --out {run} contains no checkpoint yet: delete it")
+    return given
 
 
 def saved_arguments(parser: Parser, saved: dict[str, Any]) -> dict[str, Any]:

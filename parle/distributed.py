@@ -30,7 +30,7 @@ NOTICE_SECONDS = 0.5  # between tests whether another rank timed out
 
 _released: list["MPI.Comm"] = []
 # Kept: ranks whose garbage collectors free process groups at different times would disagree on the names of new ones
-_subgroups: "dict[tuple[ProcessGroup, tuple[int, ...]], ProcessGroup]" = {}
+_subgroups: "dict[tuple[ProcessGroup, tuple[int, ...], float], ProcessGroup]" = {}
 
 
 class SettingsMismatch(ValueError):
@@ -160,7 +160,7 @@ class Group:
             try:
                 result = action()
             except errors as caught:
-                error = caught
+                error = _picklable(caught)
         raised = [error for error in self.all_gather(error) if error is not None]
         try:
             if raised:
@@ -354,14 +354,11 @@ class TorchGroup(Group):
         global_ranks = distributed.get_process_group_ranks(self.comm)
         colors, backend = self.all_gather(color), distributed.get_backend(self.comm)
         ranks = tuple(rank for rank, other in zip(global_ranks, colors, strict=True) if other == color)
-        if len(ranks) == 1:
-            return Group(self.timeout, parent=self)
-        key = self.comm, ranks
-        if key not in _subgroups:
-            limit = datetime.timedelta(seconds=min(self.timeout, MAX_SECONDS))
-            own = dict(backend=backend, timeout=limit, use_local_synchronization=True)
-            _subgroups[key] = distributed.new_group(ranks, **own)
-        return TorchGroup(_subgroups[key], self.timeout, parent=self)
+        key = self.comm, ranks, self.timeout
+        if key not in _subgroups:  # also for a single rank: torch numbers the groups on every rank
+            settings = dict(backend=backend, timeout=time_limit(self.timeout), use_local_synchronization=True)
+            _subgroups[key] = distributed.new_group(ranks, **settings)
+        return TorchGroup(_subgroups[key], self.timeout, parent=self) if len(ranks) > 1 else Group(self.timeout, self)
 
     def split_by_node(self) -> "TorchGroup":
         hosts = self.all_gather(socket.gethostname())
@@ -408,6 +405,15 @@ def _as_bytes(tensor: "Tensor") -> "Tensor":
     return tensor.view(-1).view(torch.uint8)
 
 
+def _picklable(error: Exception) -> Exception:
+    """Return an error that can be sent to other ranks, with the same message."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
 def _free_released() -> None:
     while _released:
         _released.pop().Free()
@@ -417,12 +423,17 @@ def group_of(comm: "MPI.Comm | ProcessGroup", timeout: float) -> Group:
     """Return the group of a communicator or process group. Raises: ValueError."""
     if not is_process_group(comm) and not hasattr(comm, "Iallreduce"):  # None: there is no process group yet
         raise ValueError(
-            f"Invalid comm value: {comm}; pass an MPI communicator, or torch.distributed.group.WORLD after "
-            "torch.distributed.init_process_group(), or a DeviceMesh's get_group()"
+            f"Invalid comm value: {comm}; pass an MPI communicator, or a process group that this rank belongs to: "
+            "torch.distributed.group.WORLD after init_process_group(), or a DeviceMesh's get_group()"
         )
     if not is_process_group(comm):
         return MPIGroup(comm, timeout) if comm.size > 1 else Group(timeout)
     return TorchGroup(comm, timeout) if comm.size() > 1 else Group(timeout)
+
+
+def time_limit(timeout: float) -> datetime.timedelta:
+    """Return the limit of a process group: for gloo later than our own, which names the missing ranks."""
+    return datetime.timedelta(seconds=min(timeout, MAX_SECONDS) + 60)
 
 
 def is_process_group(comm: Any) -> bool:

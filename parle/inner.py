@@ -1,4 +1,4 @@
-"""The optimizer that the argument `inner` builds. Its settings are stored in Parle's groups, its state in Parle's."""
+"""The optimizer that the argument `inner` builds. Parle's groups hold its settings, and Parle's state its state."""
 
 import copy
 import inspect
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 SHARED = ("lr", "momentum", "weight_decay")  # settings of Parle's own groups, where schedulers change them
-INNER = "inner"  # key of its other settings in a group, and of its state in the state of a parameter
+INNER = "inner"  # the key of its other settings in Parle's groups, and of its state in that of each parameter
 
 InnerFunction = Callable[[list[Any]], torch.optim.Optimizer]
 
@@ -18,7 +18,8 @@ def build_inner(inner: InnerFunction, groups: Sequence[dict[str, Any]]) -> torch
     """Return the inner optimizer of one replica.
 
     Args:
-        groups: of this replica, each with what the user passed for it: parameters, or parameters and settings.
+        groups: of this replica, each with what the user passed for it: parameters, or parameters and settings. A
+            single group without settings is passed to `inner` as a list of parameters.
 
     Raises:
         ValueError: it is not an optimizer of these parameters, or Parle cannot step it.
@@ -71,9 +72,19 @@ def load_inner_state(optimizer: torch.optim.Optimizer, states: Mapping[nn.Parame
 
 
 def check_settings_unchanged(optimizer: torch.optim.Optimizer, groups: Sequence[Mapping[str, Any]]) -> None:
-    """Check that a step has not changed the settings: the next update would undo it. Raises: RuntimeError."""
+    """Check that a step has changed no setting, which Parle would not save, and that all state is of parameters.
+
+    Raises:
+        RuntimeError: the optimizer keeps its progress elsewhere.
+    """
+    if len(optimizer.state) > sum(len(group["params"]) for group in groups):
+        raise RuntimeError(
+            f"{type(optimizer).__name__} keeps state that belongs to no parameter, which Parle does not support"
+        )
     for inner_group, group in zip(optimizer.param_groups, groups, strict=True):
-        changed = [name for name, value in group[INNER].items() if inner_group[name] is not value]
+        settings = inner_settings(inner_group) | {name: inner_group[name] for name in SHARED if name in inner_group}
+        saved = group[INNER] | {name: group[name] for name in SHARED}
+        changed = [name for name, value in settings.items() if name not in saved or saved[name] is not value]
         if changed:
             raise RuntimeError(
                 f"{type(optimizer).__name__} keeps its progress ({', '.join(changed)}) in its parameter groups, which "

@@ -680,7 +680,7 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
         """Return the state as any torch optimizer does; with `inner`, its state is "inner" in that of a parameter."""
         for number, optimizer in self._inner.items():
             for parameter in self._replicas[number].parameters:
-                self.state[parameter][INNER] = optimizer.state[parameter]
+                self.state[parameter][INNER] = optimizer.state.get(parameter, {})
         return _without_dynamo(torch.optim.Optimizer.state_dict)(self)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

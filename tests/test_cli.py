@@ -1,5 +1,6 @@
 import functools
 import re
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -419,13 +420,33 @@ def test_resumed_run_keeps_given_rho_or_one_over_n(line, more, num_ranks, rho, r
     assert resume(line, *more.split(), num_ranks=num_ranks).rho == rho
 
 
-def test_ranks_that_torchrun_has_restarted_find_their_run_or_refuse(save, monkeypatch, capsys, tmp_path):
-    folder = save(PARLE)
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert (
-        parse_argv(monkeypatch, "--out", folder).resume and not parse_argv(monkeypatch, "--out", tmp_path / "n").resume
-    )
-    assert "--out" in printed_error(capsys, parse_argv, monkeypatch)
+def parse_restarted(monkeypatch, *argv):
+    monkeypatch.setattr(sys, "argv", ["parle_mpi.py", *map(str, argv)])
+    return cli.parse(cli.build_parser("parle_mpi.py", "Parle."), restarted=True).resume
+
+
+def test_ranks_that_torchrun_has_restarted_resume_their_own_run(save, monkeypatch, tmp_path):
+    run, new = save(PARLE), tmp_path / "new"
+    parse = functools.partial(parse_restarted, monkeypatch)
+    checkpoints = run / "checkpoints"
+    assert parse(*PARLE.split(), "--out", run) == checkpoints
+    assert parse("--resume", run) == checkpoints
+    assert parse("--resume", checkpoints / "00000000-0000") == checkpoints  # which no longer exists
+    assert parse("--out", new, "--resume", run) == checkpoints  # nothing was saved in the new directory
+    assert parse("--out", new) is None
+    shutil.copytree(run, new)
+    assert parse("--out", new, "--resume", run) == new / "checkpoints"
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [("", "--out DIR"), ("--out RUN --lr 0.3", "another run.*lr is"), ("--out EMPTY", "no checkpoint yet")],
+)
+def test_restarted_ranks_refuse_what_is_not_their_run(line, words, save, monkeypatch, capsys, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "log.jsonl").touch()
+    line = line.replace("RUN", str(save(PARLE))).replace("EMPTY", str(tmp_path / "empty"))
+    assert re.search(words, printed_error(capsys, parse_restarted, monkeypatch, *line.split()))
 
 
 def test_resumed_arguments_name_the_current_program(save, monkeypatch):

@@ -74,7 +74,7 @@ def test_flags_of_help_and_pages_agree(monkeypatch, capsys, no_launcher):
     assert {flag for row in table for flag in re.findall(r"`(--?[A-Za-z][\w-]*)`", row)} == known
     pages = [page for page in PAGES if page.name != "results.md" and page.parent.name != "benchmarks"]
     named = {flag for page in pages for flag in re.findall(r"(?<!\w)`(--?[A-Za-z][\w-]*)", page.read_text())}
-    assert named - {"--signal", "-W", "-K"} <= known  # srun's
+    assert named - {"--signal", "-W", "-K", "--shutdown-timeout"} <= known  # of srun and torchrun
 
 
 def test_every_event_has_documented_fields():

@@ -13,6 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import parle_gpu
 import parle_mpi
+from parle.algorithm import pull
 from tests.reference import Reference, nesterov
 
 ADAMW = functools.partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.1)
@@ -360,6 +361,73 @@ def test_optimizer_with_progress_in_its_groups_is_an_error(build_one):
     optimizer = build_one(model.parameters(), inner=lambda own: Counting(own, dict(lr=0.1, k=0)))
     with pytest.raises(RuntimeError, match=r"Counting keeps its progress \(k\)"):
         train(optimizer, [model], range(1))
+
+
+class CountingInNewKey(torch.optim.Optimizer):
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+
+
+class Decaying(torch.optim.Optimizer):
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["lr"] = group["lr"] * 0.5
+
+
+class CountingGlobally(torch.optim.Optimizer):
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter]["sign"] = parameter.grad.sign()
+        self.state["global"]["step"] = self.state["global"].get("step", 0) + 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"), [(CountingInNewKey, r"\(step\)"), (Decaying, r"\(lr\)"), (CountingGlobally, "no parameter")]
+)
+def test_progress_that_would_not_be_saved_is_an_error(build_one, kind, words):
+    model = network()
+    optimizer = build_one(model.parameters(), inner=lambda own: kind(own, dict(lr=0.1)))
+    with pytest.raises(RuntimeError, match=words):
+        train(optimizer, [model], range(1))
+
+
+class SetsUpNewParameters(torch.optim.Optimizer):
+    """An optimizer that sets up the state of the parameters that have none."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter not in self.state:
+                    self.state[parameter]["sum"] = torch.zeros_like(parameter)
+                self.state[parameter]["sum"] += parameter.grad
+
+
+def test_reading_the_state_before_the_first_step_changes_nothing(build_one):
+    model = network()
+    optimizer = build_one(model.parameters(), inner=lambda own: SetsUpNewParameters(own, dict(lr=0.1)))
+    optimizer.state_dict()
+    train(optimizer, [model], range(2))
+    assert all(values["inner"].keys() == {"sum"} for values in optimizer.state_dict()["state"].values())
+
+
+def test_changes_of_momentum_reach_the_inner_optimizer():
+    trained = []
+    for momentum in (0.9, 0.5):
+        model = network()
+        inner = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+        optimizer = build([model], inner=inner, gamma=0.0)
+        optimizer.param_groups[0]["momentum"] = momentum
+        train(optimizer, [model], range(3))
+        trained.append(flat(model))
+    assert not torch.equal(*trained)
+
+
+def test_pull_moves_no_farther_than_to_the_anchor():
+    weights, anchor = torch.tensor([1.0, -2.0]), torch.tensor([3.0, 4.0])
+    pull(weights, anchor, coupling=5.0, lr=1.0)
+    assert torch.equal(weights, anchor)
 
 
 def test_loaded_states_have_the_dtype_that_the_inner_optimizer_needs():

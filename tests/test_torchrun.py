@@ -4,6 +4,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import sys
 from types import SimpleNamespace
 
@@ -120,6 +121,50 @@ def test_restarted_ranks_resume_from_the_newest_checkpoint(torchrun, tmp_path):
     wait_for_success(process)
     assert read_log(tmp_path / "run", "resume")
     assert read_result(tmp_path / "run") == read_result(tmp_path / "undisturbed")
+
+
+@pytest.fixture
+def two_nodes(start, tmp_path, proc):
+    """Start torchrun twice, with so many ranks each, as if on two machines, and return the processes."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, socket\nif 'RANK' in os.environ:\n    socket.gethostname = lambda: os.environ['NODE']\n"
+    )
+
+    def run(*ranks, flags=""):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            rendezvous = (
+                f"--rdzv-backend c10d --rdzv-endpoint 127.0.0.1:{probe.getsockname()[1]} --rdzv-id test {flags}"
+            )
+        settings = shlex.join(map(str, [*SETTINGS, "-B", 6, "--proc", proc, "--out", tmp_path / "run"]))
+        environment = dict(PYTHONPATH=str(tmp_path), TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+        launch = f"exec {sys.executable} -m torch.distributed.run --nnodes 2 {rendezvous} --nproc-per-node"
+        return [
+            start.shell(f"{launch} {count} parle_mpi.py {settings}", NODE=f"node{node}", **environment)
+            for node, count in enumerate(ranks)
+        ]
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_ranks_of_two_nodes_with_unequal_numbers(two_nodes, tmp_path):
+    for process in two_nodes(2, 1):
+        wait_for_success(process)
+    (begin,) = read_log(tmp_path / "run", "start")
+    assert [host["ranks"] for host in begin["hosts"]] == [2, 1]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_ranks_of_two_nodes_resume_after_a_restart(two_nodes, tmp_path):
+    processes = two_nodes(2, 2, flags="--max-restarts 1")
+    wait_for_rounds(tmp_path / "run", processes[0])
+    os.kill(find_rank_pid(1, tmp_path / "run", variable="RANK"), signal.SIGKILL)
+    for process in processes:
+        wait_for_success(process)
+    assert len(read_log(tmp_path / "run", "resume")) == len(read_log(tmp_path / "run", "finished")) == 1
 
 
 # The group and the class in one process
