@@ -160,7 +160,7 @@ class Group:
             try:
                 result = action()
             except errors as caught:
-                error = _picklable(caught)
+                error = caught if self.size == 1 else _picklable(caught)
         raised = [error for error in self.all_gather(error) if error is not None]
         try:
             if raised:
@@ -421,7 +421,7 @@ def _free_released() -> None:
 
 def group_of(comm: "MPI.Comm | ProcessGroup", timeout: float) -> Group:
     """Return the group of a communicator or process group. Raises: ValueError."""
-    if not is_process_group(comm) and not hasattr(comm, "Iallreduce"):  # None: there is no process group yet
+    if not is_process_group(comm) and not hasattr(comm, "Iallreduce"):  # group.WORLD is None before initialization
         raise ValueError(
             f"Invalid comm value: {comm}; pass an MPI communicator, or a process group that this rank belongs to: "
             "torch.distributed.group.WORLD after init_process_group(), or a DeviceMesh's get_group()"

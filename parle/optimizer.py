@@ -151,8 +151,6 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
             raise ValueError(f"Invalid {given[0]} value: {rates[given[0]]}; with inner, set it in the inner optimizer")
         if inner is None and lr is None:
             raise TypeError("Parle needs lr, or the function inner")
-        if inner is not None and sync_every == "auto":
-            raise ValueError("Invalid sync_every value: auto; with inner, lr has another scale: use a number")
         defaults = dict(lr=0.0, momentum=0.9 if inner is None else 0.0, weight_decay=0.0)
         rates = defaults | {name: rates[name] for name in given}
         if outer_lr_scale is None:
@@ -166,6 +164,8 @@ class ParleBase(torch.optim.Optimizer, abc.ABC):
 
         check_shared(self.param_groups)
         self._sync_kind = sync_kind(self.param_groups[0]["sync_every"])
+        if inner is not None and self._sync_kind == "auto":
+            raise ValueError("Invalid sync_every value: auto; with inner, lr has another scale: use a number")
         check_replicas_match(self.param_groups)
         owned: dict[int, list[nn.Parameter]] = {}
         for group in self.param_groups:

@@ -1,3 +1,4 @@
+import pickle
 import re
 import time
 from types import SimpleNamespace
@@ -171,6 +172,28 @@ def main():
 
 rank_exit.run_or_abort(main)
 """
+
+
+class Pickling(Group):
+    """The first of two ranks; the other one has no error."""
+
+    size = 2
+
+    def all_gather(self, value):
+        return [pickle.loads(pickle.dumps(value)), None]
+
+
+def test_error_that_cannot_be_pickled_keeps_its_message():
+    class LocalError(Exception):
+        pass
+
+    def fail():
+        raise LocalError("wrong")
+
+    with pytest.raises(RuntimeError, match="LocalError: wrong"):
+        Pickling().run_and_propagate_errors(fail, LocalError)
+    with pytest.raises(LocalError, match="wrong"):
+        Group().run_and_propagate_errors(fail, LocalError)
 
 
 def test_groups_of_three_ranks(python, script):

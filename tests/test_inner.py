@@ -469,8 +469,10 @@ def test_unsuitable_inner_optimizers_are_rejected(build_one, inner, words):
 
 
 def test_round_length_cannot_follow_an_lr_of_another_scale(build_one):
-    with pytest.raises(ValueError, match=r"sync_every.*auto.*number"):
-        build_one(network().parameters(), inner=ADAMW, sync_every="auto")
+    group = dict(params=list(network().parameters()), sync_every="auto")
+    for params, settings in ((network().parameters(), dict(sync_every="auto")), ([group], {})):
+        with pytest.raises(ValueError, match=r"sync_every.*auto.*number"):
+            build_one(params, inner=ADAMW, **settings)
 
 
 @pytest.mark.parametrize("name", ["lr", "momentum", "weight_decay"])

@@ -197,6 +197,14 @@ def test_group_sums_gathers_and_broadcasts(world):
     assert type(group.split_by_node()) is distributed.Group and group.library().startswith("gloo")
 
 
+def test_groups_of_one_replica_have_the_time_limit_of_their_optimizer(world, monkeypatch):
+    limits = []
+    monkeypatch.setattr(torch.distributed, "new_group", lambda *_, timeout, **settings: limits.append(timeout.seconds))
+    for timeout in (2.0, 900.0):
+        TorchGroup(world, timeout).split(0)
+    assert limits[0] > 2 and limits[1] > 900
+
+
 class Mesh:
     """Like torch's DeviceMesh."""
 
